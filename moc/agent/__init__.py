@@ -1,0 +1,1 @@
+"""The node agent: owns the arena, persists snapshots, outlives the trainers."""

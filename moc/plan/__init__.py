@@ -1,0 +1,1 @@
+"""Pure decisions: functions from values to values, without I/O, clock or randomness."""

@@ -1,0 +1,1 @@
+"""Snapshots in host memory: arena, seal records, copy."""
