@@ -1,0 +1,107 @@
+"""The names of everything in a repository, built and parsed in one place (docs/format.md, "Layout")."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from moc.errors import ManifestCorruptError, UsageError
+
+__all__ = [
+    "FORMAT_KEY",
+    "INCARNATIONS",
+    "MANIFESTS",
+    "OBJECTS",
+    "VICTIMS",
+    "CheckpointName",
+    "check_run_id",
+    "incarnation_key",
+    "incarnation_prefix",
+    "manifest_key",
+    "object_key",
+    "parse_incarnation_key",
+    "parse_manifest_key",
+    "parse_object_key",
+    "victims_key",
+]
+
+FORMAT_KEY = "FORMAT"
+INCARNATIONS = "incarnations"
+MANIFESTS = "manifests"
+OBJECTS = "objects"
+VICTIMS = "victims"
+
+_RUN = r"[a-z0-9][a-z0-9-]{0,31}"
+_LIFE = rf"(?P<incarnation>\d{{6}})-(?P<run>{_RUN})"
+_ATTEMPT = r"(?P<step>\d{12})-(?P<attempt>[0-9a-f]{8})"
+_INCARNATION_KEY = re.compile(rf"{INCARNATIONS}/{_LIFE}\.json")
+_MANIFEST_KEY = re.compile(rf"{MANIFESTS}/{_LIFE}/{_ATTEMPT}\.json")
+_OBJECT_KEY = re.compile(rf"{OBJECTS}/{_LIFE}/{_ATTEMPT}/r(?P<rank>\d{{5,6}})-(?P<piece>d|e\d\d)\.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class CheckpointName:
+    """What identifies one attempt to save one step: run id, incarnation, step and attempt (8 hex digits)."""
+
+    run: str
+    incarnation: int
+    step: int
+    attempt: str
+
+    def __str__(self) -> str:
+        return f"{self.incarnation:06d}-{self.run}/{self.step:012d}-{self.attempt}"
+
+
+def check_run_id(run: str) -> str:
+    """Return the run id, or raise UsageError: lower-case letters, digits and hyphens, at most 32."""
+    if not re.fullmatch(_RUN, run):
+        raise UsageError(f"run id is not usable in keys: run_id={run!r} allowed=1 to 32 of a-z, 0-9 and '-', not first")
+    return run
+
+
+def incarnation_prefix(root: str, run: str, incarnation: int) -> str:
+    return f"{root}/{incarnation:06d}-{run}"
+
+
+def incarnation_key(run: str, incarnation: int) -> str:
+    return incarnation_prefix(INCARNATIONS, run, incarnation) + ".json"
+
+
+def victims_key(run: str, incarnation: int) -> str:
+    """Return the key of the list of objects that a life is about to delete."""
+    return incarnation_prefix(VICTIMS, run, incarnation) + ".json"
+
+
+def manifest_key(name: CheckpointName) -> str:
+    return f"{MANIFESTS}/{name}.json"
+
+
+def object_key(name: CheckpointName, rank: int, piece: str) -> str:
+    """Return the key of one rank's object; `piece` is "d" (dense part and small state) or "e00" (experts)."""
+    return f"{OBJECTS}/{name}/r{rank:05d}-{piece}.safetensors"
+
+
+def parse_incarnation_key(key: str) -> tuple[str, int] | None:
+    """Return (run, incarnation), or None for a key of another kind."""
+    match = _INCARNATION_KEY.fullmatch(key)
+    return None if match is None else (match["run"], int(match["incarnation"]))
+
+
+def parse_manifest_key(key: str) -> CheckpointName | None:
+    """Return the checkpoint's name, or None for a key of another kind."""
+    match = _MANIFEST_KEY.fullmatch(key)
+    return None if match is None else _name(match)
+
+
+def parse_object_key(key: str) -> tuple[CheckpointName, int, str]:
+    """Return (checkpoint, rank, piece); raises ManifestCorruptError, so that a hostile manifest cannot name other paths."""
+    match = _OBJECT_KEY.fullmatch(key)
+    if match is None:
+        raise ManifestCorruptError(f"not an object key: key={key!r}")
+    return _name(match), int(match["rank"]), match["piece"]
+
+
+def _name(match: re.Match[str]) -> CheckpointName:
+    return CheckpointName(
+        run=match["run"], incarnation=int(match["incarnation"]), step=int(match["step"]), attempt=match["attempt"]
+    )

@@ -1,0 +1,219 @@
+"""Typed operations over a store and the format: what can be listed, read and written in a repository.
+
+Invariants kept here: a manifest is put only through `put_manifest` (after its objects, see `moc.commit`); records are read back only
+through their self-checksums; every object key that a manifest names is parsed, so no path can leave its folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moc._native import crc32c
+from moc.errors import (
+    FormatUnsupportedError,
+    IntegrityError,
+    MismatchError,
+    MocError,
+    NoCheckpointError,
+    ObjectMissingError,
+    ShardCorruptError,
+)
+from moc.format.canonical import open_record, seal_record
+from moc.format.keys import (
+    FORMAT_KEY,
+    INCARNATIONS,
+    MANIFESTS,
+    OBJECTS,
+    VICTIMS,
+    CheckpointName,
+    incarnation_key,
+    manifest_key,
+    parse_incarnation_key,
+    parse_manifest_key,
+    victims_key,
+)
+from moc.format.manifest import (
+    RECORD_LIMIT_BYTES,
+    Incarnation,
+    Manifest,
+    ObjectRow,
+    decode_format,
+    decode_incarnation,
+    decode_manifest,
+    encode_format,
+    encode_incarnation,
+    encode_manifest,
+)
+from moc.format.object import ObjectHeader, header_length, parse_header
+from moc.plan.lineage import Link, chain, merge_incarnations, tip
+from moc.store.port import Entry, Segment, Store
+
+__all__ = ["Finding", "Repository", "StoredCheckpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCheckpoint:
+    """A listed manifest; it is a checkpoint once `Repository.read_manifest` has accepted it."""
+
+    name: CheckpointName
+    modified_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something wrong with one key."""
+
+    key: str
+    error: MocError
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.error}"
+
+
+class Repository:
+    """One repository. Thread: any. Blocks: on the store. Raises: StorageError, IntegrityError."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @property
+    def url(self) -> str:
+        return self.store.properties.url
+
+    def exists(self) -> bool:
+        """Return whether there is a repository that this version can use; raises FormatUnsupportedError if there is another kind."""
+        try:
+            content = self.store.read(FORMAT_KEY, limit_bytes=4096)
+        except ObjectMissingError:
+            if self.store.list(MANIFESTS) or self.store.list(INCARNATIONS):
+                raise FormatUnsupportedError(
+                    f"repository has manifests but no {FORMAT_KEY}: url={self.url} allowed=the file {FORMAT_KEY!r} as written at creation"
+                ) from None
+            return False
+        decode_format(content, url=self.url)
+        return True
+
+    def require(self) -> None:
+        """Raise NoCheckpointError unless the repository exists."""
+        if not self.exists():
+            raise NoCheckpointError(f"no moc repository here: url={self.url}")
+
+    def create(self) -> None:
+        """Write FORMAT; writing it again writes the same bytes."""
+        self.store.put(FORMAT_KEY, [memoryview(encode_format())])
+
+    # Incarnations
+
+    def incarnations(self) -> tuple[tuple[Incarnation, ...], tuple[Finding, ...]]:
+        """Return all readable incarnation records, ascending, and what is wrong with the others."""
+        records, findings = [], []
+        for entry in self.store.list(INCARNATIONS):
+            parsed = parse_incarnation_key(entry.key)
+            if parsed is None:
+                continue
+            try:
+                record = decode_incarnation(self.store.read(entry.key, limit_bytes=RECORD_LIMIT_BYTES), name=entry.key)
+                if (record.run, record.number) != parsed:
+                    raise MismatchError(f"record names another life than its key: key={entry.key} run={record.run} number={record.number}")
+                records.append(record)
+            except (IntegrityError, MismatchError, ObjectMissingError) as error:
+                findings.append(Finding(key=entry.key, error=error))
+        return tuple(sorted(records, key=lambda r: (r.number, r.run))), tuple(findings)
+
+    def incarnation_numbers(self) -> tuple[tuple[str, int], ...]:
+        """Return (run, number) of every incarnation key, readable or not, ascending by number."""
+        parsed = [parse_incarnation_key(entry.key) for entry in self.store.list(INCARNATIONS)]
+        return tuple(sorted((p for p in parsed if p is not None), key=lambda p: (p[1], p[0])))
+
+    def put_incarnation(self, record: Incarnation) -> None:
+        """Write an incarnation record; raises FencedError where the store enforces create-only and another life has the number."""
+        self.store.put(
+            incarnation_key(record.run, record.number), [memoryview(encode_incarnation(record))], create_only=True
+        )
+
+    def lineage(self) -> tuple[Link, ...]:
+        """Return the chain that recovery would follow from what is stored."""
+        records, _ = self.incarnations()
+        merged = merge_incarnations(records, ())
+        return chain(merged, tip(merged))
+
+    # Checkpoints
+
+    def checkpoints(self) -> tuple[StoredCheckpoint, ...]:
+        """Return every listed manifest, by incarnation, step and attempt; contents are not read."""
+        found = []
+        for entry in self.store.list(MANIFESTS):
+            name = parse_manifest_key(entry.key)
+            if name is not None:
+                found.append(StoredCheckpoint(name=name, modified_s=entry.modified_s))
+        return tuple(sorted(found, key=lambda c: (c.name.incarnation, c.name.step, c.name.attempt)))
+
+    def read_manifest(self, name: CheckpointName) -> Manifest:
+        """Return a manifest; raises ObjectMissingError or ManifestCorruptError naming its key."""
+        key = manifest_key(name)
+        manifest = decode_manifest(self.store.read(key, limit_bytes=RECORD_LIMIT_BYTES), name=key)
+        if manifest.name != name:
+            raise ShardCorruptError(f"manifest names another checkpoint than its key: key={key} name={manifest.name}")
+        return manifest
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        """Commit. When this returns the checkpoint exists and survives a power loss."""
+        self.store.put(manifest_key(manifest.name), [memoryview(encode_manifest(manifest))])
+
+    def delete_manifest(self, name: CheckpointName) -> None:
+        self.store.delete(manifest_key(name))
+
+    # Objects
+
+    def put_object(self, key: str, segments: Sequence[Segment]) -> None:
+        """Write an object durably."""
+        self.store.put(key, segments)
+
+    def read_header(self, row: ObjectRow) -> ObjectHeader:
+        """Read and check an object's header against its manifest row; raises ShardCorruptError naming key and what differs."""
+        size = self.store.size_bytes(row.key)
+        if size != row.size_bytes:
+            raise ShardCorruptError(f"object has a wrong size: key={row.key} expected={row.size_bytes} actual={size}")
+        if row.header_bytes > row.size_bytes:
+            raise ShardCorruptError(f"object header is longer than the object: key={row.key} header={row.header_bytes}")
+        encoded = bytearray(row.header_bytes)
+        self.store.read_into(row.key, 0, memoryview(encoded))
+        actual = crc32c(encoded)
+        if actual != row.header_crc32c:
+            raise ShardCorruptError(f"object header checksum mismatch: key={row.key} expected={row.header_crc32c} actual={actual}")
+        if header_length(bytes(encoded[:8]), key=row.key) != row.header_bytes:
+            raise ShardCorruptError(f"object header has a wrong length: key={row.key} expected={row.header_bytes}")
+        header = parse_header(bytes(encoded), key=row.key)
+        if row.header_bytes + header.data_bytes != row.size_bytes:
+            raise ShardCorruptError(f"object data have a wrong length: key={row.key} data_bytes={header.data_bytes}")
+        return header
+
+    def read_range(self, row: ObjectRow, position: int, view: memoryview) -> None:
+        """Fill `view` from byte `position` of the object's data area; the caller checks the crc32c."""
+        self.store.read_into(row.key, row.header_bytes + position, view)
+
+    def objects(self) -> list[Entry]:
+        """Return every stored object, by key."""
+        return self.store.list(OBJECTS)
+
+    # Deletion in two phases (docs/format.md, invariant I5)
+
+    def read_victims(self, run: str, incarnation: int) -> tuple[str, ...]:
+        """Return the object keys that a life has condemned, sorted; empty if there is no list."""
+        key = victims_key(run, incarnation)
+        try:
+            fields = open_record(self.store.read(key, limit_bytes=RECORD_LIMIT_BYTES), name=key)
+        except ObjectMissingError:
+            return ()
+        return tuple(sorted(str(victim) for victim in fields.rows("victims")))
+
+    def put_victims(self, run: str, incarnation: int, victims: Sequence[str]) -> None:
+        """Replace the victim list; the one key that is re-written, by its own life only, because it is not part of any checkpoint."""
+        self.store.put(victims_key(run, incarnation), [memoryview(seal_record({"victims": sorted(victims)}))])
+
+    def victim_lists(self) -> list[Entry]:
+        return self.store.list(VICTIMS)
+
+    def close(self) -> None:
+        self.store.close()
