@@ -1,10 +1,11 @@
-"""The few operating-system calls that a local store makes, behind a port, so that a model of a page cache can stand in for the disk.
+"""The few operating-system calls of a local store, behind a port, so that a model of a page cache can stand in for the disk.
 
 Every method is one action that a power loss can come before or after; all raise OSError and translate nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -104,10 +105,8 @@ class PosixFilesystem:
         rows = []
         with os.scandir(path) as entries:
             for entry in entries:
-                try:
+                with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
                     rows.append(_facts(entry.name, entry.stat(follow_symlinks=False)))
-                except FileNotFoundError:
-                    continue  # deleted since the directory was read: not there
         return rows
 
     def make_directory(self, path: str) -> None:

@@ -1,6 +1,6 @@
 """Which keys are legal, in every store alike: pure functions, no I/O.
 
-The alphabet leaves out ``/`` tricks, NUL, backslash and ``~``; a local store names its temporary files with ``~``, so no key can name one.
+The alphabet leaves out NUL, backslash, blanks and ``~``; a local store's temporary files have a ``~``, so no key names one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ SEGMENT_LENGTH_LIMIT = 200  # file names end at 255 bytes, and a temporary name 
 
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
 _ALLOWED = (
-    f"'/'-separated segments of [A-Za-z0-9._-], none empty, '.' or '..', segment<={SEGMENT_LENGTH_LIMIT} key<={KEY_LENGTH_LIMIT}"
+    "segments of [A-Za-z0-9._-] joined by '/', none empty, '.' or '..', "
+    f"at most {SEGMENT_LENGTH_LIMIT} characters each and {KEY_LENGTH_LIMIT} in all"
 )
 
 

@@ -36,7 +36,9 @@ class MemoryStore:
                 raise FencedError(f"object exists with other bytes {key=} url={self._properties.url}")
             free_bytes = self._free_bytes()
             if free_bytes is not None and len(content) - len(present or b"") > free_bytes:
-                raise StoreFullError(f"no space left {key=} size_bytes={len(content)} {free_bytes=} url={self._properties.url}")
+                raise StoreFullError(
+                    f"no space left {key=} size_bytes={len(content)} {free_bytes=} url={self._properties.url}"
+                )
             self._objects[key] = content
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
@@ -47,7 +49,9 @@ class MemoryStore:
 
     def read_into(self, key: str, offset: int, view: memoryview) -> None:
         if offset < 0 or view.readonly or not view.c_contiguous:
-            raise UsageError(f"cannot read into this view {offset=} readonly={view.readonly} allowed=writable and contiguous")
+            raise UsageError(
+                f"cannot read into this view {offset=} readonly={view.readonly} allowed=writable, contiguous"
+            )
         content = self._content(key)
         wanted = offset + view.nbytes
         if wanted > len(content):

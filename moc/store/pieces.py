@@ -22,7 +22,7 @@ class Piece:
 
 
 def split_pieces(views: Sequence[memoryview], addresses: Sequence[int]) -> list[Piece]:
-    """Return the object's bytes in order, direct where place, address and length are aligned; at most `BATCH_BYTES` each."""
+    """Return the object's bytes in order, at most `BATCH_BYTES` each, direct where place, address and length are aligned."""
     pieces = []
     offset = 0
     for view, address in zip(views, addresses, strict=True):
@@ -37,7 +37,7 @@ def split_pieces(views: Sequence[memoryview], addresses: Sequence[int]) -> list[
 
 
 def batch_pieces(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Yield runs of adjacent pieces that one call can write: the same way, at most `BATCH_VIEWS` views and `BATCH_BYTES` bytes."""
+    """Yield runs of adjacent pieces that one call can write: all in the same way, within the limits of a batch."""
     batch: list[Piece] = []
     batch_bytes = 0
     for piece in pieces:

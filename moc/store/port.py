@@ -1,7 +1,7 @@
 """The storage port: what every store promises, and what moc assumes of it (docs/format.md, "Assumptions").
 
-Keys are relative, ``/``-separated, made of ``[A-Za-z0-9._-]`` segments, none of which is empty, ``.`` or ``..``. A key is written with
-one content only; writing it again means a retry with the same bytes.
+Keys are relative, ``/``-separated, made of ``[A-Za-z0-9._-]`` segments, none of which is empty, ``.`` or ``..`` (limits: key.py).
+A key is written with one content only; writing it again means a retry with the same bytes. No key is a prefix folder of another.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class StoreProperties:
 
 
 class Store(Protocol):
-    """Bytes in, bytes out. Thread: any method from any thread. Every method raises only StorageError subclasses or UsageError."""
+    """Bytes in, bytes out. Thread: any method from any thread.
+
+    Every method raises only StorageError and UsageError, and where it says so IntegrityError or FencedError.
+    """
 
     @property
     def properties(self) -> StoreProperties:
@@ -49,21 +52,24 @@ class Store(Protocol):
     def put(self, key: str, segments: Sequence[Segment], *, create_only: bool = False) -> None:
         """Store the concatenated segments; when this returns, the whole object survives a power loss.
 
-        A reader sees the whole object or nothing. Blocks: until durable. Never keeps a reference to a segment after it returns.
+        A reader sees the whole object or nothing. Blocks: until durable. Keeps no reference to a segment after it returns.
         With `create_only`, raises FencedError if the key exists with other bytes (where `properties.create_only`).
         """
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
-        """Return a whole small object; raises ObjectMissingError, or IntegrityError if it is larger than `limit_bytes`."""
+        """Return a whole small object; raises ObjectMissingError, or IntegrityError above `limit_bytes`."""
 
     def read_into(self, key: str, offset: int, view: memoryview) -> None:
-        """Fill `view` (writable, contiguous, bytes) from the object at byte `offset`; raises IntegrityError when the object ends before."""
+        """Fill `view` (writable, contiguous, bytes) from the object at byte `offset`.
+
+        Raises ObjectMissingError, or IntegrityError when the object ends before the view is full.
+        """
 
     def size_bytes(self, key: str) -> int:
         """Return the object's size; raises ObjectMissingError."""
 
     def list(self, prefix: str) -> list[Entry]:
-        """Return every object whose key starts with `prefix` + "/" (all when prefix is ""), sorted by key, never from a cache."""
+        """Return every object whose key starts with `prefix` + "/" (all when it is ""), sorted by key, never from a cache."""
 
     def delete(self, key: str) -> None:
         """Remove the object; removing a missing key is no error."""
