@@ -1,0 +1,51 @@
+# `make setup` creates .venv; every other target depends on it, and nothing is done twice.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := test,train,s3
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
+
+# The launcher and DeepSpeed's native operators look for `deepspeed` and `ninja` on the path.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DELETE_ON_ERROR:
+.PHONY: setup train test test-all lint format clean help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## create .venv with moc, its extension module and its tools
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and pinned: left to the resolver it may bring gigabytes of CUDA libraries along.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+train: setup ## run the main job: train, lose a rank, recover, prove that nothing changed
+	$(BIN)/python -m examples.main_job
+
+test: setup ## run the default suite
+	$(BIN)/python -m pytest
+
+test-all: setup ## run the long tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup ## check style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and what tools leave behind
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
