@@ -1,4 +1,4 @@
-"""The few operating-system calls of a local store, behind a port, so that a model of a page cache can stand in for the disk.
+"""The few operating-system calls of a local store, behind a port, so that a model of a disk can take their place.
 
 Every method is one action that a power loss can come before or after; all raise OSError and translate nothing.
 """

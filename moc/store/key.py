@@ -1,6 +1,6 @@
 """Which keys are legal, in every store alike: pure functions, no I/O.
 
-The alphabet leaves out NUL, backslash, blanks and ``~``; a local store's temporary files have a ``~``, so no key names one.
+The alphabet leaves out NUL, backslash, blanks and ``~``; a local store's temporary files have a ``~``.
 """
 
 from __future__ import annotations

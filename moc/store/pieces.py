@@ -22,7 +22,7 @@ class Piece:
 
 
 def split_pieces(views: Sequence[memoryview], addresses: Sequence[int]) -> list[Piece]:
-    """Return the object's bytes in order, at most `BATCH_BYTES` each, direct where place, address and length are aligned."""
+    """Return the bytes in order, at most `BATCH_BYTES` each, direct where place, address and length are aligned."""
     pieces = []
     offset = 0
     for view, address in zip(views, addresses, strict=True):

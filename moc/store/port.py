@@ -1,7 +1,8 @@
 """The storage port: what every store promises, and what moc assumes of it (docs/format.md, "Assumptions").
 
-Keys are relative, ``/``-separated, made of ``[A-Za-z0-9._-]`` segments, none of which is empty, ``.`` or ``..`` (limits: key.py).
-A key is written with one content only; writing it again means a retry with the same bytes. No key is a prefix folder of another.
+Keys are relative, ``/``-separated, made of ``[A-Za-z0-9._-]`` segments, none of which is empty, ``.`` or ``..``; limits
+stand in key.py. A key is written with one content only; writing it again means a retry with the same bytes. No key is
+another key's folder.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Store(Protocol):
     def put(self, key: str, segments: Sequence[Segment], *, create_only: bool = False) -> None:
         """Store the concatenated segments; when this returns, the whole object survives a power loss.
 
-        A reader sees the whole object or nothing. Blocks: until durable. Keeps no reference to a segment after it returns.
+        A reader sees the whole object or nothing. Blocks: until durable. Keeps no reference to a segment afterwards.
         With `create_only`, raises FencedError if the key exists with other bytes (where `properties.create_only`).
         """
 
@@ -69,7 +70,7 @@ class Store(Protocol):
         """Return the object's size; raises ObjectMissingError."""
 
     def list(self, prefix: str) -> list[Entry]:
-        """Return every object whose key starts with `prefix` + "/" (all when it is ""), sorted by key, never from a cache."""
+        """Return every object whose key starts with `prefix` + "/" (all when ""), sorted by key, never from a cache."""
 
     def delete(self, key: str) -> None:
         """Remove the object; removing a missing key is no error."""

@@ -1,8 +1,8 @@
 """The folders of a local store: its root, which must stay the same one, and the directories below it.
 
-A root that existed is never made again: one that is gone, or is another directory than before, is an unmounted disk until
-proven otherwise, and an empty mount point must not look like a repository without checkpoints. No symbolic link below the
-root is followed.
+A root that existed is never made again: one that is gone, or is another directory than before, is an unmounted disk
+until proven otherwise, and an empty mount point must not look like a repository without checkpoints. No symbolic link
+below the root is followed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Tree:
             self._files.fsync_directory(directory)
 
     def remove_empty_directories(self, key: str) -> None:
-        """Remove the key's directories from the bottom up to the first that is in use; not durable, and needs not be."""
+        """Remove the key's directories from the bottom up to the first that is in use; need not be durable."""
         directory = os.path.dirname(f"{self._root}/{key}")
         try:
             while directory != self._root:
@@ -137,7 +137,7 @@ class Tree:
         return facts
 
     def is_present(self) -> bool:
-        """Return whether the root exists; raises StoreUnavailableError when it has gone or another one is in its place."""
+        """Return whether the root exists; raises StoreUnavailableError when it has gone or was replaced."""
         try:
             facts = self._files.facts(self._root, follow=True)
         except FileNotFoundError:

@@ -1,0 +1,279 @@
+"""A store on any fsspec filesystem: object stores above all.
+
+A put is one call that sends the whole content (object stores upload parts concurrently and publish at the end), then a
+look at the stored length. Nothing is cached between calls, nothing is moved, and fsspec's transactions are not used.
+Object stores publish whole objects only; on filesystems that write in place (sftp, hdfs, ...) a reader may see a part
+of an object while it is being written, which the checksums of manifest and shards tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from moc.errors import (
+    ClosedError,
+    FencedError,
+    IntegrityError,
+    MocError,
+    ObjectMissingError,
+    StoreUnavailableError,
+    UsageError,
+)
+from moc.store.key import byte_views, is_key, require_key, require_prefix
+from moc.store.port import Entry, Segment, StoreProperties
+from moc.store.redact import redact_text, redact_url, secret_values
+from moc.store.translate import is_precondition_failure, translate_remote_error
+from moc.trace import Trace
+
+__all__ = ["RemoteStore"]
+
+READ_BYTES = 64 * 2**20  # one request; larger reads are several
+OBJECT_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"})
+CREATE_ONLY_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs"})
+
+
+class RemoteStore:
+    """Objects below a URL. Thread: any. Memory: one copy of an object during a put, `READ_BYTES` during a read."""
+
+    def __init__(
+        self, url: str, storage_options: Mapping[str, object] | None = None, *, trace: Trace | None = None
+    ) -> None:
+        options = dict(storage_options or {})
+        self._url = redact_url(url)
+        self._secrets = secret_values(url, options)
+        self._trace = trace or Trace()
+        self._files, self._base = self._connect(url, options)
+        protocol = self._files.protocol
+        schemes = {protocol} if isinstance(protocol, str) else set(protocol)
+        self._writes_objects = bool(schemes & OBJECT_SCHEMES)
+        self._creates_only = bool(schemes & CREATE_ONLY_SCHEMES)
+        # Other servers of S3's protocol may ignore the condition, so only AWS's own endpoint counts as enforcing it.
+        is_foreign = bool(getattr(self._files, "endpoint_url", None))
+        self._properties = StoreProperties(
+            url=self._url, create_only=self._creates_only and not is_foreign, is_local=False
+        )
+        # Filesystems that write in place truncate first: two puts of one key must not overlap.
+        self._in_place_lock = threading.Lock()
+
+    @property
+    def properties(self) -> StoreProperties:
+        return self._properties
+
+    def put(self, key: str, segments: Sequence[Segment], *, create_only: bool = False) -> None:
+        path = self._path(key)
+        content = b"".join(byte_views(segments))
+        turn = contextlib.nullcontext() if self._writes_objects else self._in_place_lock
+        with self._translated("put", key) as files, turn:
+            with self._trace.span("store.put", key=key, bytes=len(content)):
+                if create_only:
+                    self._pipe_new(files, path, key, content)
+                else:
+                    self._pipe(files, path, content)
+            stored_bytes = self._size(files, path, key)
+        if stored_bytes != len(content):
+            raise StoreUnavailableError(
+                f"wrong length after put {self._subject(key)} total_bytes={len(content)} {stored_bytes=}"
+            )
+
+    def read(self, key: str, *, limit_bytes: int) -> bytes:
+        path = self._path(key)
+        with self._translated("read", key) as files:
+            size_bytes = self._size(files, path, key)
+            if size_bytes > limit_bytes:
+                raise IntegrityError(f"object is too large {self._subject(key)} {size_bytes=} {limit_bytes=}")
+            return self._read_range(files, path, key, 0, size_bytes) if size_bytes else b""
+
+    def read_into(self, key: str, offset: int, view: memoryview) -> None:
+        if offset < 0 or view.readonly or not view.c_contiguous:
+            raise UsageError(
+                f"cannot read into this view {offset=} readonly={view.readonly} allowed=writable, contiguous"
+            )
+        path = self._path(key)
+        target = view.cast("B")
+        with self._translated("read", key) as files:
+            if not target.nbytes:
+                self._require_reach(files, path, key, offset)
+            for begin in range(0, target.nbytes, READ_BYTES):
+                part = target[begin : begin + READ_BYTES]
+                part[:] = self._read_range(files, path, key, offset + begin, part.nbytes)
+
+    def size_bytes(self, key: str) -> int:
+        path = self._path(key)
+        with self._translated("stat", key) as files:
+            return self._size(files, path, key)
+
+    def list(self, prefix: str) -> list[Entry]:
+        require_prefix(prefix)
+        directory = f"{self._base}/{prefix}" if prefix else self._base
+        entries = []
+        with self._translated("list", prefix) as files:
+            for path, row in self._rows(files, directory):
+                key = path[len(self._base) + 1 :]
+                if path.startswith(f"{directory}/") and is_key(key):
+                    entries.append(Entry(key=key, size_bytes=int(row["size"]), modified_s=_modified_s(row)))
+        return sorted(entries, key=lambda entry: entry.key)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with (
+            self._translated("delete", key) as files,
+            self._trace.span("store.delete", key=key),
+            contextlib.suppress(FileNotFoundError),
+        ):
+            files.rm_file(path)
+
+    def free_bytes(self) -> int | None:
+        with self._translated("free"):
+            return None
+
+    def exists(self) -> bool:
+        """Return whether anything is stored below the URL."""
+        with self._translated("exists") as files:
+            files.invalidate_cache()
+            return bool(files.exists(self._base))
+
+    def close(self) -> None:
+        self._files = None
+
+    def _connect(self, url: str, options: Mapping[str, object]) -> tuple[Any, str]:
+        """Return the filesystem, which no other code shares, and the path that the URL names in it."""
+        if any(mark in url for mark in "?#") or "::" in url:
+            raise UsageError(
+                f"no query, fragment or chain in a storage URL url={self._url} allowed=scheme://place/path"
+            )
+        try:
+            from fsspec.core import url_to_fs
+
+            files, base = url_to_fs(url, **{**options, "skip_instance_cache": True, "use_listings_cache": False})
+        except ImportError as error:
+            scheme = url.partition("://")[0]
+            raise UsageError(
+                f"a package for this kind of storage is not installed {scheme=} missing={error.name} "
+                "allowed=s3 after `pip install moc[s3]`; others after installing their fsspec package"
+            ) from error
+        except (ValueError, TypeError) as error:
+            reason = redact_text(str(error), self._secrets)
+            raise UsageError(f"storage URL or options not understood url={self._url} {reason=}") from None
+        except Exception as error:  # noqa: BLE001 - client libraries raise anything; translated, never dropped
+            raise translate_remote_error(
+                error, action="open", subject=f"url={self._url}", secrets=self._secrets
+            ) from None
+        base = str(base).rstrip("/")
+        if not base and "memory" not in files.protocol:
+            raise UsageError(f"storage URL names no place url={self._url} allowed=scheme://bucket/path")
+        return files, base
+
+    def _pipe(self, files: Any, path: str, content: bytes) -> None:
+        try:
+            files.pipe_file(path, content)
+        except FileNotFoundError:
+            if self._writes_objects:
+                raise
+            files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            files.pipe_file(path, content)
+
+    def _pipe_new(self, files: Any, path: str, key: str, content: bytes) -> None:
+        """Put unless other bytes are there; what the store itself does not enforce is looked at before."""
+        try:
+            if self._creates_only:
+                files.pipe_file(path, content, mode="create")
+                return
+            if not files.exists(path):
+                self._pipe(files, path, content)
+                return
+        except Exception as error:
+            if not is_precondition_failure(error):
+                raise
+        size_bytes = self._size(files, path, key)
+        if size_bytes != len(content) or any(
+            self._read_range(files, path, key, begin, min(READ_BYTES, size_bytes - begin))
+            != content[begin : begin + READ_BYTES]
+            for begin in range(0, size_bytes, READ_BYTES)
+        ):
+            raise FencedError(f"object exists with other bytes {self._subject(key)}")
+
+    def _size(self, files: Any, path: str, key: str) -> int:
+        files.invalidate_cache()
+        row = files.info(path)
+        if row["type"] != "file":
+            raise ObjectMissingError(f"object does not exist {self._subject(key)}")
+        return int(row["size"])
+
+    def _read_range(self, files: Any, path: str, key: str, offset: int, length: int) -> bytes:
+        try:
+            content = bytes(files.cat_file(path, start=offset, end=offset + length))
+        except Exception:
+            # Stores answer in many ways to a range behind the end.
+            self._require_reach(files, path, key, offset + length)
+            raise
+        if len(content) != length:
+            self._require_reach(files, path, key, offset + length)
+            raise StoreUnavailableError(
+                f"answer was cut off {self._subject(key)} {offset=} wanted_bytes={length} found_bytes={len(content)}"
+            )
+        return content
+
+    def _require_reach(self, files: Any, path: str, key: str, wanted_bytes: int) -> None:
+        size_bytes = self._size(files, path, key)
+        if size_bytes < wanted_bytes:
+            raise IntegrityError(f"object ends early {self._subject(key)} {wanted_bytes=} {size_bytes=}")
+
+    def _rows(self, files: Any, directory: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the path and the facts of every file below a directory, straight from the server."""
+        files.invalidate_cache()
+        try:
+            if self._writes_objects:
+                for path, row in files.find(directory, detail=True).items():
+                    if row["type"] == "file":
+                        yield str(path), row
+                return
+            # Not find(): on other filesystems it passes over directories that it may not read.
+            pending = [directory]
+            while pending:
+                for row in files.ls(pending.pop(), detail=True):
+                    if row["type"] == "directory":
+                        pending.append(row["name"])
+                    else:
+                        yield str(row["name"]).rstrip("/"), row
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if translate_remote_error(error, action="", subject="", secrets=()).__class__ is not ObjectMissingError:
+                raise
+
+    def _path(self, key: str) -> str:
+        return f"{self._base}/{require_key(key)}"
+
+    def _subject(self, key: str) -> str:
+        return f"{key=} url={self._url}"
+
+    @contextlib.contextmanager
+    def _translated(self, action: str, key: str = "") -> Iterator[Any]:
+        files = self._files
+        if files is None:
+            raise ClosedError(f"store is closed url={self._url}")
+        try:
+            yield files
+        except MocError:
+            raise
+        except Exception as error:  # noqa: BLE001 - client libraries raise anything; translated, never dropped
+            # Not chained: the foreign message, which a traceback would print, may quote signed URLs or keys.
+            raise translate_remote_error(
+                error, action=action, subject=self._subject(key), secrets=self._secrets
+            ) from None
+
+
+def _modified_s(row: Mapping[str, Any]) -> float:
+    """Return when the store says that the object was written, under any of the names that filesystems use."""
+    for name in ("LastModified", "mtime", "last_modified", "updated", "modified", "created"):
+        value = row.get(name)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                return datetime.fromisoformat(value.replace("Z", "+00:00")).timestamp()
+    return 0.0
