@@ -94,10 +94,10 @@ uint32_t extend(uint32_t state, const uint8_t* source, size_t length) {
   return extend_streams<Crc32>(state, source + whole, length - whole);
 }
 
-// For the few bytes before the first and after the last whole step.
+// For the few bytes before the first and after the last whole step; reads what it wrote, as the folding does.
 uint32_t copy_extend_short(uint32_t state, uint8_t* target, const uint8_t* source, size_t length) {
   std::memcpy(target, source, length);
-  return extend_streams<Crc32>(state, source, length);
+  return extend_streams<Crc32>(state, target, length);
 }
 
 uint32_t copy_extend(uint32_t state, uint8_t* target, const uint8_t* source, size_t length, Stores stores) {
