@@ -1,0 +1,204 @@
+"""Builds real repositories for tests: a small sharded model with experts, written by the format codecs and `Repository`.
+
+The model: dense tensors split flat over the ranks (uneven cuts, as ZeRO makes them), and experts spread over the ranks,
+so the expert-parallel size is the world size. Values depend on tensor, part, step and seed only, never on who writes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from moc._native import crc32c
+from moc.format.keys import CheckpointName, object_key
+from moc.format.manifest import Incarnation, Manifest, ObjectRow, Parent
+from moc.format.object import ObjectHeader, StoredShard, align, encode_header
+from moc.format.tagged import ArrayValue, encode_state
+from moc.repository import Repository
+from moc.state import Expert, RankCatalog, Shard, catalog_digest, check_coverage, shard_order
+from moc.store.port import Store
+from moc.topology import Topology
+
+__all__ = ["Model", "RepositoryBuilder", "build_history", "shard_bytes", "state_tree", "tensor_bytes"]
+
+PARTS = ("exp_avg", "exp_avg_sq", "master")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What is trained, and on how many ranks."""
+
+    world_size: int = 2
+    moe_layers: int = 2
+    experts: int = 4
+    hidden: int = 24
+    dense: tuple[tuple[str, tuple[int, ...]], ...] = (("embed.weight", (97, 24)), ("norm.weight", (7,)))
+    state_capacity_bytes: int = 16384
+
+    def catalogs(self) -> tuple[RankCatalog, ...]:
+        """Return who holds which shard, by rank."""
+        return tuple(
+            RankCatalog(
+                rank=rank,
+                shards=tuple(sorted([*self._dense_of(rank), *self._experts_of(rank)], key=shard_order)),
+                state_capacity_bytes=self.state_capacity_bytes,
+            )
+            for rank in range(self.world_size)
+        )
+
+    def topology(self) -> Topology:
+        sizes = (("ep_size_" + str(self.world_size), self.world_size),) if self.moe_layers else ()
+        return Topology(world_size=self.world_size, node_of_rank=(0,) * self.world_size, ep_sizes=sizes)
+
+    def _dense_of(self, rank: int) -> list[Shard]:
+        shards = []
+        for tensor, shape in self.dense:
+            first, last = (prod(shape) * r // self.world_size for r in (rank, rank + 1))
+            if last > first:
+                shards += [_shard(tensor, part, shape, first, last - first, None) for part in PARTS]
+        return shards
+
+    def _experts_of(self, rank: int) -> list[Shard]:
+        shape = (self.hidden, 2 * self.hidden)
+        per_rank = self.experts // self.world_size
+        return [
+            _shard(f"layers.{layer}.experts.{index}.w1", part, shape, 0, prod(shape), Expert(layer=layer, index=index))
+            for layer in range(self.moe_layers)
+            for index in range(rank * per_rank, (rank + 1) * per_rank)
+            for part in PARTS
+        ]
+
+
+@dataclass(slots=True)
+class RepositoryBuilder:
+    """Writes lives and checkpoints of one run into a store."""
+
+    store: Store
+    run: str = "run-7"
+    model: Model = field(default_factory=Model)
+    seed: int = 0
+    fingerprint: Mapping[str, object] = field(default_factory=lambda: {"optimizer": "AdamW", "parameters": 9})
+    versions: Mapping[str, object] = field(default_factory=lambda: {"moc": "0.1.0", "torch": "2.13.0"})
+    repository: Repository = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.repository = Repository(self.store)
+        self.repository.create()
+
+    def begin(self, number: int, *, parent: Parent | None = None, reason: str | None = None) -> Incarnation:
+        """Begin a life of the job."""
+        record = Incarnation(
+            run=self.run,
+            number=number,
+            token=f"{number:08x}",
+            parent=parent,
+            reason=reason or ("start" if parent is None else "recover"),
+            fingerprint=self.fingerprint,
+        )
+        self.repository.put_incarnation(record)
+        return record
+
+    def commit(
+        self,
+        incarnation: int,
+        step: int,
+        *,
+        attempt: str | None = None,
+        parent: Parent | None = None,
+        is_finite: bool = True,
+    ) -> Manifest:
+        """Write one whole checkpoint, its manifest last."""
+        name = self.name(incarnation, step, attempt=attempt)
+        catalogs = self.model.catalogs()
+        rows = [row for catalog in catalogs for row in self.write_objects(name, catalog)]
+        manifest = Manifest(
+            name=name,
+            parent=parent,
+            topology=self.model.topology().to_json(),
+            catalog_digest=catalog_digest(catalogs),
+            tensors=check_coverage(shard for catalog in catalogs for shard in catalog.shards),
+            objects=tuple(sorted(rows, key=lambda row: row.key)),
+            fingerprint=self.fingerprint,
+            versions=self.versions,
+            is_finite=is_finite,
+        )
+        self.repository.put_manifest(manifest)
+        return manifest
+
+    def name(self, incarnation: int, step: int, *, attempt: str | None = None) -> CheckpointName:
+        attempt = attempt or hashlib.sha256(f"{incarnation}/{step}".encode()).hexdigest()[:8]
+        return CheckpointName(run=self.run, incarnation=incarnation, step=step, attempt=attempt)
+
+    def write_objects(self, name: CheckpointName, catalog: RankCatalog) -> list[ObjectRow]:
+        """Write one rank's objects and return their manifest rows."""
+        dense = [shard for shard in catalog.shards if shard.expert is None]
+        experts = [shard for shard in catalog.shards if shard.expert is not None]
+        rows = [self._write_object(name, catalog.rank, "d", dense, state_tree(catalog.rank, name.step))]
+        if experts:
+            rows.append(self._write_object(name, catalog.rank, "e00", experts, None))
+        return rows
+
+    def _write_object(
+        self, name: CheckpointName, rank: int, piece: str, shards: Sequence[Shard], state: object
+    ) -> ObjectRow:
+        data = bytearray()
+        stored = []
+        for shard in shards:
+            content = shard_bytes(shard, name.step, self.seed)
+            stored.append(StoredShard(shard=shard, step=name.step, position=len(data), crc32c=crc32c(content)))
+            data += content.ljust(align(len(content)), b"\0")
+        state_row = None
+        if state is not None:
+            blob = encode_state(state).to_bytes()
+            state_row = (len(data), len(blob), crc32c(blob))
+            data += blob.ljust(align(len(blob)), b"\0")
+        header = encode_header(
+            ObjectHeader(name=name, rank=rank, piece=piece, shards=tuple(stored), state=state_row, data_bytes=len(data))
+        )
+        key = object_key(name, rank, piece)
+        self.repository.put_object(key, [memoryview(header), memoryview(data)])
+        return ObjectRow(
+            key=key, size_bytes=len(header) + len(data), header_bytes=len(header), header_crc32c=crc32c(header)
+        )
+
+
+def state_tree(rank: int, step: int) -> dict[str, object]:
+    """Return what a rank stores beside its shards."""
+    noise = memoryview(hashlib.shake_128(f"rng/{rank}/{step}".encode()).digest(256))
+    return {
+        "counters": {"global_steps": step, "skipped_steps": 0},
+        "rng": ArrayValue(dtype="U8", shape=(256,), kind="torch", data=noise),
+        "scheduler": {"last_lr": [1e-3 / (1 + step)], "betas": (0.9, 0.95)},
+    }
+
+
+def shard_bytes(shard: Shard, step: int, seed: int = 0) -> bytes:
+    """Return the bytes that a builder with this seed stores for a shard."""
+    whole = tensor_bytes(shard.tensor, shard.part, prod(shard.shape), step, seed)
+    return whole[shard.offset * 4 : (shard.offset + shard.length) * 4]
+
+
+def tensor_bytes(tensor: str, part: str, elements: int, step: int, seed: int = 0) -> bytes:
+    """Return a whole tensor's bytes: finite float32 values between -2 and 2."""
+    noise = hashlib.shake_128(f"{seed}/{tensor}/{part}/{step}".encode()).digest(elements)
+    return array("f", [byte / 64 - 2 for byte in noise]).tobytes()
+
+
+def _shard(tensor: str, part: str, shape: tuple[int, ...], offset: int, length: int, expert: Expert | None) -> Shard:
+    return Shard(tensor=tensor, part=part, dtype="F32", shape=shape, offset=offset, length=length, expert=expert)
+
+
+def build_history(store: Store, *, model: Model | None = None) -> RepositoryBuilder:
+    """Write three lives: steps 10, 20, 30; a fork at 20 with its own 30, 40; a rewind to that 30, nothing saved yet."""
+    builder = RepositoryBuilder(store, model=model or Model())
+    builder.begin(1)
+    for step in (10, 20, 30):
+        builder.commit(1, step)
+    builder.begin(2, parent=Parent(incarnation=1, step=20, attempt=builder.name(1, 20).attempt))
+    for step in (30, 40):
+        builder.commit(2, step)
+    builder.begin(3, parent=Parent(incarnation=2, step=30, attempt=builder.name(2, 30).attempt), reason="rewind")
+    return builder
