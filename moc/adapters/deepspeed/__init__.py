@@ -1,0 +1,8 @@
+"""The adapter for DeepSpeed engines with ZeRO stages 1 and 2, dense or with expert parallelism."""
+
+from __future__ import annotations
+
+from moc.adapters.deepspeed.hooks import Hooks
+from moc.adapters.deepspeed.state import DeepSpeedState, Stateful
+
+__all__ = ["DeepSpeedState", "Hooks", "Stateful"]

@@ -1,0 +1,94 @@
+"""Where a manager hears of an engine's steps: wrapped methods on the instance, so that `isinstance` and the class stay as they are.
+
+`_take_model_step` is the only point that all ways to update share, and runs at accumulation boundaries alone; the outer `step` counts
+the micro step after it. So the former says "really updated", skipped updates (a norm that is not finite) included, and the exit of the
+latter is the boundary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from moc.errors import UsageError
+
+__all__ = ["Hooks"]
+
+MARK = "__moc_hooks__"
+
+
+class Hooks:
+    """Calls of a manager around an engine's methods, from construction to `detach`. Thread: the training thread.
+
+    before_update: the weights are about to change. after_step: an outer `step` that updated has returned. on_load: the engine has
+    loaded one of DeepSpeed's own checkpoints. on_destroy: the engine is about to be destroyed.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        before_update: Callable[[], None],
+        after_step: Callable[[], None],
+        on_load: Callable[[], None],
+        on_destroy: Callable[[], None],
+    ) -> None:
+        if hasattr(engine.__dict__.get("step"), MARK):
+            raise UsageError("engine is already attached: attached=1 allowed=1, detach the other manager first")
+        self._engine: Any = engine
+        self._before_update = before_update
+        self._after_step = after_step
+        self._on_load = on_load
+        self._on_destroy = on_destroy
+        self._is_updated = False
+        self._previous: dict[str, Any] = {}
+        self._wrap("_take_model_step", self._take_model_step)
+        self._wrap("step", self._step)
+        self._wrap("load_checkpoint", self._load_checkpoint)
+        self._wrap("destroy", self._destroy)
+
+    def detach(self) -> None:
+        """Leave the engine's attributes as they were; again is harmless."""
+        for name, previous in self._previous.items():
+            if previous is None:
+                delattr(self._engine, name)
+            else:
+                setattr(self._engine, name, previous)
+        self._previous = {}
+
+    def _wrap(self, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(self._engine, name)
+        self._previous[name] = self._engine.__dict__.get(name)
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        setattr(wrapper, MARK, self)
+        setattr(self._engine, name, wrapper)
+
+    def _take_model_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._before_update()
+        result = original(*args, **kwargs)
+        self._is_updated = True
+        return result
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._is_updated = False
+        result = original(*args, **kwargs)
+        if self._is_updated:
+            self._is_updated = False
+            self._after_step()
+        return result
+
+    def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if result[0] is not None:  # DeepSpeed returns (None, {}) when it found nothing
+            self._on_load()
+        return result
+
+    def _destroy(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._on_destroy()
+        return original(*args, **kwargs)
