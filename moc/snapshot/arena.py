@@ -33,6 +33,7 @@ _MAGIC = b"mocarena"
 _VERSION = 1
 _PROLOGUE = struct.Struct("<8sQQQ")  # magic, version, room of one descriptor area, arena size
 _SELECTOR = 64  # offset of the word that names the valid descriptor area
+_GLOBAL_STEP, _COMMITTED_STEP = 128, 192  # offsets of the agent's words; 0 means none, else step + 1
 _AREA = struct.Struct("<QI")  # length, crc32c; in front of each descriptor
 _SEALED_STEP, _BEAT_STEP, _BEAT_NS, _BEAT_INTERVAL_NS, _BEAT_INCARNATION = range(5)
 WORD_BYTES = 64  # one cache line per word
@@ -152,6 +153,16 @@ class Arena:
         return int(_PROLOGUE.unpack_from(self._view, 0)[2])
 
     # Words
+
+    def publish(self, *, global_step: int | None, committed_step: int | None) -> None:
+        """Tell the trainers what is global and what is committed. Agent only."""
+        for offset, step in ((_GLOBAL_STEP, global_step), (_COMMITTED_STEP, committed_step)):
+            store_release_u64(self.address + offset, 0 if step is None else step + 1)
+
+    def published(self) -> tuple[int | None, int | None]:
+        """Return the newest global and the newest committed step of this life."""
+        raw = [load_acquire_u64(self.address + offset) for offset in (_GLOBAL_STEP, _COMMITTED_STEP)]
+        return (raw[0] - 1 if raw[0] else None, raw[1] - 1 if raw[1] else None)
 
     def words(self, rank: int) -> RankWords:
         """Return a rank's words."""

@@ -265,14 +265,14 @@ class LocalStore:
                 self._files.close(handle)
 
     def _read_fully(self, handle: int, key: str, offset: int, view: memoryview) -> None:
-        done = 0
-        while done < view.nbytes:
+        wanted_bytes = offset + view.nbytes
+        size_bytes = self._files.size_bytes(handle)
+        done = 0 if wanted_bytes <= size_bytes else -1
+        while 0 <= done < view.nbytes:
             count = self._files.read(handle, offset + done, view[done : done + READ_BYTES])
-            if count == 0:
-                wanted = offset + view.nbytes
-                found = self._files.size_bytes(handle)
-                raise IntegrityError(f"object ends early {self._subject(key)} wanted_bytes={wanted} size_bytes={found}")
-            done += count
+            done = done + count if count else -1
+        if done < 0:
+            raise IntegrityError(f"object ends early {self._subject(key)} {wanted_bytes=} {size_bytes=}")
 
     # Checks
 

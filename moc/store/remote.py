@@ -26,7 +26,7 @@ from moc.errors import (
 from moc.store.key import byte_views, is_key, require_key, require_prefix
 from moc.store.port import Entry, Segment, StoreProperties
 from moc.store.redact import redact_text, redact_url, secret_values
-from moc.store.translate import is_precondition_failure, translate_remote_error
+from moc.store.translate import class_for_remote, is_precondition_failure, translate_remote_error
 from moc.trace import Trace
 
 __all__ = ["RemoteStore"]
@@ -119,12 +119,12 @@ class RemoteStore:
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with (
-            self._translated("delete", key) as files,
-            self._trace.span("store.delete", key=key),
-            contextlib.suppress(FileNotFoundError),
-        ):
-            files.rm_file(path)
+        with self._translated("delete", key) as files, self._trace.span("store.delete", key=key):
+            try:
+                files.rm_file(path)
+            except Exception as error:
+                if class_for_remote(error) is not ObjectMissingError:
+                    raise
 
     def free_bytes(self) -> int | None:
         with self._translated("free"):
@@ -240,7 +240,7 @@ class RemoteStore:
                     else:
                         yield str(row["name"]).rstrip("/"), row
         except (FileNotFoundError, NotADirectoryError) as error:
-            if translate_remote_error(error, action="", subject="", secrets=()).__class__ is not ObjectMissingError:
+            if class_for_remote(error) is not ObjectMissingError:
                 raise
 
     def _path(self, key: str) -> str:

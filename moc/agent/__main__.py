@@ -1,0 +1,42 @@
+"""The agent's process: `python -m moc.agent`. Started by the first trainer of a node, or by `moc agent start`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from moc.agent.server import Agent
+from moc.clock import SystemClock
+from moc.trace import JsonLinesSink, Trace
+
+AGENT_NICE = 10  # training goes first on the cores they share
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="moc.agent", description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--idle-s", type=float, required=True)
+    parser.add_argument("--ready-fd", type=int, default=None, help="a pipe that is closed once the agent listens")
+    parser.add_argument("--foreground", action="store_true", help="stay in this process, for a sidecar container")
+    parser.add_argument("--trace", type=Path, default=None, help="append spans to this file")
+    options = parser.parse_args()
+    if not options.foreground and os.fork():
+        os._exit(0)  # the parent: the agent is now nobody's child and survives a kill of the trainer's process tree
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    os.nice(AGENT_NICE)
+    trace = Trace() if options.trace is None else Trace(JsonLinesSink(options.trace))
+    agent = Agent(options.folder, run=options.run, idle_s=options.idle_s, clock=SystemClock(), trace=trace)
+    if not agent.listen():
+        return 0  # another agent has the lock
+    if options.ready_fd is not None:
+        os.close(options.ready_fd)
+    agent.serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

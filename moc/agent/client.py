@@ -1,0 +1,160 @@
+"""A trainer's or the command line's connection to the node agent.
+
+The verbs `hello` and `drain` keep their meaning in every version, so that a new trainer can talk an old agent into leaving.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import moc
+from moc.agent import wire
+from moc.agent.runtime import LOG_NAME, SOCKET_NAME
+from moc.errors import CoordinationError, StoreUnavailableError, WaitTimeoutError
+
+__all__ = ["AgentClient", "ensure_agent"]
+
+START_TIMEOUT_S = 20.0
+DRAIN_TIMEOUT_S = 600.0
+
+
+class AgentClient:
+    """One connection. Thread: any; requests are serialised."""
+
+    def __init__(self, sock: socket.socket, folder: Path) -> None:
+        self._sock, self.folder = sock, folder
+        self._lock = threading.Lock()
+
+    @classmethod
+    def connect(cls, folder: Path, *, timeout_s: float) -> AgentClient:
+        """Connect to the agent of a runtime folder; raises StoreUnavailableError if none answers."""
+        return cls(wire.connect(str(folder / SOCKET_NAME), timeout_s), folder)
+
+    def request(
+        self, verb: str, fields: Mapping[str, object] | None = None, descriptors: Sequence[int] = (), *, timeout_s: float | None = None
+    ) -> tuple[wire.Message, list[int]]:
+        """Send a request and return the reply and its descriptors.
+
+        Raises: CoordinationError with the agent's words if it refuses, WaitTimeoutError, StoreUnavailableError when it is gone.
+        """
+        with self._lock:
+            before = self._sock.gettimeout()
+            try:
+                if timeout_s is not None:
+                    self._sock.settimeout(timeout_s)
+                wire.send(self._sock, {"verb": verb, **(fields or {})}, descriptors)
+                reply, received = wire.receive(self._sock)
+            except TimeoutError as error:
+                self._sock.close()  # the late reply must not answer the next request
+                raise WaitTimeoutError(f"agent did not answer in time: verb={verb} timeout_s={timeout_s or before}") from error
+            except (OSError, ValueError) as error:
+                raise StoreUnavailableError(f"agent is gone: verb={verb} reason={error}") from error
+            if timeout_s is not None:
+                self._sock.settimeout(before)
+        if "error" in reply:
+            for descriptor in received:
+                os.close(descriptor)
+            raise CoordinationError(f"agent refused: verb={verb} reason={reply['error']}")
+        return reply, received
+
+    def ring(self) -> None:
+        """Tell the agent that there is something to see; never blocks, and a lost bell costs the agent's polling interval."""
+        try:
+            self._sock.setblocking(False)
+            wire.send(self._sock, {"verb": "bell"})
+        except OSError:
+            return  # full queue, or no agent: it looks by itself, or will be replaced at the next boundary
+
+    def is_gone(self) -> bool:
+        """Return whether the agent has closed this connection; never blocks."""
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def hello(self, *, rank: int | None, incarnation: int | None) -> wire.Message:
+        """Introduce this process, with a pidfd of it; the agent watches the pidfd of a trainer."""
+        pidfd = os.pidfd_open(os.getpid())
+        try:
+            fields = {"version": moc.__version__, "pid": os.getpid(), "rank": rank, "incarnation": incarnation}
+            return self.request("hello", fields, [pidfd])[0]
+        finally:
+            os.close(pidfd)
+
+    def status(self) -> wire.Message:
+        """Return the agent's report."""
+        return self.request("status")[0]
+
+    def drain(self, timeout_s: float = DRAIN_TIMEOUT_S) -> wire.Message:
+        """Have the agent persist the newest global snapshot and leave; returns once it is persisted and its lock is free."""
+        reply, _ = self.request("drain", timeout_s=timeout_s)
+        self.close()
+        _wait_unlocked(self.folder)
+        return reply
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def ensure_agent(folder: Path, *, run: str, idle_s: float, timeout_s: float) -> AgentClient:
+    """Return a connection to this version's agent, starting one if need be and draining one of another version.
+
+    Called by one trainer per node. Blocks: about 0.3 s for a start, longer for a drain.
+    """
+    for _ in range(3):  # connect; replace an old version; start
+        try:
+            client = AgentClient.connect(folder, timeout_s=timeout_s)
+        except StoreUnavailableError:
+            _start(folder, run=run, idle_s=idle_s)
+            continue
+        reply = client.hello(rank=None, incarnation=None)
+        if reply.get("version") == moc.__version__:
+            return client
+        client.drain()
+    raise CoordinationError(f"agent could not be started: folder={folder} log={folder / LOG_NAME}")
+
+
+def _start(folder: Path, *, run: str, idle_s: float) -> None:
+    """Start an agent that outlives this process and its process tree; return when it listens, or when it gave up."""
+    ready, ready_child = os.pipe()
+    command = [sys.executable, "-m", "moc.agent", "--folder", str(folder), "--run", run, "--idle-s", str(idle_s)]
+    try:
+        with (folder / LOG_NAME).open("ab") as log_file:
+            starter = subprocess.Popen(
+                [*command, "--ready-fd", str(ready_child)],
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                cwd=folder,
+                pass_fds=(ready_child,),
+                start_new_session=True,
+            )
+        os.close(ready_child)
+        ready_child = -1
+        starter.wait(START_TIMEOUT_S)  # it forks the agent and leaves, so that nobody finds the agent among our children
+        with os.fdopen(ready, "rb") as stream:
+            ready = -1
+            stream.read()  # ends when the agent listens, or has died
+    except subprocess.TimeoutExpired as error:
+        raise CoordinationError(f"agent did not start in time: folder={folder} timeout_s={START_TIMEOUT_S}") from error
+    finally:
+        for descriptor in (ready, ready_child):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def _wait_unlocked(folder: Path) -> None:
+    """Wait until the agent that is leaving has let go of its lock."""
+    from moc.agent.runtime import LOCK_NAME
+
+    with (folder / LOCK_NAME).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,0 +1,242 @@
+"""Custody of the arena: what is sealed, what is global, what is pinned, and what may be freed. Only the agent frees.
+
+Thread: the agent's main thread, except `pin` and `unpin`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moc.errors import UsageError
+from moc.format.manifest import Incarnation, decode_incarnation
+from moc.plan.freeing import Seal, complete_steps, freeable, global_step
+from moc.plan.layout import arrange_arena
+from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
+from moc.snapshot.seal import PERSIST, SealRecord
+from moc.state import RankCatalog, Shard
+
+__all__ = ["Custody", "Life", "available_memory_bytes"]
+
+log = logging.getLogger(__name__)
+
+RESERVE_BYTES = 512 << 20  # left to everything else on the node when an arena is created
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """The present life, as the arena's descriptor tells it."""
+
+    record: Incarnation
+    lineage: tuple[Incarnation, ...]
+    ranks: tuple[int, ...]
+    descriptor: Mapping[str, Any]
+
+    @staticmethod
+    def of(descriptor: Mapping[str, Any]) -> Life:
+        records = [decode_incarnation(text.encode(), name="arena descriptor") for text in descriptor["lineage"]]
+        return Life(
+            record=records[-1],
+            lineage=tuple(records),
+            ranks=tuple(sorted(row["rank"] for row in descriptor["catalogs"])),
+            descriptor=descriptor,
+        )
+
+
+class Custody:
+    """The arena in the agent's hands, and the custody of an earlier life's arena where the layout has changed since."""
+
+    def __init__(self, arena: Arena, *, earlier: Custody | None = None) -> None:
+        self.arena, self.earlier = arena, earlier
+        self._records: dict[tuple[int, int], SealRecord] = {}
+        self._pins: dict[tuple[int, int], int] = {}
+        self._pins_lock = threading.Lock()
+        self._adopt_descriptor()
+
+    @classmethod
+    def create(cls, descriptor: Mapping[str, Any], *, earlier: Custody | None) -> Custody:
+        """Create an arena for a life. Blocks: about 0.7 s per GB. Raises: UsageError if it does not fit."""
+        layout = arrange_arena(
+            _catalogs(descriptor), versions=descriptor["versions"], descriptor_bytes=descriptor_room(descriptor)
+        )
+        held_bytes = 0 if earlier is None else earlier.arena.size_bytes
+        _refuse_if_too_large(layout.size_bytes, descriptor["memory_budget_bytes"], held_bytes)
+        return cls(Arena.create(descriptor, layout, name=str(descriptor["run"])), earlier=earlier)
+
+    def fits(self, descriptor: Mapping[str, Any]) -> bool:
+        """Return whether this memory can serve a life with that descriptor."""
+        held = self.arena.descriptor
+        return bool(held["catalogs"] == descriptor["catalogs"] and held["versions"] == descriptor["versions"])
+
+    def renew(self, descriptor: Mapping[str, Any]) -> None:
+        """Begin a new life on the same memory: keep the recovery source and what is pinned, free the rest.
+
+        No trainer of an earlier life may be alive.
+        """
+        self.arena.describe(descriptor)
+        self._adopt_descriptor()
+        keep = self.pinned() | ({self._source} if self._source is not None else set())
+        self._refresh()
+        for (rank, index), record in list(self._records.items()):
+            if (record.incarnation, record.step) not in keep:
+                self._free(rank, index)
+        for rank in self.life.ranks:
+            self.arena.clear_words(rank)
+
+    def _adopt_descriptor(self) -> None:
+        self.life = Life.of(self.arena.descriptor)
+        parent = self.life.record.parent
+        self._source = None if parent is None else (parent.incarnation, parent.step)
+        self._settled: set[int] = set()
+        self.global_step: int | None = None
+
+    def pin(self, incarnation: int, step: int) -> None:
+        """Keep the seals of a step until `unpin`. Thread: any."""
+        with self._pins_lock:
+            key = (incarnation, step)
+            self._pins[key] = self._pins.get(key, 0) + 1
+
+    def unpin(self, incarnation: int, step: int) -> None:
+        """Undo one `pin`. Thread: any."""
+        with self._pins_lock:
+            key = (incarnation, step)
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                del self._pins[key]
+
+    def pinned(self) -> set[tuple[int, int]]:
+        with self._pins_lock:
+            return set(self._pins)
+
+    def scan(self) -> list[tuple[int, str]]:
+        """Look at all records, free what nothing needs; return (step, attempt) of complete, unended saves of this life, ascending."""
+        self._refresh()
+        ranks, incarnation = self.life.ranks, self.life.record.number
+        seals = self._seals()
+        step = global_step(seals, ranks, incarnation)
+        if step is not None and step != self.global_step:
+            self.global_step = step
+            self._source = None  # the new life stands on its own
+        if self.global_step is not None and self.earlier is not None and not self.earlier.pinned():
+            self.earlier.close()
+            self.earlier = None
+        wanted = self.unfinished_saves()
+        keep = self.pinned() | {(incarnation, s) for s in wanted}
+        if self._source is not None:
+            keep.add(self._source)
+        for seal in freeable(seals, ranks, incarnation, keep):
+            self._free(seal.rank, seal.record)
+        return [(s, wanted[s]) for s in complete_steps(seals, ranks, incarnation) if s in wanted]
+
+    def records_of(self, incarnation: int, step: int) -> dict[int, SealRecord]:
+        """Return the seals of one step by rank."""
+        return {
+            rank: record
+            for (rank, _), record in sorted(self._records.items())
+            if record.incarnation == incarnation and record.step == step
+        }
+
+    def settle(self, step: int) -> None:
+        """Say that the save of this step has ended, well or badly, and holds its seals no longer."""
+        self._settled.add(step)
+
+    def source(self) -> Custody:
+        """Return the custody that a recovery reads from: the earlier life's until this one has a global step."""
+        return self.earlier if self.earlier is not None and self.global_step is None else self
+
+    def inventory(self) -> dict[str, object]:
+        """Return what a recovery may choose from: complete snapshots, incomplete and corrupt ones, the lineage."""
+        arena, life = self.source().arena, self.source().life
+        holders: dict[tuple[int, int, str], set[int]] = {}
+        for rank in life.ranks:
+            for record in arena.seals(rank).values():
+                holders.setdefault((record.incarnation, record.step, record.attempt), set()).add(rank)
+        return {
+            "lineage": list(self.life.descriptor["lineage"]),
+            "ranks": list(life.ranks),
+            "snapshots": [list(key) for key, held in sorted(holders.items()) if held >= set(life.ranks)],
+            "incomplete": [[*key, sorted(held)] for key, held in sorted(holders.items()) if held < set(life.ranks)],
+            "corrupt": [[c.rank, c.record] for rank in life.ranks for c in arena.corrupt_seals(rank)],
+        }
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.earlier is not None:
+            self.earlier.close()
+        self.arena.close()
+
+    def _refresh(self) -> None:
+        for rank in self.life.ranks:
+            for index in range(self.arena.rank_layout(rank).versions):
+                key = (rank, index)
+                if self.arena.is_free(rank, index):
+                    self._records.pop(key, None)
+                elif key not in self._records:
+                    record = self.arena.read_seal(rank, index)
+                    if isinstance(record, CorruptSeal):
+                        log.error("seal record is corrupt: rank=%d record=%d", rank, index)
+                        self.arena.free(rank, index)  # it can never be used, and would hold its slots for ever
+                    elif record is not None:
+                        self._records[key] = record
+
+    def _seals(self) -> list[Seal]:
+        return sorted(
+            Seal(incarnation=r.incarnation, step=r.step, rank=rank, record=index, attempt=r.attempt)
+            for (rank, index), r in self._records.items()
+        )
+
+    def unfinished_saves(self) -> dict[int, str]:
+        """Return step → attempt of saves that at least one rank has sealed and that have not ended."""
+        number = self.life.record.number
+        return {
+            r.step: r.attempt
+            for r in self._records.values()
+            if r.incarnation == number and r.flags & PERSIST and r.step not in self._settled
+        }
+
+    def _free(self, rank: int, index: int) -> None:
+        self.arena.free(rank, index)
+        self._records.pop((rank, index), None)
+
+
+def available_memory_bytes() -> int:
+    """Return what this process may still take: free RAM, and what is left under each memory cgroup it is in."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, _, path = line.split(":", 2)
+        if number != "0":
+            continue
+        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
+        for level in [folder, *folder.parents]:
+            limit, used = level / "memory.max", level / "memory.current"
+            if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+                free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0)
+
+
+def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: int) -> None:
+    if budget_bytes is not None and size_bytes > budget_bytes:
+        raise UsageError(f"snapshots do not fit: arena_bytes={size_bytes} allowed=memory_budget_bytes={budget_bytes}")
+    free = available_memory_bytes() - RESERVE_BYTES
+    if size_bytes > free:
+        hint = f"; {held_bytes} bytes are held for the earlier life, `moc agent stop` persists and frees them" if held_bytes else ""
+        raise UsageError(
+            f"snapshots do not fit: arena_bytes={size_bytes} allowed={free} (free memory less a reserve); fewer versions or ranks per "
+            f"node make it smaller{hint}"
+        )
+
+
+def _catalogs(descriptor: Mapping[str, Any]) -> tuple[RankCatalog, ...]:
+    return tuple(
+        RankCatalog(
+            rank=row["rank"],
+            shards=tuple(Shard.from_json(shard) for shard in row["shards"]),
+            state_capacity_bytes=row["state_capacity_bytes"],
+        )
+        for row in descriptor["catalogs"]
+    )

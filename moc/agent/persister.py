@@ -1,0 +1,182 @@
+"""The agent's persist thread: one save at a time, from sealed slots to a committed manifest, then retention.
+
+A save that fails is reported to whoever waits for it and counted; nothing here can stop training.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moc.commit import CommitPlan, build_manifest, commit, refuse_if_fenced
+from moc.errors import FencedError, MocError
+from moc.format.keys import CheckpointName
+from moc.format.manifest import Incarnation, Parent
+from moc.gc import Retention
+from moc.persist import checkpoint_name, persist_rank
+from moc.repository import Repository
+from moc.snapshot.arena import Arena
+from moc.snapshot.seal import SealRecord
+from moc.store.open import open_store
+from moc.trace import Trace
+
+__all__ = ["Outcome", "Persister", "SaveJob"]
+
+log = logging.getLogger(__name__)
+
+QUEUE_LIMIT = 2  # saves that somebody waits for; more are refused
+WRITERS = 4  # ranks persisted at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveJob:
+    """One save: the seals of all ranks at one step, and the life they belong to. The agent pins the step until `on_end`."""
+
+    arena: Arena
+    records: Mapping[int, SealRecord]
+    life: Incarnation
+    descriptor: Mapping[str, Any]
+
+    @property
+    def name(self) -> CheckpointName:
+        return checkpoint_name(next(iter(self.records.values())))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a save ended; `error` is None when it is committed."""
+
+    name: CheckpointName
+    size_bytes: int
+    seconds: float
+    error: str | None
+
+
+class Persister:
+    """Owns the persist thread. Thread: public methods from any; `on_end` is called on the persist thread."""
+
+    def __init__(self, *, on_end: Callable[[SaveJob, Outcome], None], now_s: Callable[[], float], trace: Trace) -> None:
+        self._on_end, self._now_s, self._trace = on_end, now_s, trace
+        self._jobs: queue.Queue[SaveJob | None] = queue.Queue(QUEUE_LIMIT)
+        self._repository: Repository | None = None
+        self._retention: Retention | None = None
+        self._prepared: tuple[str, int, str] | None = None
+        self._last: Parent | None = None
+        self._busy = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="moc-persist", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Return whether a save is being written or waits."""
+        return self._busy.is_set() or not self._jobs.empty()
+
+    def offer(self, job: SaveJob) -> bool:
+        """Queue a save; return False if the queue is full."""
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Finish what is queued and stop. Blocks: for those saves."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                return
+            self._busy.set()
+            began_s = self._now_s()
+            size, error = 0, None
+            try:
+                size = self._save(job)
+            except MocError as failure:
+                error = f"{type(failure).__name__}: {failure}"
+                log.error("save failed: name=%s %s", job.name, error)
+            except Exception as failure:  # the thread's top: recorded, reported, and the next save starts afresh
+                error = f"InternalError: {type(failure).__name__}: {failure}"
+                log.exception("save failed: name=%s", job.name)
+            finally:
+                self._busy.clear()
+            self._on_end(job, Outcome(name=job.name, size_bytes=size, seconds=self._now_s() - began_s, error=error))
+
+    def _save(self, job: SaveJob) -> int:
+        repository = self._prepare(job)
+        with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
+            with ThreadPoolExecutor(WRITERS, thread_name_prefix="moc-write") as pool:
+                receipts = list(
+                    pool.map(lambda r: persist_rank(job.arena, r, repository, trace=self._trace), job.records.values())
+                )
+        manifest = build_manifest(_commit_plan(job.descriptor), job.name, self._last, receipts)
+        commit(repository, manifest, trace=self._trace)
+        self._last = Parent(incarnation=job.name.incarnation, step=job.name.step, attempt=job.name.attempt)
+        log.info("committed: name=%s bytes=%d", job.name, manifest.size_bytes)
+        self._retain(job)
+        return manifest.size_bytes
+
+    def _retain(self, job: SaveJob) -> None:
+        """Do a round of retention; its failure is not the save's."""
+        assert self._retention is not None, "prepared before"
+        try:
+            report = self._retention.after_commit()
+        except MocError as error:
+            log.warning("retention failed, the next commit tries again: %s", error)
+            return
+        for name in report.dropped:
+            log.info("dropped by retention: name=%s", name)
+
+    def _prepare(self, job: SaveJob) -> Repository:
+        """Open the repository for this life, once; write what a recovery without storage could not write."""
+        key = (str(job.descriptor["storage"]), job.life.number, job.life.token)
+        if self._prepared == key and self._repository is not None:
+            return self._repository
+        if self._repository is not None:
+            self._repository.close()
+        self._prepared = None
+        repository = Repository(open_store(str(job.descriptor["storage"]), trace=self._trace))
+        self._repository = repository
+        if not repository.exists():
+            repository.create()
+        refuse_if_fenced(repository, job.life.run, job.life.number)
+        self._put_life(repository, job.life)
+        mine = [c.name for c in repository.checkpoints() if (c.name.run, c.name.incarnation) == (job.life.run, job.life.number)]
+        last = [Parent(incarnation=n.incarnation, step=n.step, attempt=n.attempt) for n in mine]
+        self._last = last[-1] if last else job.life.parent
+        self._retention = Retention(
+            repository,
+            run=job.life.run,
+            incarnation=job.life.number,
+            keep_last=job.descriptor["keep_last"],
+            keep_every=job.descriptor["keep_every"],
+            trace=self._trace,
+        )
+        self._prepared = key
+        return repository
+
+    def _put_life(self, repository: Repository, life: Incarnation) -> None:
+        records, findings = repository.incarnations()
+        held = [record for record in records if record.number == life.number]
+        if held and held[-1].token != life.token:
+            raise FencedError(f"another life has this number: run={life.run} incarnation={life.number} token={held[-1].token}")
+        if not held and not findings:
+            repository.put_incarnation(replace(life))
+
+
+def _commit_plan(descriptor: Mapping[str, Any]) -> CommitPlan:
+    return CommitPlan(
+        ranks=tuple(sorted(row["rank"] for row in descriptor["catalogs"])),
+        digest=descriptor["digest"],
+        tensors=descriptor["tensors"],
+        topology=descriptor["topology"],
+        fingerprint=descriptor["fingerprint"],
+        versions=descriptor["software"],
+    )

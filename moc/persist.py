@@ -1,0 +1,113 @@
+"""Write one rank's sealed snapshot to a repository, straight from its slots, and return receipts.
+
+A crash anywhere here leaves objects that no manifest references; `moc.gc` collects them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from moc._native import all_finite, crc32c
+from moc.format.keys import CheckpointName, object_key
+from moc.format.manifest import ObjectRow
+from moc.format.object import ObjectHeader, StoredShard, align, encode_header
+from moc.repository import Repository
+from moc.snapshot.arena import Arena
+from moc.snapshot.seal import SealRecord
+from moc.trace import Trace
+
+__all__ = ["Receipt", "checkpoint_name", "persist_rank"]
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Proof of what one rank's snapshot became in the store; `digest` is the plan digest of its seal."""
+
+    rank: int
+    digest: str
+    rows: tuple[ObjectRow, ...]
+    is_finite: bool
+
+
+def checkpoint_name(record: SealRecord) -> CheckpointName:
+    """Return the name of the attempt a seal belongs to."""
+    return CheckpointName(run=record.run, incarnation=record.incarnation, step=record.step, attempt=record.attempt)
+
+
+def persist_rank(arena: Arena, record: SealRecord, repository: Repository, *, trace: Trace) -> Receipt:
+    """Check the snapshot against its seal, then put its objects. Thread: any. Blocks: until durable.
+
+    Raises: ShardCorruptError where memory has changed since the seal, StorageError.
+    """
+    with trace.span("persist.check", rank=record.rank, step=record.step):
+        arena.check(record)
+        is_finite = _is_finite(arena, record)
+    rows = []
+    layout = arena.rank_layout(record.rank)
+    experts = tuple(number for number, unit in enumerate(layout.units) if unit.expert is not None)
+    pieces = {"d": (0,)} | ({"e00": experts} if experts else {})
+    for piece, units in pieces.items():
+        header, segments = _compose(arena, record, piece, units)
+        encoded = encode_header(header)
+        key = object_key(header.name, record.rank, piece)
+        with trace.span("persist.put", key=key, bytes=len(encoded) + header.data_bytes):
+            repository.put_object(key, [memoryview(encoded), *segments])
+        for segment in segments:
+            segment.release()
+        rows.append(
+            ObjectRow(
+                key=key,
+                size_bytes=len(encoded) + header.data_bytes,
+                header_bytes=len(encoded),
+                header_crc32c=crc32c(encoded),
+            )
+        )
+    return Receipt(rank=record.rank, digest=record.digest, rows=tuple(rows), is_finite=is_finite)
+
+
+def _compose(arena: Arena, record: SealRecord, piece: str, units: tuple[int, ...]) -> tuple[ObjectHeader, list[memoryview]]:
+    """Return the header and the data segments of one object made of these units' slots."""
+    layout, shards = arena.rank_layout(record.rank), arena.catalog(record.rank).shards
+    stored: list[StoredShard] = []
+    segments: list[memoryview] = []
+    state: tuple[int, int, int] | None = None
+    reached = 0
+    for number in units:
+        unit = layout.units[number]
+        for index, position in enumerate(unit.positions, start=unit.first):
+            stored.append(
+                StoredShard(
+                    shard=shards[index],
+                    step=record.steps[number],
+                    position=reached + position,
+                    crc32c=record.crcs[index],
+                )
+            )
+        length = unit.size_bytes
+        if unit.state_position is not None:
+            state = (reached + unit.state_position, record.state_bytes, record.state_crc32c)
+            length = unit.state_position + align(record.state_bytes)
+        segments.append(arena.view(arena.slot_offset(record.rank, number, record.slots[number]), length))
+        reached += length
+    header = ObjectHeader(
+        name=checkpoint_name(record),
+        rank=record.rank,
+        piece=piece,
+        shards=tuple(stored),
+        state=state,
+        data_bytes=reached,
+    )
+    return header, segments
+
+
+def _is_finite(arena: Arena, record: SealRecord) -> bool:
+    """Return whether every floating-point value of the snapshot is finite."""
+    offsets: array[int] = arena.shard_offsets(record.rank, record.slots)
+    return all(
+        all_finite(arena.address + offset, shard.length, shard.dtype)  # type: ignore[arg-type]  # membership tested below
+        for shard, offset in zip(arena.catalog(record.rank).shards, offsets, strict=True)
+        if shard.dtype in _FLOATS
+    )
