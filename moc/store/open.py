@@ -59,6 +59,8 @@ def open_store(
 
 def _local_path(url: str) -> str | None:
     """Return the path that the URL names on this machine, or None for another kind of storage."""
+    if "::" in url and "://" in url:
+        raise UsageError(f"no chain of filesystems in a storage URL url={redact_url(url)} allowed={_ALLOWED}")
     match = _SCHEME.match(url)
     if match is None:
         if url.startswith("~"):

@@ -140,7 +140,9 @@ class Tree:
         """Return whether the root exists; raises StoreUnavailableError when it has gone or was replaced."""
         try:
             facts = self._files.facts(self._root, follow=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if self._root_identity is None and isinstance(error, NotADirectoryError):
+                raise UsageError(f"not a folder above path={self._root} allowed=a path below a folder") from error
             if self._root_identity is None:
                 return False
             raise StoreUnavailableError(f"the repository's folder has gone path={self._root}") from None
