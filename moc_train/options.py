@@ -1,6 +1,8 @@
 """From a YAML file and command-line words to a checked `TrainConfig`.
 
     pretrain.py --config job.yaml --corpus a.txt b.jsonl training.steps=100 model.experts=8
+
+The words win over the file.
 """
 
 import argparse
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 from moc_train.config import ConfigError, TrainConfig
 
@@ -69,9 +74,8 @@ def bind(kind: type, values: object, path: str = "") -> Any:
     return kind(**arguments)
 
 
-def as_mapping(config: object) -> dict[str, Any]:
+def as_mapping(config: "DataclassInstance") -> dict[str, Any]:
     """Return the configuration as plain values, as it would stand in a YAML file."""
-    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
     result: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -124,7 +128,7 @@ def _merge(settings: dict[str, Any], key: str, value: object) -> dict[str, Any]:
 
 def _convert(kind: Any, value: object, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        return bind(typing.cast(type, kind), {} if value is None else value, path)
+        return bind(kind, {} if value is None else value, path)
     choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for choice in choices:
         found, converted = _try_convert(choice, value)

@@ -2,6 +2,8 @@
 
     deepspeed moc_train/pretrain.py
     torchrun --nproc-per-node 2 moc_train/pretrain.py --config examples/configs/main_job.yaml training.steps=50
+
+Settings and their defaults: `pretrain.py --print-config`.
 """
 
 import os

@@ -76,12 +76,12 @@ def surviving_steps(records: list[Record]) -> dict[int, Record]:
     """Return the step records that led to the newest state, by step in ascending order."""
     surviving: dict[int, Record] = {}
     for record in records:
-        match record.get("event"):
-            case "start":
-                resume = record["resume_step"]
-                surviving = {step: kept for step, kept in surviving.items() if step <= resume}
-            case "step":
-                surviving[record["step"]] = record
+        event = record.get("event")
+        if event == "start":
+            resume = record["resume_step"]
+            surviving = {step: kept for step, kept in surviving.items() if step <= resume}
+        elif event == "step":
+            surviving[record["step"]] = record
     return dict(sorted(surviving.items()))
 
 

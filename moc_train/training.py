@@ -84,17 +84,19 @@ def open_tokens(config: TrainConfig, place: Place) -> TokenFile:
 def build_engine(config: TrainConfig, sizes: Resolved, vocab_size: int) -> Any:
     """Return the DeepSpeed engine of a new model; collective."""
     model = Transformer(config.model, vocab_size=vocab_size, ep_size=sizes.ep_size)
-    schedule = {
-        "warmup_steps": config.warmup_steps(),
-        "decay_steps": config.decay_steps(),
-        "min_ratio": config.optimizer.min_lr_ratio,
-    }
+
+    def ratio(updates: int) -> float:
+        return learning_rate_ratio(
+            updates,
+            warmup_steps=config.warmup_steps(),
+            decay_steps=config.decay_steps(),
+            min_ratio=config.optimizer.min_lr_ratio,
+        )
+
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda updates: learning_rate_ratio(updates, **schedule)
-        ),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, ratio),
         config=derive_deepspeed_config(config, sizes),
     )
     return engine
@@ -274,8 +276,9 @@ def describe(samples: StepSamples) -> dict[str, Any]:
         "first": samples.first,
         "count": len(samples.ids),
         "epoch": samples.epoch,
+        "epoch_size": samples.epoch_size,
         "digest": samples.digest(),
-        "rank_ids": list(samples.rank_ids),
+        "rank_ids": [list(ids) for ids in samples.rank_ids],
     }
 
 

@@ -62,8 +62,6 @@ def _read_jsonl(path: str, lines: Iterator[str]) -> Iterator[str]:
 
 def _read_standard_library() -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path for path in root.rglob("*.py") if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)
-    ]
+    files = [path for path in root.rglob("*.py") if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)]
     for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
         yield path.read_text(encoding="utf-8", errors="replace")

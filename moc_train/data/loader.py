@@ -4,7 +4,6 @@ The stream of positions 0, 1, 2, ... runs through epoch after epoch; step s take
 Within a step, position a * ranks * micro_batch + rank * micro_batch + i goes to this rank's micro-batch a, row i.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moc_train.data.order import permute
+from moc_train.data.order import digest_ids, sample_ids
 from moc_train.data.tokens import TokenFile
 
-__all__ = ["SampleLoader", "StepSamples", "sample_ids"]
+__all__ = ["SampleLoader", "StepSamples"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,27 +23,14 @@ class StepSamples:
 
     first: int  # position in the stream of all epochs
     epoch: int  # of the first position
+    epoch_size: int
     ids: tuple[int, ...]  # sample ids of the whole step, in the global order
-    rank_ids: tuple[int, ...]
+    rank_ids: tuple[tuple[int, ...], ...]  # of this rank's micro-batches
     micro_batches: tuple[tuple[Tensor, Tensor], ...]  # tokens and targets, (micro_batch, sequence_length) int64
 
     def digest(self) -> str:
         """Return a hash of the step's sample ids in their order."""
-        data = np.asarray(self.ids, dtype="<i8").tobytes()
-        return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def sample_ids(first: int, size: int, *, count: int, seed: int) -> tuple[int, ...]:
-    """Return the ids at stream positions first..first+size-1; each epoch of `count` has every id once."""
-    ids: list[int] = []
-    position, stop = first, first + size
-    while position < stop:
-        epoch, offset = divmod(position, count)
-        length = min(stop - position, count - offset)
-        positions = np.arange(offset, offset + length, dtype=np.uint64)
-        ids.extend(permute(positions, count=count, seed=seed, epoch=epoch).tolist())
-        position += length
-    return tuple(ids)
+        return digest_ids(self.ids)
 
 
 class SampleLoader:
@@ -74,18 +60,19 @@ class SampleLoader:
         """Return the next step's samples and count them as consumed."""
         count, first = len(self._tokens), self._consumed
         ids = sample_ids(first, self.global_batch, count=count, seed=self._seed)
-        rank_ids: list[int] = []
+        rank_ids = []
         micro_batches = []
         for turn in range(self._accumulation):
             start = (turn * self._world_size + self._rank) * self._micro_batch
             own = ids[start : start + self._micro_batch]
             rows = torch.from_numpy(np.stack([self._tokens.sample(index) for index in own]).astype(np.int64))
             micro_batches.append((rows[:, :-1].contiguous(), rows[:, 1:].contiguous()))
-            rank_ids.extend(own)
+            rank_ids.append(own)
         self._consumed += self.global_batch
         return StepSamples(
             first=first,
             epoch=first // count,
+            epoch_size=count,
             ids=ids,
             rank_ids=tuple(rank_ids),
             micro_batches=tuple(micro_batches),

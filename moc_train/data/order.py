@@ -6,14 +6,33 @@ It needs no memory, and no library whose random streams may change between versi
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["permute"]
+__all__ = ["digest_ids", "permute", "sample_ids"]
 
 ROUNDS = 6
 Indices = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+def sample_ids(first: int, size: int, *, count: int, seed: int) -> tuple[int, ...]:
+    """Return the ids at stream positions first..first+size-1; each epoch of `count` has every id once."""
+    ids: list[int] = []
+    position, stop = first, first + size
+    while position < stop:
+        epoch, offset = divmod(position, count)
+        length = min(stop - position, count - offset)
+        positions = np.arange(offset, offset + length, dtype=np.uint64)
+        ids.extend(permute(positions, count=count, seed=seed, epoch=epoch).tolist())
+        position += length
+    return tuple(ids)
+
+
+def digest_ids(ids: Sequence[int]) -> str:
+    """Return a hash of sample ids in their order."""
+    return hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=8).hexdigest()
 
 
 def permute(positions: Indices, *, count: int, seed: int, epoch: int) -> Indices:

@@ -66,7 +66,7 @@ class TokenFile:
         return int((self.tokens.size - 1) // self.sequence_length)
 
     def sample(self, index: int) -> np.ndarray[Any, Any]:
-        """Return `sequence_length + 1` tokens: neighbouring samples share one, a target of one, an input of the next."""
+        """Return `sequence_length + 1` tokens: the last is only a target, and the next sample's input."""
         start = index * self.sequence_length
         return np.asarray(self.tokens[start : start + self.sequence_length + 1])
 

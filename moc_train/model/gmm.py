@@ -1,7 +1,7 @@
 """Grouped matrix products: one interface, several backends, the same results.
 
 Rows of `a` are sorted by group; group g has `batch_sizes[g]` rows and its own matrix `b[g]`.
-Every backend gives a gradient for every group, zeros for an empty one: the collectives of expert parallelism rely on it.
+Every backend gives a gradient for every group, zeros for an empty one: expert parallelism's collectives rely on it.
 
 Legend: T rows, G groups, K inner size, N output size.
 """
@@ -107,9 +107,9 @@ class _Gmm(torch.autograd.Function):
 
 
 def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False, *, backend: Backend) -> Tensor:
-    """Return (T, N): each row of `a` (T, K) times the matrix of its group in `b` (G, K, N), or (G, N, K) with `trans_b`.
+    """Return (T, N): each row of `a` (T, K) times the matrix of its group in `b` (G, K, N).
 
-    `batch_sizes` is int64 on the host and sums to T. Differentiable in `a` and `b`.
+    `b` is (G, N, K) with `trans_b`. `batch_sizes` is int64 on the host and sums to T. Differentiable in `a` and `b`.
     """
     if batch_sizes.numel() != b.size(0):
         raise ValueError(f"one batch size per group is needed sizes={batch_sizes.numel()} groups={b.size(0)}")
@@ -138,4 +138,5 @@ def choose_backend(name: str, *, width: int, hidden: int, dtype: torch.dtype, de
             if device_type != "cuda" or dtype != torch.bfloat16:
                 raise ValueError(f"the grouped_gemm backend needs cuda and bf16: device={device_type} {dtype=}")
             return GroupedGemmBackend()
-    raise ValueError(f"unknown gmm backend name={name} allowed={', '.join(GMM_BACKENDS)}")
+        case _:
+            raise ValueError(f"unknown gmm backend name={name} allowed={', '.join(GMM_BACKENDS)}")

@@ -123,7 +123,7 @@ class GroupedMoE(MoE):  # type: ignore[misc]
         return gmm(F.silu(gate_RH) * up_RH, self.w2, batch_sizes, backend=self._backend)
 
 
-def _split_experts(module: GroupedMoE, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+def _split_experts(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
     for name in WEIGHTS:
         for index, expert in enumerate(state.pop(prefix + name)):
             state[f"{prefix}{NATIVE_PREFIX}{index}.{name}"] = expert

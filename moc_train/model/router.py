@@ -1,7 +1,7 @@
 """The softmax top-k router, in fp32 whatever the precision of the model.
 
-Losses: load balance, E * sum_i f_i P_i over one micro-batch (Switch Transformer, arXiv 2101.03961, equation 4,
-with f_i the share of all T * k assignments), and z, the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906).
+Losses: load balance, E * sum_i f_i P_i over one micro-batch (Switch Transformer, arXiv 2101.03961, equation 4, with
+f_i the share of all T * k assignments), and z, the mean squared log-sum-exp of the logits (arXiv 2202.08906).
 
 Legend: T tokens, D model width, E experts, k experts per token.
 """

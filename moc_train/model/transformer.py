@@ -20,7 +20,7 @@ __all__ = ["StepLosses", "Transformer"]
 
 
 class StepLosses(NamedTuple):
-    """What a forward pass returns: `total` is to be minimised, the others are detached parts of it."""
+    """What a forward pass returns: `total` is to be minimised; the parts are detached, router losses as layer means."""
 
     total: Tensor
     language: Tensor
@@ -124,10 +124,10 @@ class Transformer(nn.Module):
         x_BSD, balance, z = self.hidden(tokens_BS)
         language = F.cross_entropy(self._project(x_BSD).flatten(0, 1), targets_BS.flatten())
         zero = language.new_zeros(())
-        balance_mean = sum(balance, zero) / max(1, len(balance))
-        z_mean = sum(z, zero) / max(1, len(z))
-        total = language + self.config.balance_loss * balance_mean + self.config.z_loss * z_mean
-        return StepLosses(total, language.detach(), balance_mean.detach(), z_mean.detach())
+        balance_sum, z_sum = sum(balance, zero), sum(z, zero)
+        total = language + self.config.balance_loss * balance_sum + self.config.z_loss * z_sum
+        layers = max(1, len(balance))
+        return StepLosses(total, language.detach(), balance_sum.detach() / layers, z_sum.detach() / layers)
 
     def _project(self, x_BSD: Tensor) -> Tensor:
         return F.linear(x_BSD, self.embedding if self.head is None else self.head).float()
