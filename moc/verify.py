@@ -148,7 +148,7 @@ def verify_checkpoint(
 def verify_repository(
     repository: Repository, *, read_data_fraction: float = 0.0, progress: Progress | None = None
 ) -> RepositoryReport:
-    """Check all checkpoints, records and other files. Raises: NoCheckpointError, FormatUnsupportedError, StorageError."""
+    """Check all checkpoints, records and other files; raises NoCheckpointError, FormatUnsupportedError, StorageError."""
     repository.require()
     _, findings = repository.incarnations()
     checkpoints = [stored.name for stored in repository.checkpoints()]

@@ -1,7 +1,8 @@
-"""Builds real repositories for tests: a small sharded model with experts, written by the format codecs and `Repository`.
+"""Builds real repositories for tests: a small sharded model with experts, written by the format's own codecs.
 
 The model: dense tensors split flat over the ranks (uneven cuts, as ZeRO makes them), and experts spread over the ranks,
-so the expert-parallel size is the world size. Values depend on tensor, part, step and seed only, never on who writes them.
+so the expert-parallel size is the world size. Values depend on tensor, part, step and seed,
+never on who writes them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,168 @@
+"""Show what one checkpoint holds, from its manifest alone.
+
+STEP is a step, which prefers the lineage, or STEP-ATTEMPT, or a whole name as
+printed by 'moc ls --json'. Without it: the newest on the lineage.
+
+JSON: {"repository", "name", "run", "incarnation", "step", "attempt",
+"parent": {"incarnation", "step", "attempt"} or null, "is_on_lineage": bool,
+"is_finite": bool, "modified_s", "size_bytes", "tensors", "catalog_digest",
+"topology": {...}, "fingerprint": {...}, "versions": {...}, "plt": {...},
+"stale_experts": [[layer, expert, step]], "lives": [{"number", "reason",
+"parent", "last_step"}] newest first, "objects": [{"key", "rank", "piece",
+"size_bytes", "header_bytes", "header_crc32c"}]}
+
+Exit codes: 0 ok, 3 no such checkpoint, 4 manifest is corrupt, 5 storage
+unavailable, 6 other format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+
+from moc.cli.choose import Catalogue, choose, read_catalogue
+from moc.cli.exits import OK
+from moc.cli.options import add_json, add_repository, opened
+from moc.cli.output import describe_age, describe_bytes, name_json, print_facts, print_json
+from moc.errors import NoCheckpointError
+from moc.format.keys import parse_object_key
+from moc.format.manifest import Incarnation, Manifest, Parent
+from moc.plan.lineage import Link, chain
+from moc.repository import Repository, StoredCheckpoint
+
+__all__ = ["configure", "run"]
+
+VALUE_COLUMNS = 64  # what is left of 80 after the names
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("step", metavar="STEP", nargs="?", help="step, STEP-ATTEMPT or name (default: newest)")
+    parser.add_argument("--objects", action="store_true", help="list every object")
+    add_repository(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with opened(args) as repository:
+        catalogue = read_catalogue(repository)
+        stored = chosen_or_newest(catalogue, args.step)
+        manifest = repository.read_manifest(stored.name)
+        lives = _lives(repository, stored)
+    is_on_lineage = stored in catalogue.lineage
+    if args.json:
+        print_json(_to_json(catalogue.url, stored, manifest, lives, is_on_lineage))
+    else:
+        print_facts(_facts(stored, manifest, lives, is_on_lineage))
+        if args.objects:
+            print()
+            for row in manifest.objects:
+                print(f"{row.key}  {row.size_bytes}")
+    return OK
+
+
+def chosen_or_newest(catalogue: Catalogue, step: str | None) -> StoredCheckpoint:
+    """Return the checkpoint asked for, else the first that recovery would try."""
+    if step is not None:
+        return choose(catalogue, step)
+    if not catalogue.lineage:
+        raise NoCheckpointError(f"no checkpoint on the lineage: repository={catalogue.url}")
+    return catalogue.lineage[0]
+
+
+def _lives(repository: Repository, stored: StoredCheckpoint) -> list[tuple[Incarnation, Link]]:
+    """Return the lives that led to the checkpoint, newest first."""
+    records, _ = repository.incarnations()
+    by_number = {record.number: record for record in records if record.run == stored.name.run}
+    return [(by_number[link.incarnation], link) for link in chain(by_number, stored.name.incarnation)]
+
+
+def _to_json(
+    url: str, stored: StoredCheckpoint, manifest: Manifest, lives: list[tuple[Incarnation, Link]], is_on_lineage: bool
+) -> dict[str, object]:
+    return {
+        "repository": url,
+        **name_json(manifest.name),
+        "parent": manifest.parent and manifest.parent.to_json(),
+        "is_on_lineage": is_on_lineage,
+        "is_finite": manifest.is_finite,
+        "modified_s": stored.modified_s or None,
+        "size_bytes": manifest.size_bytes,
+        "tensors": manifest.tensors,
+        "catalog_digest": manifest.catalog_digest,
+        "topology": dict(manifest.topology),
+        "fingerprint": dict(manifest.fingerprint),
+        "versions": dict(manifest.versions),
+        "plt": dict(manifest.plt),
+        "stale_experts": [list(row) for row in manifest.stale_experts],
+        "lives": [
+            {
+                "number": record.number,
+                "reason": record.reason,
+                "parent": record.parent and record.parent.to_json(),
+                "last_step": link.last_step,
+            }
+            for record, link in lives
+        ],
+        "objects": [
+            {
+                "key": row.key,
+                "rank": parse_object_key(row.key)[1],
+                "piece": parse_object_key(row.key)[2],
+                "size_bytes": row.size_bytes,
+                "header_bytes": row.header_bytes,
+                "header_crc32c": row.header_crc32c,
+            }
+            for row in manifest.objects
+        ],
+    }
+
+
+def _facts(
+    stored: StoredCheckpoint, manifest: Manifest, lives: list[tuple[Incarnation, Link]], is_on_lineage: bool
+) -> list[tuple[str, str]]:
+    name = manifest.name
+    dense = [row.size_bytes for row in manifest.objects if parse_object_key(row.key)[2] == "d"]
+    experts = [row.size_bytes for row in manifest.objects if parse_object_key(row.key)[2] != "d"]
+    facts = [
+        ("checkpoint", str(name)),
+        ("step", str(name.step)),
+        ("lineage", "yes" if is_on_lineage else "no, off-chain"),
+        ("parent", _describe_parent(manifest.parent)),
+        ("age", describe_age(time.time() - stored.modified_s) if stored.modified_s else "unknown"),
+        ("values", "all finite" if manifest.is_finite else "some are NaN or infinite"),
+        ("size", describe_bytes(manifest.size_bytes)),
+        ("tensors", str(manifest.tensors)),
+        ("dense", f"{len(dense)} objects, {describe_bytes(sum(dense))}, step {name.step}"),
+        ("experts", f"{len(experts)} objects, {describe_bytes(sum(experts))}, {_describe_steps(manifest)}"),
+    ]
+    facts += _mapping_facts("topology", manifest.topology)
+    facts += _mapping_facts("versions", manifest.versions)
+    facts += _mapping_facts("fingerprint", manifest.fingerprint)
+    for index, (record, link) in enumerate(lives):
+        limit = "" if link.last_step is None else f", up to step {link.last_step}"
+        facts.append(("lives" if index == 0 else "", f"{record.number} ({record.reason}{limit})"))
+    return facts
+
+
+def _describe_steps(manifest: Manifest) -> str:
+    if not manifest.stale_experts:
+        return f"all of step {manifest.name.step}"
+    oldest = min(step for _, _, step in manifest.stale_experts)
+    return f"{len(manifest.stale_experts)} older than step {manifest.name.step}, the oldest of step {oldest}"
+
+
+def _describe_parent(parent: Parent | None) -> str:
+    if parent is None:
+        return "none"
+    return f"step {parent.step}, incarnation {parent.incarnation}, " + (parent.attempt or "from memory")
+
+
+def _mapping_facts(title: str, mapping: Mapping[str, object]) -> list[tuple[str, str]]:
+    facts = []
+    for index, (key, value) in enumerate(sorted(mapping.items())):
+        text = f"{key} = {value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        short = text if len(text) <= VALUE_COLUMNS else text[: VALUE_COLUMNS - 3] + "..."
+        facts.append((title if index == 0 else "", short))
+    return facts
