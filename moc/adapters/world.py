@@ -1,4 +1,4 @@
-"""`TorchWorld`: the few collectives of `moc.training.World` on a gloo group of their own, so that they never meet the engine's."""
+"""`TorchWorld`: the collectives of `moc.training.World` on a gloo group of their own, apart from the engine's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class TorchWorld:
-    """A side channel between all ranks of `torch.distributed`. Construction is collective. Thread: the training thread."""
+    """A side channel between all ranks of `torch.distributed`; construction is collective."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s

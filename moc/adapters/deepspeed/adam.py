@@ -14,7 +14,7 @@ __all__ = ["materialise_moments", "rebuild_running_powers"]
 
 
 def materialise_moments(zero: ZeroOptimizer) -> bool:
-    """Create the optimizer state that the first step would create, with the same values; return whether any was missing."""
+    """Create the state that the first step would create, with the same values; return whether any was missing."""
     is_created = False
     for group in zero.groups:
         if not zero.state(group.index):
@@ -27,8 +27,9 @@ def materialise_moments(zero: ZeroOptimizer) -> bool:
 def rebuild_running_powers(zero: ZeroOptimizer) -> None:
     """Bring the powers of beta that DeepSpeed's CPU kernels keep to where training had them.
 
-    The kernels multiply by beta at each step, which rounds differently from `pow(beta, step)`; so every step is replayed on dummies
-    of one element, 1-2 microseconds each. A kernel keeps one pair of powers for all groups, so the groups are replayed in turn.
+    The kernels multiply by beta at each step, which rounds differently from `pow(beta, step)`; so every step is
+    replayed on dummies of one element, 1-2 microseconds each. A kernel keeps one pair of powers for all groups, so the
+    groups are replayed in turn.
     """
     if not keeps_running_powers(zero.base):
         return

@@ -1,4 +1,4 @@
-"""What can be resumed bit-exactly: a list of exact types and options. Everything else is refused before anything is touched.
+"""What can be resumed bit-exactly: a list of exact types and options; all else is refused before anything is touched.
 
 Exact types, because a subclass may keep state that nobody here knows of.
 """
@@ -53,7 +53,7 @@ def check_engine(engine: object) -> None:
 
 
 def keeps_running_powers(optimizer: object) -> bool:
-    """Return whether a base optimizer keeps the powers of its betas outside Python, as a product it extends every step."""
+    """Return whether a base optimizer keeps the powers of its betas as a product that C++ extends every step."""
     if type(optimizer) is FusedAdam:
         return bool(get_accelerator().device_name() == "cpu")
     return type(optimizer) is DeepSpeedCPUAdam

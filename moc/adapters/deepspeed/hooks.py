@@ -1,8 +1,8 @@
-"""Where a manager hears of an engine's steps: wrapped methods on the instance, so that `isinstance` and the class stay as they are.
+"""Where a manager hears of an engine's steps: methods wrapped on the instance, so that the class stays as it is.
 
-`_take_model_step` is the only point that all ways to update share, and runs at accumulation boundaries alone; the outer `step` counts
-the micro step after it. So the former says "really updated", skipped updates (a norm that is not finite) included, and the exit of the
-latter is the boundary.
+`_take_model_step` is the only point that all ways to update share, and runs at accumulation boundaries alone; the outer
+`step` counts the micro step after it. So the former says "really updated", skipped updates (a norm that is not finite)
+included, and the exit of the latter is the boundary.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MARK = "__moc_hooks__"
 class Hooks:
     """Calls of a manager around an engine's methods, from construction to `detach`. Thread: the training thread.
 
-    before_update: the weights are about to change. after_step: an outer `step` that updated has returned. on_load: the engine has
-    loaded one of DeepSpeed's own checkpoints. on_destroy: the engine is about to be destroyed.
+    before_update: the weights are about to change. after_step: an outer `step` that updated has returned. on_load: the
+    engine has loaded one of DeepSpeed's own checkpoints. on_destroy: the engine is about to be destroyed.
     """
 
     def __init__(

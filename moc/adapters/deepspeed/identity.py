@@ -1,4 +1,4 @@
-"""What must be equal for a stored state to belong to an engine, the same on every rank and for every number of ranks."""
+"""What must be equal for a stored state to belong to an engine, on every rank and for every number of ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MATCHED_OPTIONS = (
 def build_fingerprint(
     engine: Any, zero: ZeroOptimizer, named: Iterable[NamedParameter], extra: Mapping[str, object]
 ) -> dict[str, object]:
-    """Return the fingerprint as plain JSON values; raises UsageError if `extra` holds anything else or a name in use."""
+    """Return the fingerprint as plain JSON; raises UsageError if `extra` holds anything else or a name in use."""
     entries = sorted(named, key=lambda entry: entry.general_name)
     rows = {entry.general_name: [*entry.general_shape] for entry in entries}
     typed = [[e.general_name, [*e.general_shape], str(e.parameter.dtype), e.parameter.requires_grad] for e in entries]
@@ -60,7 +60,7 @@ def build_fingerprint(
 
 
 def _hyper_parameters(zero: ZeroOptimizer) -> list[object]:
-    """Return the distinct rows over all groups, sorted: how many groups the experts are cut into depends on the rank grid."""
+    """Return the distinct rows over all groups, sorted: the rank grid decides into how many experts are cut."""
     rows = set()
     for group in zero.groups:
         options = zero.base.param_groups[group.index]

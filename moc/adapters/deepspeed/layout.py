@@ -1,7 +1,8 @@
 """Which shards a rank holds, and where each lies in its memory.
 
-A shard is the overlap of one logical tensor with this rank's partition of a flat group, for each part (`master` and the moments). Frozen
-parameters are replicated: every rank needs the whole, and catalogs an equal range of it among the ranks that hold the same replica.
+A shard is the overlap of one logical tensor with this rank's partition of a flat group, for each part (`master` and the
+moments). Frozen parameters are replicated: every rank needs the whole, and catalogs an equal range of it among the
+ranks that hold the same replica.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The pieces a rank catalogs and those it needs, both in catalog order; `buffers` return the tensors as they are now."""
+    """The pieces a rank catalogs and those it needs, in catalog order; `buffers` return the tensors as they are now."""
 
     buffers: tuple[Callable[[], torch.Tensor], ...]
     held: tuple[Piece, ...]
@@ -53,8 +54,8 @@ def build_layout(zero: ZeroOptimizer, named: tuple[NamedParameter, ...]) -> Layo
     trainable = [entry.fqn for entry in left_out if entry.parameter.requires_grad]
     if trainable:
         raise UsageError(
-            f"trainable parameters are in no optimizer group: parameters={','.join(trainable[:8])} count={len(trainable)} "
-            "allowed=give them to the optimizer, or requires_grad=False"
+            f"trainable parameters are in no optimizer group: parameters={','.join(trainable[:8])} "
+            f"count={len(trainable)} allowed=give them to the optimizer, or requires_grad=False"
         )
     for entry in left_out:
         builder.add_frozen(entry)
@@ -88,7 +89,8 @@ class _Builder:
             for parameter, offset in group.params:
                 if id(parameter) not in by_id:
                     raise UsageError(
-                        f"the optimizer holds a parameter that the module does not: group={group.name} shape={tuple(parameter.shape)}"
+                        "the optimizer holds a parameter that the module does not: "
+                        f"group={group.name} shape={tuple(parameter.shape)}"
                     )
                 optimized.add(id(parameter))
                 for extent in by_id[id(parameter)].extents:
@@ -96,7 +98,7 @@ class _Builder:
         return optimized
 
     def add_frozen(self, entry: NamedParameter) -> None:
-        """Add a replicated parameter: the whole to the needed pieces, this rank's range of each tensor to the held ones."""
+        """Add a replicated parameter: the whole to what is needed, this rank's range of each tensor to what is held."""
         data = require_contiguous(entry)
         dtype = dtype_name(data.dtype, entry.fqn)
         buffer = self._add_buffer(_data_of(entry))

@@ -1,7 +1,7 @@
 """Copies between the pieces of a rank and plain host memory.
 
-CPU memory goes through one native pass that copies and checksums. Device memory is copied by torch on a side stream and checksummed
-in a second pass; that path uses torch's accelerator interface only and **has not been run on a GPU yet**.
+CPU memory goes through one native pass that copies and checksums. Device memory is copied by torch on a side stream and
+checksummed in a second pass; that path uses torch's accelerator interface only and **has not been run on a GPU yet**.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class ShardMemory:
         self._boundary: object = None
 
     def mark_boundary(self) -> None:
-        """Remember the point of the current stream after which the pieces hold their values. Thread: the training thread."""
+        """Remember the point of the current stream after which the pieces hold their values."""
         if self._device_index is not None:
             self._boundary = self._accelerator.Event()
             self._boundary.record()  # type: ignore[attr-defined]
 
     def copy_to(self, targets: array[int], crcs: array[int]) -> None:
-        """Copy piece i to address `targets[i]` and put its crc32c into `crcs[i]`. Blocks: until all bytes are in place."""
+        """Copy piece i to address `targets[i]` and put its crc32c into `crcs[i]`; return when all bytes are in place."""
         if len(targets) != len(self._pieces) or len(crcs) != len(self._pieces):
             raise InternalError(
                 f"one target and crc per shard: shards={len(self._pieces)} targets={len(targets)} crcs={len(crcs)}"
@@ -68,7 +68,7 @@ class ShardMemory:
         sums[on_host] = partial
 
     def write(self, index: int, offset: int, view: memoryview) -> None:
-        """Copy `view` into piece `index` from its element `offset` on, in place. Thread: any; distinct ranges in parallel."""
+        """Copy `view` into piece `index` from its element `offset` on, in place. Thread: any, on distinct ranges."""
         piece = self._pieces[index]
         width = DTYPE_BYTES[piece.shard.dtype]
         source = np.frombuffer(view, dtype=np.uint8)
@@ -92,8 +92,8 @@ class ShardMemory:
         for tensor, (numel, dtype), piece in zip(tensors, self._sizes, self._first_pieces(), strict=True):
             if (tensor.numel(), tensor.dtype) != (numel, dtype) or not tensor.is_contiguous():
                 raise UsageError(
-                    f"the memory of a tensor has changed its form: shard={piece} elements={tensor.numel()} dtype={tensor.dtype} "
-                    f"allowed={numel} {dtype}, contiguous"
+                    f"the memory of a tensor has changed its form: shard={piece} elements={tensor.numel()} "
+                    f"dtype={tensor.dtype} allowed={numel} {dtype}, contiguous"
                 )
         self._sources = np.array(
             [found[p.buffer][0] + p.start * DTYPE_BYTES[p.shard.dtype] for p in self._pieces], dtype=np.uint64

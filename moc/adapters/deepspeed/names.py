@@ -1,7 +1,8 @@
-"""Names of parameters as one engine with expert-parallel size 1 would use them, so that a tensor is named alike on every rank.
+"""Names of parameters as an engine with expert-parallel size 1 would use them: alike on every rank.
 
-DeepSpeed's own MoE layer names the experts of a rank from 0; here the index is the global one. A stacked parameter (one parameter
-whose first dimension runs over the local experts) becomes one tensor per global expert, named as if it lived in DeepSpeed's layer.
+DeepSpeed's own MoE layer names the experts of a rank from 0; here the index is the global one. A stacked parameter (one
+parameter whose first dimension runs over the local experts) becomes one tensor per global expert, named as if it lived
+in DeepSpeed's layer.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class Extent:
 class NamedParameter:
     """One parameter of the module with its logical tensors.
 
-    `fqn` is the module's own name for it; `general_name` and `general_shape` do not depend on the rank: an expert's index is replaced
-    by `*` and the number of experts stands in front of its shape. `group_name` is DeepSpeed's expert group, None for dense parameters.
+    `fqn` is the module's own name for it; `general_name` and `general_shape` do not depend on the rank: an expert's
+    index is replaced by `*` and the number of experts stands in front of its shape. `group_name` is DeepSpeed's expert
+    group, None for dense parameters.
     """
 
     fqn: str
@@ -67,7 +69,7 @@ class _MoELayer:
 
 
 def name_parameters(module: nn.Module) -> tuple[NamedParameter, ...]:
-    """Return every non-empty parameter once, in module order; raises UsageError naming a parameter that has no global name."""
+    """Return every non-empty parameter once, in module order; raises UsageError naming one without a global name."""
     layers = _moe_layers(module)
     named = []
     seen: dict[str, str] = {}
@@ -130,7 +132,8 @@ def _name_expert(fqn: str, parameter: nn.Parameter, layers: tuple[_MoELayer, ...
     ranks = groups._get_expert_parallel_world_size(group_name)
     if layer.local_count * ranks != layer.expert_count:
         raise UsageError(
-            f"experts are not spread evenly: parameter={fqn} experts={layer.expert_count} local={layer.local_count} ep_size={ranks}"
+            f"experts are not spread evenly: parameter={fqn} experts={layer.expert_count} "
+            f"local={layer.local_count} ep_size={ranks}"
         )
     first = groups._get_expert_parallel_rank(group_name) * layer.local_count
     relative = fqn[len(layer.prefix) :]

@@ -19,7 +19,7 @@ __all__ = ["capture_rng", "derive_rng", "restore_rng"]
 
 
 def capture_rng() -> dict[str, object]:
-    """Return the state of all generators. Blocks: on accelerators, until their current stream has reached this point."""
+    """Return the state of all generators. Blocks: until accelerators' current streams have reached this point."""
     version, words, gauss = random.getstate()
     return {
         "python": {
@@ -27,7 +27,7 @@ def capture_rng() -> dict[str, object]:
             "words": plain_of(np.array(words, dtype=np.uint32), "rng", is_lenient=True),
             "gauss": gauss,
         },
-        "numpy": plain_of(np.random.get_state(legacy=False), "rng", is_lenient=True),  # noqa: NPY002
+        "numpy": plain_of(np.random.get_state(legacy=False), "rng", is_lenient=True),
         "torch": array_of(torch.get_rng_state(), "rng.torch"),
         "devices": [array_of(state, "rng.devices") for state in _device_states()],
         "tracker": {
@@ -43,7 +43,7 @@ def restore_rng(tree: Mapping[str, object]) -> None:
     assert isinstance(words, np.ndarray)
     random.setstate((python["version"], tuple(words.tolist()), python["gauss"]))
     numpy_state: Any = live_of(tree["numpy"])
-    np.random.set_state(numpy_state)  # noqa: NPY002
+    np.random.set_state(numpy_state)
     devices: Any = tree["devices"]
     present = len(_device_states())
     if len(devices) != present:
@@ -59,8 +59,8 @@ def restore_rng(tree: Mapping[str, object]) -> None:
 def derive_rng(tree: Mapping[str, object], rank: int) -> None:
     """Seed all generators of a rank that has no state of its own, because the number of ranks has changed.
 
-    The seed is the first 8 bytes, little-endian, of SHA-256 over "moc-rng", the stored python words, the stored torch state and the rank
-    in decimal; numpy takes its low 32 bits.
+    The seed is the first 8 bytes, little-endian, of SHA-256 over "moc-rng", the stored python words, the stored torch
+    state and the rank in decimal; numpy takes its low 32 bits.
     """
     python: Any = tree["python"]
     digest = hashlib.sha256(b"moc-rng")
@@ -69,7 +69,7 @@ def derive_rng(tree: Mapping[str, object], rank: int) -> None:
     digest.update(str(rank).encode())
     seed = int.from_bytes(digest.digest()[:8], "little")
     random.seed(seed)
-    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002
+    np.random.seed(seed & 0xFFFF_FFFF)
     torch.manual_seed(seed)  # seeds every accelerator device as well
 
 

@@ -1,7 +1,8 @@
-"""What of an engine's state is not a shard: counters, parameter groups, scheduler, scaler and buffers. Captured whole, applied in place.
+"""What of an engine's state is not a shard: counters, groups, scheduler, scaler, buffers; applied in place.
 
-engine         counters                              zero          what DeepSpeed's `_load_global_state` restores
-groups         one entry per flat group: name, is_expert, hyper-parameters, scalar optimizer state, and the layout of its partition
+    engine         counters
+    zero           what DeepSpeed's `_load_global_state` restores
+    groups         per flat group: name, is_expert, hyper-parameters, scalar optimizer state, layout of its partition
 lr_scheduler   its state_dict, or None               buffers       every module buffer by name, persistent or not
 loss_scaler    plain attributes
 """
@@ -83,7 +84,7 @@ def capture_groups(zero: ZeroOptimizer, named: Iterable[NamedParameter]) -> list
 
 
 def restore_groups(zero: ZeroOptimizer, named: Iterable[NamedParameter], stored: Iterable[Any]) -> None:
-    """Apply hyper-parameters and scalar optimizer state in place; groups are matched by what they hold, as their order may differ."""
+    """Apply hyper-parameters and scalar optimizer state in place; groups are matched by what they hold."""
     fqns = {id(entry.parameter): entry.fqn for entry in named}
     entries = list(stored)
     for group in zero.groups:
@@ -112,7 +113,8 @@ def restore_buffers(module: torch.nn.Module, stored: Mapping[str, object]) -> No
         value = tensor_of(expect_array(stored[name], name)).to(buffer.device)
         if (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
             raise MismatchError(
-                f"buffer differs: name={name} stored={tuple(value.shape)} {value.dtype} present={tuple(buffer.shape)} {buffer.dtype}"
+                f"buffer differs: name={name} stored={tuple(value.shape)} {value.dtype} "
+                f"present={tuple(buffer.shape)} {buffer.dtype}"
             )
         # An expanded buffer cannot be written element by element, and such buffers are constants.
         if value.numel() and not torch.equal(bytes_of(value), bytes_of(buffer.contiguous())):
@@ -141,7 +143,7 @@ def _capture_group(zero: ZeroOptimizer, group: FlatGroup, fqns: Mapping[int, str
 
 
 def _matching(group: FlatGroup, fqns: list[str], entries: list[Any]) -> Any:
-    """Return the stored entry of a group: the one with the same parameters, else the first of the same name and kind."""
+    """Return a group's stored entry: that with the same parameters, else the first of the same name and kind."""
     own = {EXPERT_INDEX.sub("deepspeed_experts.*.", fqn) for fqn in fqns}
     alike = [e for e in entries if (e["name"], e["is_expert"]) == (group.name, group.is_expert)]
     exact = [e for e in alike if [row[0] for row in e["layout"]["params"]] == fqns]

@@ -51,8 +51,9 @@ class Stateful(Protocol):
 class DeepSpeedState:
     """The state of one engine and of the objects that belong to its training loop.
 
-    Construction refuses, with a UsageError, whatever could not be restored bit-exactly, before it changes anything; then it creates
-    the optimizer moments that the first step would create, with the same values. Collective only in `finish_restore`.
+    Construction refuses, with a UsageError, whatever could not be restored bit-exactly, before it changes anything;
+    then it creates the optimizer moments that the first step would create, with the same values. Collective only in
+    `finish_restore`.
     """
 
     def __init__(
@@ -109,11 +110,11 @@ class DeepSpeedState:
         return Topology(world_size=dist.get_world_size(), node_of_rank=tuple(node_of_rank), ep_sizes=self.ep_sizes)
 
     def copy_shards(self, targets: array[int], crcs: array[int]) -> None:
-        """Copy every catalog shard to its address and checksum it. Thread: the snapshot thread. Blocks: until all is in place."""
+        """Copy and checksum every catalog shard. Thread: the snapshot thread. Blocks: until all bytes are in place."""
         self._held.copy_to(targets, crcs)
 
     def capture(self) -> dict[str, object]:
-        """Return everything that is not a shard; arrays alias live CPU memory where they can. Thread: the training thread."""
+        """Return everything that is not a shard; arrays alias live CPU memory where they can."""
         if hasattr(self, "_held"):
             self._held.mark_boundary()
         return {
@@ -133,7 +134,7 @@ class DeepSpeedState:
         self._materialise()
 
     def write_shard(self, index: int, offset: int, view: memoryview) -> None:
-        """Copy `view` into needed shard `index` from its element `offset` on. Thread: any; distinct ranges in parallel."""
+        """Copy `view` into needed shard `index` from its element `offset` on. Thread: any, on distinct ranges."""
         self._wanted.write(index, offset, view)
 
     def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
@@ -141,7 +142,8 @@ class DeepSpeedState:
         state = cast("dict[str, Any]", tree)
         if state["stateful"].keys() != self._stateful.keys():
             raise MismatchError(
-                f"stateful objects differ: stored={','.join(sorted(state['stateful']))} present={','.join(sorted(self._stateful))}"
+                f"stateful objects differ: stored={','.join(sorted(state['stateful']))} "
+                f"present={','.join(sorted(self._stateful))}"
             )
         restore_engine(self._engine, self._zero, state)
         restore_groups(self._zero, self._named, state["groups"])  # after the scheduler, which may set learning rates
@@ -165,7 +167,8 @@ def _checked_stateful(stateful: Mapping[str, object]) -> dict[str, Stateful]:
     for name, item in stateful.items():
         if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
             raise UsageError(
-                f"object cannot be saved: stateful={name} type={type(item).__qualname__} allowed=state_dict() and load_state_dict()"
+                f"object cannot be saved: stateful={name} type={type(item).__qualname__} "
+                "allowed=state_dict() and load_state_dict()"
             )
     return cast("dict[str, Stateful]", dict(sorted(stateful.items())))
 

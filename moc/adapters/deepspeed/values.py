@@ -1,6 +1,7 @@
 """Trees of live values ↔ trees that `moc.format.tagged` can store.
 
-`plain_of` turns tensors and arrays into `ArrayValue`s that alias CPU memory where they can; `live_of` builds fresh tensors and arrays.
+`plain_of` turns tensors and arrays into `ArrayValue`s that alias CPU memory where they can; `live_of` builds fresh
+tensors and arrays.
 """
 
 from __future__ import annotations
@@ -91,9 +92,9 @@ def tensor_of(value: ArrayValue) -> torch.Tensor:
 def plain_of(value: object, path: str, *, is_lenient: bool) -> object:
     """Return `value` with tensors and arrays replaced by `ArrayValue` and ordered dicts by dicts.
 
-    With `is_lenient`, for state that DeepSpeed or torch own and only read as numbers, numpy scalars become Python numbers and other
-    subclasses of dict (a scheduler's Counter) become dicts. What remains of an unsupported type is refused, by its path, when the
-    tree is encoded.
+    With `is_lenient`, for state that DeepSpeed or torch own and only read as numbers, numpy scalars become Python
+    numbers and other subclasses of dict (a scheduler's Counter) become dicts. What remains of an unsupported type is
+    refused, by its path, when the tree is encoded.
     """
     match value:
         case torch.Tensor():
@@ -115,7 +116,7 @@ def plain_of(value: object, path: str, *, is_lenient: bool) -> object:
 
 
 def live_of(value: object, like: object = None) -> object:
-    """Return `value` with arrays rebuilt; where `like` holds a subclass of dict at the same place, the result does too."""
+    """Return `value` with arrays rebuilt, and with the subclass of dict that `like` has at the same place."""
     match value:
         case ArrayValue(kind="torch"):
             return tensor_of(value)

@@ -1,4 +1,4 @@
-"""One view of the two ZeRO optimizers: flat groups, this rank's partition of each, and where every parameter lies in it.
+"""One view of the two ZeRO optimizers: flat groups, this rank's partition of each, and where parameters lie in it.
 
 The map is built from the order in the flat buffer and checked against the parameters' addresses. DeepSpeed's own map
 (`param._hp_mapping`) is not used: it is wrong with `round_robin_gradients`.
@@ -25,8 +25,8 @@ __all__ = ["FlatGroup", "ZeroOptimizer"]
 class FlatGroup:
     """One flat group; `start` and `length` are this rank's partition in the group's flat buffer, in elements.
 
-    `params` are (parameter, its first element in the flat buffer), ascending; `padding` counts the partition's elements behind the
-    last parameter.
+    `params` are (parameter, its first element in the flat buffer), ascending; `padding` counts the partition's elements
+    behind the last parameter.
     """
 
     index: int
@@ -40,7 +40,7 @@ class FlatGroup:
 
 
 class ZeroOptimizer:
-    """Uniform access to `DeepSpeedZeroOptimizer` (stages 1 and 2) and `BF16_Optimizer`. Thread: reading is safe on any."""
+    """Uniform access to `DeepSpeedZeroOptimizer` (stages 1 and 2) and `BF16_Optimizer`; any thread may read."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -75,7 +75,7 @@ class ZeroOptimizer:
         )
 
     def update_weights(self) -> None:
-        """Cast the masters to the model's weights and gather them from all ranks, as a training step does. Collective."""
+        """Cast the masters to the model's weights and gather them, as a training step does. Collective."""
         with torch.no_grad():
             self.optimizer.update_lp_params()
 
@@ -93,7 +93,8 @@ class ZeroOptimizer:
         start = dist.get_rank(process_group) * length
         if self.master(index).numel() != length:
             raise InternalError(
-                f"partition has an unexpected size: group={index} elements={self.master(index).numel()} expected={length}"
+                f"partition has an unexpected size: group={index} elements={self.master(index).numel()} "
+                f"expected={length}"
             )
         options = self.base.param_groups[index]
         end = offsets[-1] + params[-1].numel() if params else 0
