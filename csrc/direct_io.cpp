@@ -11,8 +11,8 @@
 namespace moc {
 namespace {
 
-constexpr size_t kBatch = 1024;                    // IOV_MAX of Linux
-constexpr uint64_t kCallBytes = uint64_t{1} << 30;  // Linux moves at most 2 GiB - 4096 a call; this keeps calls aligned
+constexpr size_t kBatch = 1024;                     // IOV_MAX of Linux
+constexpr uint64_t kCallBytes = uint64_t{64} << 20;  // tens of milliseconds: a process that must die does so soon
 
 // Where the next byte comes from: a segment, and how much of it is already written.
 struct Cursor {
@@ -78,7 +78,7 @@ IoResult read_range(int fd, uint64_t file_offset, uint8_t* target, uint64_t leng
     if (taken < 0) return {done, errno};
     if (taken == 0) break;
     done += static_cast<uint64_t>(taken);
-    // A direct read that stopped inside a block can not be continued there, so ask for the size first.
+    // A direct read that stopped inside a block can not be continued there on every file system: ask for the size first.
     if (static_cast<uint64_t>(taken) < wanted && is_at_end(fd, file_offset + done)) break;
   }
   return {done, 0};

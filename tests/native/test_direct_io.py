@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -96,6 +97,17 @@ def test_more_segments_than_one_call_takes_are_written_in_order(direct_fd: int) 
         assert _native.read_aligned(direct_fd, 0, target.address, count * BLOCK) == count * BLOCK
 
         assert (target.view.reshape(count, BLOCK) == source.view.reshape(count, BLOCK)[::-1]).all()
+
+
+def test_one_segment_longer_than_one_call_is_continued_where_the_call_ended(direct_fd: int) -> None:
+    length = (128 << 20) + BLOCK  # a call moves 64 MiB
+    with mapped(length) as source, mapped(length) as target:
+        source.view.view(np.uint64)[::512] = np.arange(length // BLOCK, dtype=np.uint64)  # each block holds its number
+
+        assert _native.write_aligned(direct_fd, 0, words([source.address]), words([length])) == length
+        assert _native.read_aligned(direct_fd, 0, target.address, length) == length
+
+        assert np.array_equal(source.view, target.view)
 
 
 def test_partial_writes_into_a_limited_file_end_in_efbig(plain_fd: int) -> None:
