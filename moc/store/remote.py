@@ -67,13 +67,17 @@ class RemoteStore:
         path = self._path(key)
         content = b"".join(byte_views(segments))
         turn = contextlib.nullcontext() if self._writes_objects else self._in_place_lock
-        with self._translated("put", key) as files, turn:
-            with self._trace.span("store.put", key=key, bytes=len(content)):
-                if create_only:
-                    self._pipe_new(files, path, key, content)
-                else:
-                    self._pipe(files, path, content)
-            stored_bytes = self._size(files, path, key)
+        try:
+            with self._translated("put", key) as files, turn:
+                with self._trace.span("store.put", key=key, bytes=len(content)):
+                    if create_only:
+                        self._pipe_new(files, path, key, content)
+                    else:
+                        self._pipe(files, path, content)
+                stored_bytes = self._size(files, path, key)
+        except ObjectMissingError as error:
+            # Gateways to filesystems answer so when a delete removes the folder that the put needs: it helps to repeat.
+            raise StoreUnavailableError(f"put had no effect: {error}") from None
         if stored_bytes != len(content):
             raise StoreUnavailableError(
                 f"wrong length after put {self._subject(key)} total_bytes={len(content)} {stored_bytes=}"
@@ -179,11 +183,12 @@ class RemoteStore:
     def _pipe_new(self, files: Any, path: str, key: str, content: bytes) -> None:
         """Put unless other bytes are there; what the store itself does not enforce is looked at before."""
         try:
-            if self._creates_only:
+            is_free = self._properties.create_only or not files.exists(path)
+            if is_free and self._creates_only:
                 files.pipe_file(path, content, mode="create")
-                return
-            if not files.exists(path):
+            elif is_free:
                 self._pipe(files, path, content)
+            if is_free:
                 return
         except Exception as error:
             if not is_precondition_failure(error):
