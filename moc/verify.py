@@ -134,7 +134,7 @@ def verify_checkpoint(
     if read_data_fraction > 0:
         work = [(o.row, _sample(name, o, read_data_fraction)) for o in objects]
         shards = sum(len(regions) for _, regions in work)
-        found, data_read = _check_data(repository, work, progress or _ignore)
+        found, data_read = _check_data(repository, work, progress)
         findings += found
     return VerifyReport(
         name=name,
@@ -148,7 +148,7 @@ def verify_checkpoint(
 def verify_repository(
     repository: Repository, *, read_data_fraction: float = 0.0, progress: Progress | None = None
 ) -> RepositoryReport:
-    """Check all checkpoints, records and other files; raises NoCheckpointError, FormatUnsupportedError, StorageError."""
+    """Check everything in a repository. Raises: NoCheckpointError, FormatUnsupportedError, StorageError."""
     repository.require()
     _, findings = repository.incarnations()
     checkpoints = [stored.name for stored in repository.checkpoints()]
@@ -298,7 +298,7 @@ def windows(regions: Iterable[Region]) -> Iterator[tuple[Region, ...]]:
 
 
 def _check_data(
-    repository: Repository, work: Iterable[tuple[ObjectRow, tuple[Region, ...]]], progress: Progress
+    repository: Repository, work: Iterable[tuple[ObjectRow, tuple[Region, ...]]], progress: Progress | None
 ) -> tuple[list[Finding], int]:
     """Read the regions by a few threads that share one queue; each holds one window of bytes at a time."""
     queue = ((row, window) for row, regions in work for window in windows(regions))
@@ -328,7 +328,7 @@ def _check_data(
 
 
 def _check_window(
-    repository: Repository, row: ObjectRow, window: Sequence[Region], progress: Progress
+    repository: Repository, row: ObjectRow, window: Sequence[Region], progress: Progress | None
 ) -> list[MocError]:
     first, last = window[0].position, max(region.position + region.length for region in window)
     try:
@@ -338,7 +338,8 @@ def _check_window(
             return []
         view = memoryview(bytearray(last - first))
         repository.read_range(row, first, view)
-        progress(view.nbytes)
+        if progress is not None:
+            progress(view.nbytes)
     except WRONG as error:
         return [error]
     errors: list[MocError] = []
@@ -351,7 +352,7 @@ def _check_window(
     return errors
 
 
-def _long_crc(repository: Repository, row: ObjectRow, region: Region, progress: Progress) -> int:
+def _long_crc(repository: Repository, row: ObjectRow, region: Region, progress: Progress | None) -> int:
     """Return the checksum of a region that is too large to hold."""
     buffer = memoryview(bytearray(WINDOW_BYTES))
     actual = 0
@@ -359,7 +360,8 @@ def _long_crc(repository: Repository, row: ObjectRow, region: Region, progress: 
         piece = buffer[: min(WINDOW_BYTES, region.length - offset)]
         repository.read_range(row, region.position + offset, piece)
         actual = crc32c(piece, actual)
-        progress(piece.nbytes)
+        if progress is not None:
+            progress(piece.nbytes)
     return actual
 
 
@@ -395,7 +397,3 @@ def _is_record(key: str) -> bool:
         return True
     folder, _, rest = key.partition("/")
     return folder == VICTIMS and parse_incarnation_key(f"incarnations/{rest}") is not None
-
-
-def _ignore(_: int) -> None:
-    """Report to nobody."""

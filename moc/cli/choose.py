@@ -18,7 +18,7 @@ ALLOWED = "STEP, STEP-ATTEMPT or a whole name as printed by 'moc ls --json'"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalogue:
-    """What a repository lists. `lineage` is in the order in which recovery tries it, `others` newest life and step first."""
+    """What a repository lists: `lineage` in the order in which recovery tries it, `others` newest life first."""
 
     url: str
     links: tuple[Link, ...]
@@ -50,7 +50,7 @@ def read_catalogue(repository: Repository) -> Catalogue:
 
 
 def choose(catalogue: Catalogue, text: str) -> StoredCheckpoint:
-    """Return the checkpoint that `text` names; a bare step prefers the lineage. Raises NoCheckpointError, UsageError."""
+    """Return what `text` names; a bare step prefers the lineage. Raises NoCheckpointError, UsageError."""
     return _first((*catalogue.lineage, *catalogue.others), text, catalogue)
 
 
