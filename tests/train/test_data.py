@@ -110,7 +110,7 @@ def data_config(folder: Path, *, cache: str, **settings: Any) -> DataConfig:
     return DataConfig(corpus=corpus, vocab_size=300, sequence_length=16, cache=str(folder / cache), **settings)
 
 
-def test_documents_come_back_from_the_token_file(text_config: DataConfig, tmp_path: Path) -> None:
+def test_documents_come_back_from_the_token_file(text_config: DataConfig) -> None:
     folder = prepare(text_config)
 
     tokens = TokenFile.open(folder, sequence_length=16)
@@ -140,7 +140,8 @@ def test_changed_text_or_settings_are_prepared_anew(text_config: DataConfig, tmp
     assert len({first, second, prepare(text_config)}) == 3
 
 
-def test_two_builds_of_a_corpus_are_the_same_bytes(text_config: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("text_config")
+def test_two_builds_of_a_corpus_are_the_same_bytes(tmp_path: Path) -> None:
     folders = [prepare(data_config(tmp_path, cache=cache)) for cache in ("one", "two")]
 
     for name in ("tokenizer.json", "tokens.bin", "meta.json"):

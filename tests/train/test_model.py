@@ -69,14 +69,14 @@ def test_the_balance_loss_is_one_for_uniform_routing_and_pushes_towards_it() -> 
     with torch.no_grad():
         module.weight.zero_()
 
-    assert float(module(tokens).balance_loss) == pytest.approx(1.0)
+    assert module(tokens).balance_loss.item() == pytest.approx(1.0)
 
     skewed, _ = router()
     before = skewed(tokens).balance_loss
     before.backward()
     with torch.no_grad():
         skewed.weight -= 0.05 * skewed.weight.grad
-    assert float(skewed(tokens).balance_loss) < float(before)
+    assert skewed(tokens).balance_loss.item() < before.item()
 
 
 def test_the_router_computes_in_fp32_under_bf16() -> None:

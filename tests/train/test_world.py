@@ -1,0 +1,207 @@
+"""Real DeepSpeed worlds: the same losses for every expert-parallel size, twice the same bits, and right checkpoints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moc_train.compare import compare, read_lineage
+from moc_train.runlog import read_records, surviving_steps
+
+pytestmark = pytest.mark.world
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+TOLERANCE = 1e-5
+DEADLINE_S = 240
+TINY = [
+    "checkpoint.enabled=false",
+    "data.max_mb=0.3",
+    "data.vocab_size=512",
+    "data.sequence_length=32",
+    "logging.tensorboard=false",
+    "model.layers=2",
+    "model.moe_layers=all",
+    "model.width=32",
+    "model.heads=2",
+    "model.experts=8",
+    "model.expert_hidden=32",
+    "training.micro_batch=2",
+    "training.global_batch=8",
+    "training.threads=1",
+    "optimizer.lr=0.005",
+    f"training.steps={STEPS}",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    world_size: int
+    name: str
+    verb: str
+    settings: tuple[str, ...]
+
+
+SCENARIOS = (
+    Scenario(world_size=1, name="one_rank", verb="train", settings=("model.ep_size=1",)),
+    Scenario(world_size=2, name="two_ranks", verb="train", settings=("model.ep_size=1",)),
+    Scenario(world_size=2, name="ep2", verb="train", settings=("model.ep_size=2",)),
+    Scenario(world_size=2, name="ep2_again", verb="train", settings=("model.ep_size=2",)),
+    Scenario(world_size=2, name="ep2_loop", verb="train", settings=("model.ep_size=2", "model.gmm=loop")),
+    Scenario(world_size=2, name="bf16", verb="train", settings=("model.ep_size=2", "training.precision=bf16")),
+    Scenario(
+        world_size=2,
+        name="bf16_again",
+        verb="train",
+        settings=("model.ep_size=2", "training.precision=bf16"),
+    ),
+    Scenario(
+        world_size=2,
+        name="bf16_optimizer",
+        verb="train",
+        settings=(
+            "model.ep_size=2",
+            "training.precision=bf16",
+            "training.zero_stage=1",
+            "training.gradient_dtype=fp32",
+        ),
+    ),
+    Scenario(world_size=2, name="saved", verb="checkpoint", settings=("model.ep_size=2",)),
+    Scenario(
+        world_size=2,
+        name="saved_bf16",
+        verb="checkpoint",
+        settings=("model.ep_size=2", "training.precision=bf16", "model.moe_layers=odd"),
+    ),
+    Scenario(world_size=4, name="ep4", verb="train", settings=("model.ep_size=4",)),
+    Scenario(world_size=4, name="ep2_replicated", verb="train", settings=("model.ep_size=2",)),
+    Scenario(world_size=4, name="saved_replicated", verb="checkpoint", settings=("model.ep_size=2",)),
+)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what each scenario left; one world of processes per number of ranks."""
+    folder = tmp_path_factory.mktemp("worlds")
+    for world_size in sorted({scenario.world_size for scenario in SCENARIOS}):
+        plan = [
+            {
+                "verb": scenario.verb,
+                "folder": str(folder / scenario.name),
+                # The same batch per forward pass everywhere: the balance loss is a function of the micro-batch.
+                "settings": [*TINY, f"data.cache={folder / 'cache'}", *scenario.settings],
+            }
+            for scenario in SCENARIOS
+            if scenario.world_size == world_size
+        ]
+        file = folder / f"plan{world_size}.json"
+        file.write_text(json.dumps(plan), encoding="utf-8")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        worker = str(Path(__file__).with_name("world_worker.py"))
+        result = subprocess.run(
+            [*launcher, worker, str(file)],
+            env=environment(),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in surviving_steps(read_records(folder / "rank00000.jsonl")).values()]
+
+
+@pytest.mark.parametrize("name", ["two_ranks", "ep2", "ep2_loop", "ep4", "ep2_replicated"])
+def test_every_expert_parallel_size_gives_the_same_loss_curve(worlds: Path, name: str) -> None:
+    expected, actual = losses(worlds / "one_rank"), losses(worlds / name)
+
+    assert len(actual) == STEPS
+    assert expected[-1] < expected[0] - 0.3  # it does learn
+    assert max(abs(a - b) for a, b in zip(expected, actual, strict=True)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("one", "other"), [("ep2", "ep2_again"), ("bf16", "bf16_again")])
+def test_the_same_run_gives_the_same_bits(worlds: Path, one: str, other: str) -> None:
+    comparison = compare(read_lineage(worlds / one), read_lineage(worlds / other))
+
+    assert comparison.is_equal, comparison.differences
+    assert comparison.equal_steps == STEPS
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16_optimizer"])
+def test_bf16_follows_the_fp32_curve(worlds: Path, name: str) -> None:
+    expected, actual = losses(worlds / "one_rank"), losses(worlds / name)
+
+    assert max(abs(a - b) for a, b in zip(expected, actual, strict=True)) < 0.1
+
+
+def test_all_ranks_log_the_same_losses_and_loads(worlds: Path) -> None:
+    ranks = [surviving_steps(read_records(path)) for path in sorted((worlds / "ep4").glob("rank*.jsonl"))]
+
+    assert len(ranks) == 4
+    for key in ("loss_hex", "load", "lr", "grad_norm"):
+        assert len({json.dumps([record[key] for record in steps.values()]) for steps in ranks}) == 1
+
+
+@pytest.mark.parametrize("name", ["saved", "saved_bf16", "saved_replicated"])
+def test_deepspeeds_own_checkpoint_restores_the_model(worlds: Path, name: str) -> None:
+    reports: list[dict[str, Any]] = [json.loads(path.read_text()) for path in (worlds / name).glob("report*.json")]
+
+    assert reports
+    for report in reports:
+        assert report["different_before"]
+        assert report["full"]
+        assert report["module_only"]
+        assert report["actual"] == report["expected"]
+
+
+def test_deepspeeds_own_checkpoint_has_a_file_per_global_expert(worlds: Path) -> None:
+    files = {path.name for path in (worlds / "saved" / "saved").glob("layer_*_expert_*")}
+
+    assert files == {
+        f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt" for layer in (0, 1) for expert in range(8)
+    }
+
+
+def run_script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "moc_train" / "pretrain.py"), *words],
+        env=clean,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+def test_the_script_runs_without_a_launcher_and_a_fault_kills_it_inside_its_step(worlds: Path, tmp_path: Path) -> None:
+    words = [*TINY, f"data.cache={worlds / 'cache'}", f"logging.folder={tmp_path}"]
+
+    result = run_script(tmp_path, *words, "faults.kill_rank=0", "faults.kill_step=4")
+
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+    assert losses(tmp_path) == losses(worlds / "one_rank")[:3]
+
+
+def test_the_script_refuses_a_bad_setting_before_anything_starts(tmp_path: Path) -> None:
+    result = run_script(tmp_path, "model.widht=3")
+
+    assert result.returncode == 2
+    assert result.stderr.startswith("pretrain.py: unknown key model.widht (did you mean width?)")
+    assert list(tmp_path.iterdir()) == []
