@@ -159,13 +159,16 @@ class StorageSource:
         return self._headers[row.key]
 
 
-def restore_shards(source: Source, state: TrainingState, candidate: Candidate, *, trace: Trace) -> int:
-    """Copy every needed shard from the source into the training state; return the bytes read.
+def restore_shards(
+    source: Source, state: TrainingState, candidate: Candidate, *, parts: Sequence[str] | None, trace: Trace
+) -> int:
+    """Copy every needed shard (of these parts only, where given) from the source into the training state; return the bytes read.
 
     Nothing is written to the state unless the whole plan covers it; a shard is written after its checksum was found right. When this
     raises (IntegrityError, MismatchError, StorageError) the state is partly overwritten: restore another candidate or stop.
     """
-    needed = state.needed
+    targets = [i for i, shard in enumerate(state.needed) if parts is None or shard.part in parts]
+    needed = [state.needed[i] for i in targets]
     placed = source.placed(needed)
     pieces = plan_read(needed, placed)
     budget = _ByteBudget(IN_FLIGHT_BYTES)
@@ -174,18 +177,16 @@ def restore_shards(source: Source, state: TrainingState, candidate: Candidate, *
     def fill(job: tuple[int, tuple[Piece, ...]]) -> int:
         row = placed[job[0]]
         with budget.take(row.shard.size_bytes), trace.span("recover.read", shard=row.shard.name, bytes=row.shard.size_bytes):
-            view = source.read(row)
-            actual = crc32c(view)
-            if actual != row.crc32c:
-                raise ShardCorruptError(
-                    f"shard checksum mismatch: shard={row.shard.name} holder={row.holder} candidate={candidate} "
-                    f"expected={row.crc32c} actual={actual}"
-                )
-            for piece in job[1]:
-                part = view[piece.source_offset : piece.source_offset + piece.length_bytes]
-                state.write_shard(piece.target, piece.target_offset, part)
-                part.release()
-            view.release()
+            with source.read(row) as view:
+                actual = crc32c(view)
+                if actual != row.crc32c:
+                    raise ShardCorruptError(
+                        f"shard checksum mismatch: shard={row.shard.name} holder={row.holder} candidate={candidate} "
+                        f"expected={row.crc32c} actual={actual}"
+                    )
+                for piece in job[1]:
+                    with view[piece.source_offset : piece.source_offset + piece.length_bytes] as part:
+                        state.write_shard(targets[piece.target], piece.target_offset, part)
         return row.shard.size_bytes
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="moc-read") as pool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -74,12 +75,9 @@ class AgentClient:
 
     def is_gone(self) -> bool:
         """Return whether the agent has closed this connection; never blocks."""
-        try:
-            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        poller = select.poll()
+        poller.register(self._sock, select.POLLRDHUP)
+        return any(event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poller.poll(0))
 
     def hello(self, *, rank: int | None, incarnation: int | None) -> wire.Message:
         """Introduce this process, with a pidfd of it; the agent watches the pidfd of a trainer."""

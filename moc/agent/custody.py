@@ -14,7 +14,7 @@ from typing import Any
 
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, decode_incarnation
-from moc.plan.freeing import Seal, complete_steps, freeable, global_step
+from moc.plan.freeing import Moment, Seal, complete_moments, freeable
 from moc.plan.layout import arrange_arena
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
@@ -53,7 +53,7 @@ class Custody:
     def __init__(self, arena: Arena, *, earlier: Custody | None = None) -> None:
         self.arena, self.earlier = arena, earlier
         self._records: dict[tuple[int, int], SealRecord] = {}
-        self._pins: dict[tuple[int, int], int] = {}
+        self._pins: dict[tuple[int, Moment], int] = {}
         self._pins_lock = threading.Lock()
         self._adopt_descriptor()
 
@@ -79,10 +79,11 @@ class Custody:
         """
         self.arena.describe(descriptor)
         self._adopt_descriptor()
-        keep = self.pinned() | ({self._source} if self._source is not None else set())
+        pinned = self.pinned()
         self._refresh()
         for (rank, index), record in list(self._records.items()):
-            if (record.incarnation, record.step) not in keep:
+            is_source = (record.incarnation, record.step) == self._source
+            if not is_source and (record.incarnation, (record.step, record.attempt)) not in pinned:
                 self._free(rank, index)
         for rank in self.life.ranks:
             self.arena.clear_words(rank)
@@ -91,62 +92,74 @@ class Custody:
         self.life = Life.of(self.arena.descriptor)
         parent = self.life.record.parent
         self._source = None if parent is None else (parent.incarnation, parent.step)
-        self._settled: set[int] = set()
-        self.global_step: int | None = None
+        self._settled: set[Moment] = set()
+        self.newest: Moment | None = None
 
-    def pin(self, incarnation: int, step: int) -> None:
-        """Keep the seals of a step until `unpin`. Thread: any."""
+    @property
+    def global_step(self) -> int | None:
+        """The newest step that every rank has sealed in this life."""
+        return None if self.newest is None else self.newest[0]
+
+    def pin(self, incarnation: int, moment: Moment) -> None:
+        """Keep the seals of a moment until `unpin`. Thread: any."""
         with self._pins_lock:
-            key = (incarnation, step)
+            key = (incarnation, moment)
             self._pins[key] = self._pins.get(key, 0) + 1
 
-    def unpin(self, incarnation: int, step: int) -> None:
+    def unpin(self, incarnation: int, moment: Moment) -> None:
         """Undo one `pin`. Thread: any."""
         with self._pins_lock:
-            key = (incarnation, step)
+            key = (incarnation, moment)
             self._pins[key] -= 1
             if not self._pins[key]:
                 del self._pins[key]
 
-    def pinned(self) -> set[tuple[int, int]]:
+    def pinned(self) -> set[tuple[int, Moment]]:
         with self._pins_lock:
             return set(self._pins)
 
-    def scan(self) -> list[tuple[int, str]]:
-        """Look at all records, free what nothing needs; return (step, attempt) of complete, unended saves of this life, ascending."""
+    def scan(self) -> list[Moment]:
+        """Look at all records, free what nothing needs; return the complete saves of this life that have not ended, ascending."""
         self._refresh()
         ranks, incarnation = self.life.ranks, self.life.record.number
         seals = self._seals()
-        step = global_step(seals, ranks, incarnation)
-        if step is not None and step != self.global_step:
-            self.global_step = step
+        complete = complete_moments(seals, ranks, incarnation)
+        if complete and complete[-1] != self.newest:
+            self.newest = complete[-1]
             self._source = None  # the new life stands on its own
-        if self.global_step is not None and self.earlier is not None and not self.earlier.pinned():
+        if self.newest is not None and self.earlier is not None and not self.earlier.pinned():
             self.earlier.close()
             self.earlier = None
         wanted = self.unfinished_saves()
-        keep = self.pinned() | {(incarnation, s) for s in wanted}
-        if self._source is not None:
-            keep.add(self._source)
-        for seal in freeable(seals, ranks, incarnation, keep):
+        pinned = self.pinned() | {(incarnation, moment) for moment in wanted}
+        for seal in freeable(seals, ranks, incarnation, pinned=pinned, source=self._source):
             self._free(seal.rank, seal.record)
-        return [(s, wanted[s]) for s in complete_steps(seals, ranks, incarnation) if s in wanted]
+        return [moment for moment in complete if moment in wanted]
 
-    def records_of(self, incarnation: int, step: int) -> dict[int, SealRecord]:
-        """Return the seals of one step by rank."""
+    def records_of(self, incarnation: int, moment: Moment) -> dict[int, SealRecord]:
+        """Return the seals of one moment by rank."""
         return {
             rank: record
             for (rank, _), record in sorted(self._records.items())
-            if record.incarnation == incarnation and record.step == step
+            if record.incarnation == incarnation and (record.step, record.attempt) == moment
         }
 
-    def settle(self, step: int) -> None:
-        """Say that the save of this step has ended, well or badly, and holds its seals no longer."""
-        self._settled.add(step)
+    def settle(self, moment: Moment) -> None:
+        """Say that the save of this moment has ended, well or badly, and holds its seals no longer."""
+        self._settled.add(moment)
+
+    def unfinished_saves(self) -> set[Moment]:
+        """Return the saves of this life that at least one rank has sealed and that have not ended."""
+        number = self.life.record.number
+        return {
+            (r.step, r.attempt)
+            for r in self._records.values()
+            if r.incarnation == number and r.flags & PERSIST and (r.step, r.attempt) not in self._settled
+        }
 
     def source(self) -> Custody:
         """Return the custody that a recovery reads from: the earlier life's until this one has a global step."""
-        return self.earlier if self.earlier is not None and self.global_step is None else self
+        return self.earlier if self.earlier is not None and self.newest is None else self
 
     def inventory(self) -> dict[str, object]:
         """Return what a recovery may choose from: complete snapshots, incomplete and corrupt ones, the lineage."""
@@ -188,15 +201,6 @@ class Custody:
             Seal(incarnation=r.incarnation, step=r.step, rank=rank, record=index, attempt=r.attempt)
             for (rank, index), r in self._records.items()
         )
-
-    def unfinished_saves(self) -> dict[int, str]:
-        """Return step → attempt of saves that at least one rank has sealed and that have not ended."""
-        number = self.life.record.number
-        return {
-            r.step: r.attempt
-            for r in self._records.values()
-            if r.incarnation == number and r.flags & PERSIST and r.step not in self._settled
-        }
 
     def _free(self, rank: int, index: int) -> None:
         self.arena.free(rank, index)

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from moc.commit import CommitPlan, build_manifest, commit, refuse_if_fenced
@@ -168,7 +168,7 @@ class Persister:
         if held and held[-1].token != life.token:
             raise FencedError(f"another life has this number: run={life.run} incarnation={life.number} token={held[-1].token}")
         if not held and not findings:
-            repository.put_incarnation(replace(life))
+            repository.put_incarnation(life)
 
 
 def _commit_plan(descriptor: Mapping[str, Any]) -> CommitPlan:

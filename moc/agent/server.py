@@ -27,6 +27,8 @@ from moc.agent.persister import Outcome, Persister, SaveJob
 from moc.agent.runtime import LOCK_NAME, SOCKET_NAME
 from moc.clock import Clock
 from moc.errors import MocError, UsageError
+from moc.format.keys import CheckpointName
+from moc.plan.freeing import Moment
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT
 from moc.trace import Trace
@@ -59,8 +61,7 @@ class Waiter:
     """A connection that waits for a save to end."""
 
     connection: socket.socket
-    step: int
-    attempt: str
+    moment: Moment
     deadline_s: float
 
 
@@ -73,13 +74,13 @@ class Agent:
         self._custody: Custody | None = None
         self._trainers: dict[int, Trainer] = {}
         self._waiters: list[Waiter] = []
-        self._outcomes: OrderedDict[tuple[int, str], Outcome] = OrderedDict()
+        self._outcomes: OrderedDict[Moment, Outcome] = OrderedDict()
         self._ended: list[tuple[SaveJob, Custody, Outcome]] = []
         self._custody_of_job: dict[int, Custody] = {}
         self._ended_lock = threading.Lock()
         self._wake_receive, self._wake_send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._last_committed: int | None = None
-        self._first_seen_s: dict[int, float] = {}
+        self._first_seen_s: dict[Moment, float] = {}
         self._drain_connection: socket.socket | None = None
         self._is_leaving = False
         self._active_s = clock.now_s()
@@ -145,54 +146,49 @@ class Agent:
         custody = self._custody
         if custody is None:
             return
-        with self._trace.span("agent.look"):
-            for step, attempt in custody.scan():
-                self._start_save(custody, step, attempt)
-            timeout_s = float(custody.life.descriptor["timeout_s"])
-            for step, attempt in custody.unfinished_saves().items():
-                first = self._first_seen_s.setdefault(step, self._clock.now_s())
-                if not self._is_started(custody, step) and self._clock.now_s() - first > timeout_s:
-                    self._give_up(custody, step, attempt, f"not every rank sealed in time: timeout_s={timeout_s}")
-            custody.arena.publish(global_step=custody.global_step, committed_step=self._last_committed)
+        for moment in custody.scan():
+            self._start_save(custody, moment)
+        timeout_s = float(custody.life.descriptor["timeout_s"])
+        for moment in custody.unfinished_saves():
+            first_s = self._first_seen_s.setdefault(moment, self._clock.now_s())
+            if not self._is_started(custody, moment) and self._clock.now_s() - first_s > timeout_s:
+                self._give_up(custody, moment, f"not every rank sealed in time: timeout_s={timeout_s}")
+        custody.arena.publish(global_step=custody.global_step, committed_step=self._last_committed)
 
-    def _is_started(self, custody: Custody, step: int) -> bool:
-        return (custody.life.record.number, step) in custody.pinned()
+    def _is_started(self, custody: Custody, moment: Moment) -> bool:
+        return (custody.life.record.number, moment) in custody.pinned()
 
-    def _start_save(self, custody: Custody, step: int, attempt: str) -> None:
-        if self._is_started(custody, step):
+    def _start_save(self, custody: Custody, moment: Moment) -> None:
+        if self._is_started(custody, moment):
             return
-        records = custody.records_of(custody.life.record.number, step)
+        records = custody.records_of(custody.life.record.number, moment)
         is_awaited = any(record.flags & EXPLICIT for record in records.values())
         if self._persister.is_busy and not is_awaited:
-            self._give_up(custody, step, attempt, "the previous save is still under way")
+            self._give_up(custody, moment, "the previous save is still under way")
             return
-        self._offer(custody, step, attempt)
+        self._offer(custody, moment)
 
-    def _offer(self, custody: Custody, step: int, attempt: str) -> None:
+    def _offer(self, custody: Custody, moment: Moment) -> None:
         life = custody.life.record
         job = SaveJob(
             arena=custody.arena,
-            records=custody.records_of(life.number, step),
+            records=custody.records_of(life.number, moment),
             life=life,
             descriptor=custody.life.descriptor,
         )
-        custody.pin(life.number, step)
+        custody.pin(life.number, moment)
         self._custody_of_job[id(job)] = custody
         if not self._persister.offer(job):
-            custody.unpin(life.number, step)
+            custody.unpin(life.number, moment)
             del self._custody_of_job[id(job)]
-            self._give_up(custody, step, attempt, "too many saves wait")
+            self._give_up(custody, moment, "too many saves wait")
 
-    def _give_up(self, custody: Custody, step: int, attempt: str, reason: str) -> None:
-        custody.settle(step)
-        name = f"step={step} attempt={attempt}"
-        log.warning("save skipped: %s reason=%s", name, reason)
-        record = next(iter(custody.records_of(custody.life.record.number, step).values()), None)
-        if record is None:
-            return
-        from moc.persist import checkpoint_name
-
-        self._remember(Outcome(name=checkpoint_name(record), size_bytes=0, seconds=0.0, error=f"save skipped: {reason}"))
+    def _give_up(self, custody: Custody, moment: Moment, reason: str) -> None:
+        custody.settle(moment)
+        log.warning("save skipped: step=%d attempt=%s reason=%s", *moment, reason)
+        life = custody.life.record
+        name = CheckpointName(run=life.run, incarnation=life.number, step=moment[0], attempt=moment[1])
+        self._remember(Outcome(name=name, size_bytes=0, seconds=0.0, error=f"save skipped: {reason}"))
 
     def _note_end(self, job: SaveJob, outcome: Outcome) -> None:
         """Thread: the persist thread."""
@@ -204,9 +200,10 @@ class Agent:
         with self._ended_lock:
             ended, self._ended = self._ended, []
         for job, custody, outcome in ended:
+            moment = (job.name.step, job.name.attempt)
             if job.life.number == custody.life.record.number:
-                custody.settle(job.name.step)
-            custody.unpin(job.name.incarnation, job.name.step)
+                custody.settle(moment)
+            custody.unpin(job.name.incarnation, moment)
             if outcome.error is None:
                 self._last_committed = max(job.name.step, self._last_committed or 0)
             self._remember(outcome)
@@ -219,7 +216,7 @@ class Agent:
     def _answer_waiters(self) -> None:
         remaining = []
         for waiter in self._waiters:
-            outcome = self._outcomes.get((waiter.step, waiter.attempt))
+            outcome = self._outcomes.get(waiter.moment)
             if outcome is not None:
                 state = "failed" if outcome.error else "committed"
                 reply = {"state": state, "reason": outcome.error, "bytes": outcome.size_bytes, "seconds": outcome.seconds}
@@ -372,7 +369,7 @@ class Agent:
             self._custody = Custody.create(descriptor, earlier=None if held is None else held.source())
         self._last_committed = None
         self._first_seen_s = {}
-        self._arena(connection, message, _)
+        self._reply(connection, {})
 
     def _adopt(self, connection: socket.socket, message: wire.Message, descriptors: Descriptors) -> None:
         """Take over the arena of an agent that died, from a trainer that kept it."""
@@ -397,7 +394,7 @@ class Agent:
     def _wait(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         deadline_s = self._clock.now_s() + float(message["timeout_s"])
         self._waiters.append(
-            Waiter(connection=connection, step=message["step"], attempt=message["attempt"], deadline_s=deadline_s)
+            Waiter(connection=connection, moment=(message["step"], message["attempt"]), deadline_s=deadline_s)
         )
 
     def _skip(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
@@ -405,13 +402,9 @@ class Agent:
         custody = self._custody
         if custody is None:
             raise UsageError("there is no arena yet")
-        from moc.format.keys import CheckpointName
-
-        life = custody.life.record
-        name = CheckpointName(run=life.run, incarnation=life.number, step=message["step"], attempt=message["attempt"])
-        custody.settle(name.step)
-        reason = f"rank {message['rank']} skipped its snapshot: {message['reason']}"
-        self._remember(Outcome(name=name, size_bytes=0, seconds=0.0, error=reason))
+        self._give_up(
+            custody, (message["step"], message["attempt"]), f"rank {message['rank']} skipped its snapshot: {message['reason']}"
+        )
         self._reply(connection, {})
 
     def _status(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
@@ -456,12 +449,10 @@ class Agent:
         if custody is None:
             return
         custody.scan()
-        step = custody.global_step
-        if step is None or (self._last_committed is not None and self._last_committed >= step) or self._is_started(custody, step):
-            return
-        records = custody.records_of(custody.life.record.number, step)
-        if records:
-            self._offer(custody, step, next(iter(records.values())).attempt)
+        newest = custody.newest
+        is_committed = newest is not None and self._last_committed is not None and self._last_committed >= newest[0]
+        if newest is not None and not is_committed and not self._is_started(custody, newest):
+            self._offer(custody, newest)
 
     def _leave(self) -> None:
         self._collect_ended()

@@ -1,11 +1,17 @@
-"""Which seals of an arena the agent may free (architecture: "Only the agent frees")."""
+"""Which seals of an arena the agent may free (architecture: "Only the agent frees").
+
+A *moment* is (step, attempt): one snapshot of the whole life. Attempts of one step sort in the order they were made.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Seal", "complete_steps", "freeable", "global_step"]
+__all__ = ["Moment", "Seal", "attempt_id", "complete_moments", "freeable"]
+
+Moment = tuple[int, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -14,38 +20,51 @@ class Seal:
 
     incarnation: int
     step: int
+    attempt: str
     rank: int
     record: int
-    attempt: str
+
+    @property
+    def moment(self) -> Moment:
+        return (self.step, self.attempt)
 
 
-def complete_steps(seals: Iterable[Seal], ranks: Sequence[int], incarnation: int) -> tuple[int, ...]:
-    """Return the steps that every rank has sealed in this incarnation, ascending."""
-    holders: dict[int, set[int]] = {}
+def attempt_id(run: str, incarnation: int, token: str, step: int, ordinal: int) -> str:
+    """Return the 8 hex digits of the ordinal-th snapshot of a step in a life: the ordinal, then a digest; equal on every rank."""
+    digest = hashlib.sha256(f"{run}/{incarnation}/{token}/{step}/{ordinal}".encode()).hexdigest()
+    return f"{ordinal % 256:02x}{digest[:6]}"
+
+
+def complete_moments(seals: Iterable[Seal], ranks: Sequence[int], incarnation: int) -> tuple[Moment, ...]:
+    """Return the moments that every rank has sealed in this incarnation, ascending; the last one is global."""
+    holders: dict[Moment, set[int]] = {}
     for seal in seals:
         if seal.incarnation == incarnation:
-            holders.setdefault(seal.step, set()).add(seal.rank)
-    return tuple(sorted(step for step, held in holders.items() if held >= set(ranks)))
+            holders.setdefault(seal.moment, set()).add(seal.rank)
+    return tuple(sorted(moment for moment, held in holders.items() if held >= set(ranks)))
 
 
-def global_step(seals: Iterable[Seal], ranks: Sequence[int], incarnation: int) -> int | None:
-    """Return the newest step that every rank has sealed in this incarnation, None if there is none."""
-    return max(complete_steps(seals, ranks, incarnation), default=None)
+def freeable(
+    seals: Sequence[Seal],
+    ranks: Sequence[int],
+    incarnation: int,
+    *,
+    pinned: Iterable[tuple[int, Moment]],
+    source: tuple[int, int] | None,
+) -> tuple[Seal, ...]:
+    """Return the seals that nothing needs any more.
 
-
-def freeable(seals: Sequence[Seal], ranks: Sequence[int], incarnation: int, pinned: Iterable[tuple[int, int]]) -> tuple[Seal, ...]:
-    """Return the seals that nothing needs any more. `pinned` holds (incarnation, step) pairs.
-
-    A seal is free when a newer one of its rank is at or below the global step and nothing pins it. Seals of earlier incarnations
-    are kept, as the only thing to recover from, until the present one has a global step; those that are not pinned as the recovery
-    source were off the chain and are dropped by the agent when the new life begins.
+    A seal is free when a newer moment is global and nothing pins it: `pinned` holds (incarnation, moment) of saves under way, `source`
+    the (incarnation, step) that the present life was recovered from. Seals of earlier lives stay until this one has a global moment.
     """
-    newest = global_step(seals, ranks, incarnation)
-    if newest is None:
+    complete = complete_moments(seals, ranks, incarnation)
+    if not complete:
         return ()
     held = set(pinned)
     return tuple(
         seal
         for seal in sorted(seals)
-        if (seal.incarnation, seal.step) not in held and (seal.incarnation < incarnation or seal.step < newest)
+        if (seal.incarnation, seal.moment) not in held
+        and (seal.incarnation, seal.step) != source
+        and (seal.incarnation < incarnation or seal.moment < complete[-1])
     )

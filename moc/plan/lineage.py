@@ -30,12 +30,12 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A state that recovery may choose; `attempt` is None for a snapshot in memory that no save had asked for."""
+    """A state that recovery may choose."""
 
     source: str
     incarnation: int
     step: int
-    attempt: str | None
+    attempt: str
 
     def as_parent(self) -> Parent:
         return Parent(incarnation=self.incarnation, step=self.step, attempt=self.attempt if self.source == STORAGE else None)
@@ -75,10 +75,12 @@ def is_on_chain(links: Sequence[Link], incarnation: int, step: int) -> bool:
 
 
 def candidates(links: Sequence[Link], known: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Return the admissible candidates in the order of preference: nearest link, newest step, memory before storage."""
+    """Return the admissible candidates in the order of preference: nearest link, newest step, latest attempt, memory before storage."""
 
-    def preference(candidate: Candidate) -> tuple[int, int, bool, str]:
+    def preference(candidate: Candidate) -> tuple[int, int, bool]:
         depth = next(i for i, link in enumerate(links) if link.admits(candidate.incarnation, candidate.step))
-        return (depth, -candidate.step, candidate.source != MEMORY, candidate.attempt or "")
+        return (depth, -candidate.step, candidate.source != MEMORY)
 
-    return tuple(sorted((c for c in known if is_on_chain(links, c.incarnation, c.step)), key=preference))
+    admitted = [c for c in known if is_on_chain(links, c.incarnation, c.step)]
+    latest_first = sorted(admitted, key=lambda c: c.attempt, reverse=True)
+    return tuple(sorted(latest_first, key=preference))

@@ -199,7 +199,7 @@ class Snapshotter:
     def _skip(self, step: int, problem: str) -> None:
         self._skipped += 1
         if problem != self._problem:
-            log.warning("snapshot skipped", extra={"step": step, "rank": self._rank, "problem": problem})
+            log.warning("snapshot skipped: step=%d rank=%d problem=%s", step, self._rank, problem)
         self._problem = problem
 
     # Copy and seal: copy thread
@@ -228,7 +228,8 @@ class Snapshotter:
         except Exception as error:  # the thread's top: recorded and counted, the step stays unsealed
             self._failed += 1
             self._problem = f"{type(error).__name__}: {error}"
-            log.warning("snapshot failed", exc_info=not isinstance(error, MocError), extra={"step": filling.step, "rank": self._rank})
+            is_defect = not isinstance(error, MocError)
+            log.warning("snapshot failed: step=%d rank=%d %s", filling.step, self._rank, self._problem, exc_info=is_defect)
         finally:
             filling.copied.set()
             filling.finished.set()

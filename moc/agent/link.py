@@ -1,0 +1,87 @@
+"""A trainer's standing relation to its agent: the bell, and a new agent when the old one has died.
+
+Nothing here blocks the training thread: reconnecting happens on a thread of its own, and while there is no agent snapshots go on until
+the arena has no free record.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from moc.agent.client import AgentClient, ensure_agent
+from moc.errors import MocError
+from moc.snapshot.arena import Arena
+
+__all__ = ["AgentLink"]
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 10.0
+RECONNECT_WAIT_S = 0.2
+RECONNECT_ATTEMPTS = 150  # 30 s; after that the next boundary starts over
+
+
+class AgentLink:
+    """Thread: `ring` from the copy thread, the rest from the training thread."""
+
+    def __init__(self, folder: Path, *, run: str, rank: int, is_leader: bool, incarnation: int, idle_s: float, arena: Arena) -> None:
+        """`is_leader` marks the one trainer of the node that starts agents."""
+        self.folder, self._run, self._rank, self._is_leader = folder, run, rank, is_leader
+        self._incarnation, self._idle_s, self._arena = incarnation, idle_s, arena
+        self._bell = AgentClient.connect(folder, timeout_s=CONNECT_TIMEOUT_S)
+        self._closing = threading.Event()
+        self._reconnecting: threading.Thread | None = None
+        self.agents_replaced = 0
+
+    def ring(self, _step: int) -> None:
+        """Tell the agent that a snapshot was sealed; never blocks."""
+        self._bell.ring()
+
+    def look(self) -> None:
+        """See whether the agent is still there; begin to replace it if not. Never blocks."""
+        if self._reconnecting is not None and self._reconnecting.is_alive():
+            return
+        if self._bell.is_gone():
+            log.warning("agent is gone: folder=%s rank=%d", self.folder, self._rank)
+            self._reconnecting = threading.Thread(target=self._reconnect, name="moc-reconnect", daemon=True)
+            self._reconnecting.start()
+
+    def skip(self, step: int, attempt: str, reason: str) -> None:
+        """Tell the agent that this rank has no snapshot for a save. Blocks: for one round trip. Raises: MocError."""
+        client = AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S)
+        try:
+            client.request("skip", {"step": step, "attempt": attempt, "rank": self._rank, "reason": reason})
+        finally:
+            client.close()
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._reconnecting is not None:
+            self._reconnecting.join()
+        self._bell.close()
+
+    def _reconnect(self) -> None:
+        for _ in range(RECONNECT_ATTEMPTS):
+            try:
+                client = self._connect()
+                client.hello(rank=self._rank, incarnation=self._incarnation)
+                client.request("adopt", descriptors=[self._arena.fd])
+            except (MocError, OSError) as error:
+                log.info("no agent yet: rank=%d reason=%s", self._rank, error)
+                if self._closing.wait(RECONNECT_WAIT_S):
+                    return
+                continue
+            client.close()
+            bell = AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S)
+            self._bell, former = bell, self._bell
+            former.close()
+            self.agents_replaced += 1
+            log.warning("a new agent has adopted the arena: folder=%s rank=%d", self.folder, self._rank)
+            return
+
+    def _connect(self) -> AgentClient:
+        if self._is_leader:
+            return ensure_agent(self.folder, run=self._run, idle_s=self._idle_s, timeout_s=CONNECT_TIMEOUT_S)
+        return AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S)

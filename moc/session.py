@@ -1,0 +1,403 @@
+"""One rank's part in the job's lives: from attach to detach, without torch.
+
+A session holds what belongs to the present life (arena mapping, snapshotter, link to the agent) and decides at every boundary whether to
+take a snapshot and whether it becomes a checkpoint. `moc.manager` puts an engine in front of it, the crash tests plain memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moc.agent.client import AgentClient
+from moc.agent.link import AgentLink
+from moc.agent.runtime import node_identity, runtime_folder
+from moc.agreement import agree, decide, exchange
+from moc.attach import Origin, Recovered, Request, recover_life, write_life
+from moc.clock import Clock
+from moc.errors import ClosedError, MocError, SaveFailedError, TopologyError, WaitTimeoutError
+from moc.format.manifest import Incarnation, encode_incarnation
+from moc.plan.freeing import attempt_id
+from moc.recover import RecoveryReport
+from moc.snapshot.arena import Arena
+from moc.snapshot.seal import EXPLICIT, PERSIST
+from moc.snapshot.snapshotter import SnapshotCounters, Snapshotter
+from moc.state import RankCatalog, Shard, catalog_digest, check_coverage
+from moc.topology import Topology
+from moc.trace import Trace
+from moc.training import TrainingState, World
+
+__all__ = ["SaveHandle", "Session", "Status"]
+
+log = logging.getLogger(__name__)
+
+WAIT_SLICE_S = 5.0
+SLOT_WAIT_S = 0.01
+TERMINATE = 0  # index in the vector that ranks agree on at every boundary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What a rank knows without asking anybody; steps are None before the first."""
+
+    step: int
+    incarnation: int
+    last_global_step: int | None
+    last_committed_step: int | None
+    stall_ms_last: float
+    snapshots: SnapshotCounters
+    agents_replaced: int
+    boundary: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveHandle:
+    """One explicit save, as this rank sees it."""
+
+    step: int
+    attempt: str
+    problem: str | None
+    folder: Any
+    clock: Clock
+
+    def wait_committed(self, timeout_s: float = 600.0) -> None:
+        """Wait until the checkpoint is committed. Raises: SaveFailedError with the reason, WaitTimeoutError."""
+        if self.problem is not None:
+            raise SaveFailedError(f"save failed: step={self.step} reason={self.problem}")
+        deadline_s = self.clock.now_s() + timeout_s
+        while True:
+            left_s = deadline_s - self.clock.now_s()
+            if left_s <= 0:
+                raise WaitTimeoutError(f"save did not end in time: step={self.step} attempt={self.attempt} timeout_s={timeout_s}")
+            reply = self._ask(min(left_s, WAIT_SLICE_S))
+            if reply["state"] == "committed":
+                return
+            if reply["state"] == "failed":
+                raise SaveFailedError(f"save failed: step={self.step} attempt={self.attempt} reason={reply['reason']}")
+
+    def _ask(self, slice_s: float) -> Mapping[str, Any]:
+        """Ask the agent; while there is none, a new one is on its way and will find the seal."""
+        try:
+            client = AgentClient.connect(self.folder, timeout_s=WAIT_SLICE_S)
+        except MocError:
+            self.clock.sleep(min(slice_s, 0.1))
+            return {"state": "pending"}
+        try:
+            fields = {"step": self.step, "attempt": self.attempt, "timeout_s": slice_s}
+            return client.request("wait", fields, timeout_s=slice_s + WAIT_SLICE_S)[0]
+        except MocError as error:
+            log.info("agent did not answer a wait: %s", error)
+            return {"state": "pending"}
+        finally:
+            client.close()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Life:
+    """What belongs to one life."""
+
+    record: Incarnation
+    lineage: tuple[Incarnation, ...]
+    arena: Arena
+    link: AgentLink
+    snapshotter: Snapshotter
+
+    def close(self) -> None:
+        self.snapshotter.close()
+        self.link.close()
+        self.arena.close()
+
+
+class Session:
+    """Thread: the training thread. Collective methods say so."""
+
+    def __init__(
+        self, state: TrainingState, world: World, request: Request, *, ep_sizes: tuple[tuple[str, int], ...], software: Mapping[str, str],
+        clock: Clock, trace: Trace,
+    ) -> None:
+        """Recover and begin a life. Collective. Blocks: for recovery and the creation of the arena. Raises: MocError, the same everywhere."""
+        self._state, self._world, self._request = state, world, request
+        self._clock, self._trace, self._software = clock, trace, dict(software)
+        self._closed = False
+        self._terminate = threading.Event()
+        self._ordinal: tuple[int, int] = (-1, 0)
+        self.boundary_name = "hook"
+        facts = self._gather_facts(ep_sizes)
+        pids = [int(str(fact["pid"])) for fact in facts]
+        self._recovered = recover_life(request, state, world, pids, clock=clock, trace=trace)
+        record = write_life(request, self._recovered, world, trace=trace)
+        self._life = self._begin(record, self._recovered.origin)
+
+    # Facts
+
+    @property
+    def recovery(self) -> RecoveryReport | None:
+        """The report of the recovery that began this session, None for a fresh start."""
+        return self._recovered.report
+
+    @property
+    def incarnation(self) -> int:
+        return self._life.record.number
+
+    @property
+    def run(self) -> str:
+        return self._life.record.run
+
+    def status(self) -> Status:
+        """Return what this rank knows. Never blocks."""
+        global_step, committed_step = self._life.arena.published()
+        counters = self._life.snapshotter.counters
+        return Status(
+            step=self._state.step,
+            incarnation=self.incarnation,
+            last_global_step=global_step,
+            last_committed_step=committed_step,
+            stall_ms_last=counters.stall_ms_last,
+            snapshots=counters,
+            agents_replaced=self._life.link.agents_replaced,
+            boundary=self.boundary_name,
+        )
+
+    # The loop
+
+    def before_update(self) -> None:
+        """Wait until the snapshot under way reads nothing any more. Call right before every weight update."""
+        if not self._closed:
+            self._life.snapshotter.wait_copied()
+
+    def boundary(self) -> bool:
+        """End a step: heartbeat, snapshot, agreement. Collective, without waiting. Returns True if the ranks agreed to terminate."""
+        self._refuse_closed()
+        step, config, life = self._state.step, self._request.config, self._life
+        now_ns = int(self._clock.now_s() * 1e9)
+        life.arena.beat(self._world.rank, incarnation=life.record.number, step=step, now_ns=now_ns)
+        life.link.look()
+        agreed = self._world.finish_max()
+        self._world.start_max([int(self._terminate.is_set())])
+        is_terminating = agreed is not None and agreed[TERMINATE] > 0
+        if step % config.snapshot_every == 0 and not is_terminating:
+            is_persisted = config.persist_every > 0 and step % config.persist_every == 0
+            life.snapshotter.begin(step, flags=PERSIST if is_persisted else 0, attempt=self._next_attempt(step))
+        return is_terminating
+
+    def save(self) -> SaveHandle:
+        """Take a snapshot of the present state and have it committed; returns once it is copied. Called by all ranks.
+
+        Blocks: for the copy, and for free slots, at most the configured timeout. A failure is on the handle.
+        """
+        self._refuse_closed()
+        step, life = self._state.step, self._life
+        attempt = self._next_attempt(step)
+        problem = self._begin_awaited(step, attempt)
+        if problem is not None:
+            try:
+                life.link.skip(step, attempt, problem)
+            except MocError as error:
+                log.warning("agent could not be told of a failed save: %s", error)
+        return SaveHandle(step=step, attempt=attempt, problem=problem, folder=life.link.folder, clock=self._clock)
+
+    def ask_to_terminate(self) -> None:
+        """Ask for a durable save at the next boundary on which all ranks agree. Thread: any, signal handlers included."""
+        self._terminate.set()
+
+    def begin_life(self, reason: str) -> None:
+        """Begin a life without parent, after the engine's state was replaced from elsewhere. Collective."""
+        self._refuse_closed()
+        self._life.snapshotter.wait_finished(self._request.config.timeout_s)
+        former = self._life
+        body = decide(self._world, lambda: self._next_origin(former).to_json())
+        origin = Origin.from_json(body)
+        recovered = Recovered(origin=origin, parent=None, reason=reason, report=self._recovered.report)
+        record = write_life(self._request, recovered, self._world, trace=self._trace)
+        former.close()
+        self._life = self._begin(record, origin)
+
+    def close(self, *, is_collective: bool) -> None:
+        """Leave. Collective: all ranks seal, then the agent persists the newest snapshot and exits. Otherwise: just stop, the agent stays."""
+        if self._closed:
+            return
+        self._closed = True
+        life, rank = self._life, self._world.rank
+        if not is_collective:
+            life.snapshotter.close()
+            life.link.close()
+            return
+        self._world.finish_max()
+        life.snapshotter.wait_finished(self._request.config.timeout_s)
+        sealed = exchange(self._world, life.arena.words(rank).sealed_step)
+        if self._state.step and any(step != self._state.step for step in sealed):
+            problem = self._begin_awaited(self._state.step, self._next_attempt(self._state.step))
+            if problem is not None:
+                log.warning("the last step could not be snapshotted: step=%d reason=%s", self._state.step, problem)
+        folder = life.link.folder
+        exchange(self._world, rank)  # everybody has sealed
+        life.close()
+
+        def drain() -> None:
+            if rank == 0:
+                client = AgentClient.connect(folder, timeout_s=self._request.config.timeout_s)
+                reply = client.drain(self._request.config.timeout_s)
+                if reply.get("last_error"):
+                    log.warning("last problem of the agent: %s", reply["last_error"])
+
+        agree(self._world, drain)
+
+    # Inside
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise ClosedError("the manager is detached")
+
+    def _next_attempt(self, step: int) -> str:
+        ordinal = self._ordinal[1] + 1 if self._ordinal[0] == step else 0
+        self._ordinal = (step, ordinal)
+        record = self._life.record
+        return attempt_id(record.run, record.number, record.token, step, ordinal)
+
+    def _begin_awaited(self, step: int, attempt: str) -> str | None:
+        """Begin a snapshot that somebody waits for; return why it could not be had."""
+        snapshotter = self._life.snapshotter
+        deadline_s = self._clock.now_s() + self._request.config.timeout_s
+        while True:
+            snapshotter.wait_finished(max(deadline_s - self._clock.now_s(), 0.0))
+            if snapshotter.begin(step, flags=PERSIST | EXPLICIT, attempt=attempt):
+                break
+            if self._clock.now_s() >= deadline_s:
+                return snapshotter.counters.last_problem or "no free slots"
+            self._clock.sleep(SLOT_WAIT_S)
+        failed = snapshotter.counters.failed
+        snapshotter.wait_finished(max(deadline_s - self._clock.now_s(), 0.0))
+        return snapshotter.counters.last_problem if snapshotter.counters.failed > failed else None
+
+    def _gather_facts(self, ep_sizes: tuple[tuple[str, int], ...]) -> list[dict[str, Any]]:
+        """Tell all ranks who is where and holds what; refuse what cannot be served."""
+        mine = agree(
+            self._world,
+            lambda: {
+                "node": node_identity(self._request.runtime_root),
+                "pid": os.getpid(),
+                "catalog": self._state.catalog.to_json(),
+                "fingerprint": dict(self._request.fingerprint),
+            },
+        )
+        facts: list[dict[str, Any]] = exchange(self._world, mine)  # type: ignore[assignment]  # our own dicts come back
+        nodes = sorted({fact["node"] for fact in facts})
+        first = {node: min(rank for rank, fact in enumerate(facts) if fact["node"] == node) for node in nodes}
+        order = sorted(nodes, key=lambda node: first[node])
+        self._topology = Topology(
+            world_size=self._world.size, node_of_rank=tuple(order.index(fact["node"]) for fact in facts), ep_sizes=ep_sizes
+        )
+        if self._topology.node_count > 1:
+            raise TopologyError(f"this version serves one node: nodes={self._topology.node_count} allowed=1")
+        differing = [r for r, fact in enumerate(facts) if fact["fingerprint"] != facts[0]["fingerprint"]]
+        if differing:
+            raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
+        self._catalogs = [fact["catalog"] for fact in facts]
+        self._tensors = agree(self._world, lambda: check_coverage(s for c in self._rank_catalogs() for s in c.shards))
+        return facts
+
+    def _rank_catalogs(self) -> list[RankCatalog]:
+        return [
+            RankCatalog(
+                rank=row["rank"],
+                shards=tuple(Shard.from_json(shard) for shard in row["shards"]),
+                state_capacity_bytes=row["state_capacity_bytes"],
+            )
+            for row in self._catalogs
+        ]
+
+    def _next_origin(self, former: _Life) -> Origin:
+        from moc.repository import Repository
+        from moc.store.open import open_store
+
+        repository = Repository(open_store(self._request.storage, trace=self._trace))
+        try:
+            newest = max((number for _, number in repository.incarnation_numbers()), default=0)
+        finally:
+            repository.close()
+        number = max(newest, former.record.number) + 1
+        return replace(
+            self._recovered.origin, number=number, token=os.urandom(4).hex(), lineage=former.lineage, links=(), candidates=(), is_stored=True
+        )
+
+    def _begin(self, record: Incarnation, origin: Origin) -> _Life:
+        """Have the agent begin the life, map the arena, start the snapshotter. Collective."""
+        config, rank = self._request.config, self._world.rank
+        folder = runtime_folder(record.run, self._request.runtime_root)
+        lineage = (*(r for r in origin.lineage if r.number < record.number), record)
+
+        def introduce() -> None:
+            client = AgentClient.connect(folder, timeout_s=config.timeout_s)
+            client.hello(rank=rank, incarnation=record.number)
+            client.close()
+
+        def begin() -> None:
+            if rank == 0:
+                client = AgentClient.connect(folder, timeout_s=config.timeout_s)
+                try:
+                    descriptor = self._descriptor(record, lineage)
+                    client.request("begin", {"incarnation": record.number, "descriptor": descriptor}, timeout_s=config.timeout_s)
+                finally:
+                    client.close()
+
+        with self._trace.span("attach.begin", incarnation=record.number, rank=rank):
+            agree(self._world, introduce)
+            agree(self._world, begin)
+            arena = agree(self._world, lambda: _map_arena(folder, rank, config.timeout_s))
+        link = AgentLink(
+            folder,
+            run=record.run,
+            rank=rank,
+            is_leader=rank == 0,
+            incarnation=record.number,
+            idle_s=self._request.agent_idle_s,
+            arena=arena,
+        )
+        snapshotter = Snapshotter(
+            self._state,
+            arena,
+            rank=rank,
+            run=record.run,
+            incarnation=record.number,
+            digest=str(arena.descriptor["digest"]),
+            on_sealed=link.ring,
+            clock=self._clock,
+            trace=self._trace,
+        )
+        arena.beat(rank, incarnation=record.number, step=self._state.step, now_ns=int(self._clock.now_s() * 1e9))
+        return _Life(record=record, lineage=lineage, arena=arena, link=link, snapshotter=snapshotter)
+
+    def _descriptor(self, record: Incarnation, lineage: tuple[Incarnation, ...]) -> dict[str, object]:
+        config = self._request.config
+        return {
+            "run": record.run,
+            # One more while something is being persisted, so that a save does not cost snapshots.
+            "versions": config.versions + (1 if config.persist_every else 0),
+            "catalogs": self._catalogs,
+            "digest": catalog_digest(self._rank_catalogs()),
+            "tensors": self._tensors,
+            "topology": self._topology.to_json(),
+            "fingerprint": dict(self._request.fingerprint),
+            "software": self._software,
+            "storage": self._request.storage,
+            "keep_last": config.keep_last,
+            "keep_every": config.keep_every,
+            "timeout_s": config.timeout_s,
+            "memory_budget_bytes": config.memory_budget_bytes,
+            "lineage": [encode_incarnation(life).decode() for life in lineage],
+        }
+
+
+def _map_arena(folder: Any, rank: int, timeout_s: float) -> Arena:
+    client = AgentClient.connect(folder, timeout_s=timeout_s)
+    try:
+        _, descriptors = client.request("arena")
+    finally:
+        client.close()
+    arena = Arena.attach(descriptors[0])
+    arena.populate_rank(rank)
+    return arena

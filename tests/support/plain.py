@@ -1,0 +1,241 @@
+"""A real training state without torch, and a real world without gloo: what the crash tests run the production workflows on.
+
+`PlainState` holds numbers in plain memory, split over ranks as ZeRO splits masters and moments: dense tensors over all ranks, experts over
+their expert-data-parallel ranks. Each optimizer step is a function of the step and the old values, so any state can be recomputed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moc._native import copy_crc32c
+from moc.format.tagged import ArrayValue
+from moc.state import Expert, RankCatalog, Shard, shard_order
+
+DENSE_ELEMENTS = 20_011  # a prime: no split is even
+EXPERT_ELEMENTS = 3_001
+PARTS = ("exp_avg", "exp_avg_sq", "master")
+
+
+class PlainState:
+    """TrainingState over numpy arrays; `ranks` share one logical model."""
+
+    def __init__(self, rank: int, size: int, *, layers: int = 2, experts: int = 4, scale: int = 1) -> None:
+        self.rank, self.size = rank, size
+        shards = []
+        for part in PARTS:
+            shards.append(_split("embed.weight", part, DENSE_ELEMENTS * scale, rank, size, None))
+            for layer in range(layers):
+                for index in range(experts):
+                    # Experts alternate over two expert-parallel ranks where there are two, and are split over the replicas.
+                    ep = 2 if size % 2 == 0 else 1
+                    if index % ep == rank % ep:
+                        shards.append(
+                            _split(
+                                f"layers.{layer}.experts.{index}.w",
+                                part,
+                                EXPERT_ELEMENTS * scale,
+                                rank // ep,
+                                size // ep,
+                                Expert(layer=layer, index=index),
+                            )
+                        )
+        self._shards = tuple(sorted((s for s in shards if s.length), key=shard_order))
+        self.values = [np.zeros(shard.length, dtype=np.float32) for shard in self._shards]
+        for shard, value in zip(self._shards, self.values, strict=True):
+            value[:] = _initial(shard)
+        self._sources = array("Q", (value.ctypes.data for value in self.values))
+        self._lengths = array("Q", (value.nbytes for value in self.values))
+        self._step = 0
+        self.noise = np.arange(8, dtype=np.int64) + 100 * rank
+
+    @property
+    def catalog(self) -> RankCatalog:
+        return RankCatalog(rank=self.rank, shards=self._shards, state_capacity_bytes=65536)
+
+    @property
+    def needed(self) -> tuple[Shard, ...]:
+        return self._shards
+
+    @property
+    def fingerprint(self) -> Mapping[str, object]:
+        return {"model": "plain"}
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    def advance(self) -> None:
+        """Do one optimizer step."""
+        self._step += 1
+        for value in self.values:
+            value *= np.float32(0.999)
+            value += np.float32(self._step % 97) * np.float32(0.001)
+        self.noise = self.noise * 3 % 1_000_003
+
+    def digest(self) -> str:
+        """Return a text that is equal for equal states of this rank."""
+        import hashlib
+
+        digest = hashlib.sha256(str(self._step).encode())
+        for value in self.values:
+            digest.update(value.tobytes())
+        digest.update(self.noise.tobytes())
+        return digest.hexdigest()[:16]
+
+    def copy_shards(self, targets: array[int], crcs: array[int]) -> None:
+        copy_crc32c(self._sources, targets, self._lengths, crcs)
+
+    def capture(self) -> dict[str, object]:
+        noise = ArrayValue(dtype="I64", shape=(8,), kind="numpy", data=memoryview(self.noise).cast("B"))
+        return {"step": self._step, "noise": noise, "note": f"rank {self.rank}"}
+
+    def begin_restore(self) -> None:
+        """Everything has its memory already."""
+
+    def write_shard(self, index: int, offset: int, view: memoryview) -> None:
+        target = self.values[index]
+        source = np.frombuffer(view, dtype=np.uint8)
+        ctypes.memmove(target.ctypes.data + 4 * offset, source.ctypes.data, view.nbytes)
+
+    def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
+        step, noise = tree["step"], tree["noise"]
+        assert isinstance(step, int) and isinstance(noise, ArrayValue)
+        self._step = step
+        if exact_rank:
+            self.noise = np.frombuffer(bytes(noise.data), dtype=np.int64).copy()
+
+
+def expected_digest(rank: int, size: int, step: int, **shape: int) -> str:
+    """Return the digest of a rank after `step` undisturbed steps."""
+    state = PlainState(rank, size, **shape)
+    for _ in range(step):
+        state.advance()
+    return state.digest()
+
+
+def _split(tensor: str, part: str, elements: int, index: int, count: int, expert: Expert | None) -> Shard:
+    share = -(-elements // count)
+    offset = min(index * share, elements)
+    length = min(share, elements - offset)
+    return Shard(tensor=tensor, part=part, dtype="F32", shape=(elements,), offset=offset, length=length, expert=expert)
+
+
+def _initial(shard: Shard) -> np.ndarray:
+    seed = sum(map(ord, shard.tensor + shard.part))
+    return np.random.default_rng(seed).standard_normal(shard.shape[0], dtype=np.float32)[
+        shard.offset : shard.offset + shard.length
+    ]
+
+
+class SocketWorld:
+    """World over Unix sockets: rank 0 gathers and answers. A dead rank ends every call with ConnectionError."""
+
+    def __init__(self, rank: int, size: int, path: Path, *, timeout_s: float = 60.0) -> None:
+        self._rank, self._size = rank, size
+        self._peers: list[socket.socket] = []
+        self._pending: list[int] | None = None
+        if size == 1:
+            return
+        if rank == 0:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            staged = path.with_suffix(".new")
+            listener.bind(str(staged))
+            listener.listen(size)
+            listener.settimeout(timeout_s)
+            staged.rename(path)
+            arrived: dict[int, socket.socket] = {}
+            while len(arrived) < size - 1:
+                peer, _ = listener.accept()
+                peer.settimeout(timeout_s)
+                arrived[int.from_bytes(_receive(peer), "little")] = peer
+            self._peers = [arrived[r] for r in range(1, size)]
+            listener.close()
+        else:
+            self._peers = [_connect(path, timeout_s)]
+            _send(self._peers[0], rank.to_bytes(4, "little"))
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        if self._size == 1:
+            return [payload]
+        if self._rank == 0:
+            rows = [payload, *(_receive(peer) for peer in self._peers)]
+            packed = b"".join(struct.pack("<Q", len(row)) + row for row in rows)
+            for peer in self._peers:
+                _send(peer, packed)
+            return rows
+        _send(self._peers[0], payload)
+        packed, rows = _receive(self._peers[0]), []
+        while packed:
+            (length,) = struct.unpack_from("<Q", packed)
+            rows.append(packed[8 : 8 + length])
+            packed = packed[8 + length :]
+        return rows
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        return self.all_gather(payload if payload is not None else b"")[0]
+
+    def start_max(self, values: Sequence[int]) -> None:
+        assert self._pending is None, "one agreement at a time"
+        self._pending = list(values)
+
+    def finish_max(self) -> tuple[int, ...] | None:
+        if self._pending is None:
+            return None
+        mine, self._pending = self._pending, None
+        rows = [struct.unpack(f"<{len(mine)}q", row) for row in self.all_gather(struct.pack(f"<{len(mine)}q", *mine))]
+        return tuple(max(column) for column in zip(*rows, strict=True))
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.close()
+
+
+def _connect(path: Path, timeout_s: float) -> socket.socket:
+    import time
+
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        peer.settimeout(timeout_s)
+        if peer.connect_ex(str(path)) == 0:
+            return peer
+        peer.close()
+        # rank 0 binds a moment later: its name appears by a rename, watched here
+        time.sleep(0.005)  # noqa: TID251  # polls for the rendezvous, with a deadline
+    raise TimeoutError(f"rank 0 did not listen: path={path}")
+
+
+def _send(peer: socket.socket, payload: bytes) -> None:
+    peer.sendall(struct.pack("<Q", len(payload)) + payload)
+
+
+def _receive(peer: socket.socket) -> bytes:
+    (length,) = struct.unpack("<Q", _exactly(peer, 8))
+    return _exactly(peer, length)
+
+
+def _exactly(peer: socket.socket, length: int) -> bytes:
+    parts = []
+    while length:
+        part = peer.recv(min(length, 1 << 20))
+        if not part:
+            raise ConnectionError("a rank is gone")
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
