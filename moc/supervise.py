@@ -89,8 +89,8 @@ def supervise(
 ) -> int:
     """Run the command until it succeeds, is told to stop, or restarts are pointless; return its last exit code.
 
-    `newest_step` returns the newest step that a restart could resume from, `last_beat_s` how long the most silent rank has
-    given no sign of life; None: unknown. Death by signal N counts as exit code 128 + N. Thread: the main thread.
+    `newest_step` returns the newest step that a restart could resume from, `last_beat_s` how long the most silent rank
+    has given no sign of life; None: unknown. Death by signal N counts as exit code 128 + N. Thread: the main thread.
     """
     if not command:
         raise UsageError("no command given allowed=a program and its arguments")

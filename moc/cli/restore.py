@@ -140,12 +140,11 @@ def _export_to(
     else:
         from moc.adapters.export.safetensors import export_safetensors as export
     path = Path(target).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     return tuple(str(file) for file in export(repository, manifest, path, progress))
 
 
 def lost_fraction(manifest: Manifest) -> float:
-    """Return the share of routed tokens whose effect on experts is not in the checkpoint (PLT), 0.0 when nothing is stale.
+    """Return the share of routed tokens that stale experts have lost (PLT); 0.0 when nothing is stale.
 
     `plt` holds (lost, routed) token counts by MoE layer.
     """

@@ -1,0 +1,120 @@
+"""Run a training command, and restart it when it fails.
+
+  moc run -- deepspeed train.py
+
+The command gets a session of its own and MOC_STORAGE if -r is given. SIGTERM,
+SIGINT and SIGHUP are passed on to all its processes, which then have
+--grace seconds for a last durable save. A command that fails is started again,
+after a growing delay, until --max-restarts is used up, or until three lives in
+a row have not got any further than the one before. Works as the first process
+of a container; there the node agent is drained at the end.
+
+Exit codes: the command's own (128 + N when signal N killed it, 124 when it
+hung), 126 or 127 when it cannot be started, 2 wrong command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from moc.cli.live import add_runtime_root, read_statuses
+from moc.cli.options import STORAGE_VARIABLE, add_repository, opened, repository_url
+from moc.cli.output import say
+from moc.errors import MocError, NoCheckpointError, UsageError
+from moc.plan.lineage import is_on_chain
+from moc.supervise import Limits, supervise
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "moc run [options] -- COMMAND [ARGUMENT ...]"
+    parser.add_argument("--max-restarts", metavar="N", type=int, default=10, help="default: 10; 0: never restart")
+    parser.add_argument("--hang-timeout", metavar="S", type=float, help="restart when a rank is silent for S seconds")
+    parser.add_argument(
+        "--grace", metavar="S", type=float, default=120.0, help="time to save when ended (default: 120)"
+    )
+    parser.add_argument("--delay", metavar="S", type=float, default=1.0, help="before the first restart (default: 1)")
+    add_runtime_root(parser)
+    add_repository(parser)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise UsageError("no command given allowed=moc run [options] -- COMMAND [ARGUMENT ...]")
+    limits = Limits(
+        max_restarts=args.max_restarts, grace_s=args.grace, hang_timeout_s=args.hang_timeout, delay_s=args.delay
+    )
+    env = None if args.repo is None else {**os.environ, STORAGE_VARIABLE: args.repo}
+    code = supervise(
+        command,
+        limits=limits,
+        newest_step=lambda: newest_step(args),
+        last_beat_s=lambda: last_beat_s(args),
+        say=lambda text: say(f"moc run: {text}"),
+        env=env,
+    )
+    if os.getpid() == 1:
+        _drain_agents(args)
+    return code
+
+
+def newest_step(args: argparse.Namespace) -> int | None:
+    """Return the newest step that a restart could resume from: committed on the lineage, or in an agent's memory."""
+    steps: list[int] = []
+    try:
+        with opened(args) as repository:
+            links = repository.lineage()
+            names = [stored.name for stored in repository.checkpoints()]
+            steps += [name.step for name in names if is_on_chain(links, name.incarnation, name.step)]
+    except NoCheckpointError:
+        pass  # the command will create it
+    except MocError as error:
+        say(f"moc run: cannot look at the repository: {error}")
+    steps += [int(status["global_step"]) for _, status in _statuses(args) if status.get("global_step") is not None]
+    return max(steps, default=None)
+
+
+def last_beat_s(args: argparse.Namespace) -> float | None:
+    """Return how long the most silent living rank has given no sign of life."""
+    ages = [
+        float(row["beat_age_s"])
+        for _, status in _statuses(args)
+        for row in status["ranks"]
+        if row.get("alive") and row.get("beat_age_s") is not None
+    ]
+    return max(ages, default=None)
+
+
+def _statuses(args: argparse.Namespace) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the status of the agents that serve this repository."""
+    wanted = _location(repository_url(args))
+    return [
+        (folder, status)
+        for folder, status in read_statuses(None, args.runtime_root)
+        if isinstance(status.get("storage"), str) and _location(str(status["storage"])) == wanted
+    ]
+
+
+def _location(url: str) -> str:
+    """Return one spelling for one place."""
+    return url.rstrip("/") if "://" in url else os.path.realpath(url)
+
+
+def _drain_agents(args: argparse.Namespace) -> None:
+    """Let the agents persist what is only in memory: their container ends with this process."""
+    from moc.agent.client import AgentClient
+
+    for folder, _ in _statuses(args):
+        with (
+            contextlib.suppress(MocError),
+            contextlib.closing(AgentClient.connect(folder, timeout_s=args.grace)) as agent,
+        ):
+            say(f"moc run: draining the agent: folder={folder}")
+            agent.drain(timeout_s=args.grace)
