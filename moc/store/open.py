@@ -16,7 +16,7 @@ from moc.store.port import Store
 from moc.store.redact import redact_url
 from moc.trace import Trace
 
-__all__ = ["open_store"]
+__all__ = ["absolute_url", "open_store"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(/)?")
 _ALLOWED = "a path, file:///path, s3://bucket/path or the URL of any other filesystem that fsspec knows"
@@ -55,6 +55,12 @@ def open_store(
         remote.close()
         raise
     return RetryingStore(remote, clock or SystemClock(), chance=chance, trace=trace)
+
+
+def absolute_url(url: str) -> str:
+    """Return a URL that means the same from every working directory, such as the agent's."""
+    path = _local_path(url)
+    return url if path is None else os.path.abspath(path)
 
 
 def _local_path(url: str) -> str | None:

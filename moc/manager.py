@@ -1,0 +1,223 @@
+"""The façade: attach a DeepSpeed engine, take part in its steps, detach."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import platform
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import moc
+from moc.adapters.deepspeed import DeepSpeedState, Hooks
+from moc.adapters.world import TorchWorld
+from moc.agreement import agree
+from moc.attach import Request
+from moc.clock import SystemClock
+from moc.config import Config
+from moc.errors import MocError
+from moc.recover import RecoveryReport
+from moc.session import SaveHandle, Session, Status
+from moc.store.open import absolute_url
+from moc.trace import JsonLinesSink, Trace
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+__all__ = ["CheckpointManager"]
+
+log = logging.getLogger(__name__)
+
+AGENT_IDLE_S = 1800.0  # how long an agent keeps a dead job's memory before it persists it and leaves
+TERMINATION_DEADLINE_S = 300.0
+
+
+class CheckpointManager:
+    """Makes one training job survive failures. One per engine and process. Thread: the training thread.
+
+    Use `attach`; then call `step()` at the end of every step of the loop, `save()` for an explicit checkpoint, `detach()` at the end.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, state: DeepSpeedState, world: TorchWorld, session: Session) -> None:
+        """Not for users: see `attach`."""
+        self._state, self._world, self._session = state, world, session
+        self._is_explicit = False
+        self._hooked_steps = 0
+        self._hooks = Hooks(engine, session.before_update, self._on_engine_step, self._on_load, self.detach)
+        self._former_handler: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._former_handler = signal.signal(signal.SIGTERM, lambda *_: session.ask_to_terminate())
+        atexit.register(self._at_exit)
+        self.resume_step = state.step
+
+    @classmethod
+    def attach(
+        cls,
+        engine: DeepSpeedEngine,
+        storage: str | Path = "checkpoints",
+        config: Config | None = None,
+        *,
+        stateful: Mapping[str, object] | None = None,
+        restore: str | int = "auto",
+        fingerprint: Mapping[str, object] | None = None,
+        run_id: str | None = None,
+        take_over: bool = False,
+        on_mismatch: Sequence[str] = (),
+        runtime_dir: Path | None = None,
+        trace_dir: Path | None = None,
+    ) -> CheckpointManager:
+        """Attach to an engine: recover what there is, begin a new life, hook the engine. Collective.
+
+        storage: a path or any fsspec URL. stateful: objects with `state_dict`/`load_state_dict` that belong to the loop (the data loader).
+        restore: "auto" (newest on the lineage, or a fresh start), "never", "weights" (weights only), or a step. fingerprint: further
+        values that must be equal to resume. on_mismatch: fingerprint keys that may differ. take_over: use another run's repository.
+        runtime_dir: where the node's agents live (two "nodes" on one machine need two). trace_dir: write spans as JSON lines.
+
+        Blocks: for recovery. Raises: MocError, the same on every rank; the engine is then not hooked, and unusable only if the error came
+        from a restore under way.
+        """
+        settings = Config() if config is None else config
+        world = TorchWorld(timeout_s=settings.timeout_s)
+        try:
+            state = agree(world, lambda: DeepSpeedState(engine, stateful or {}, extra_fingerprint=fingerprint or {}))
+            if not stateful and world.rank == 0:
+                log.warning("no data loader is registered in stateful: after a recovery the order of the data is not restored")
+            request = agree(
+                world,
+                lambda: Request(
+                    storage=absolute_url(str(storage)),
+                    config=settings,
+                    restore=restore,
+                    run_id=run_id,
+                    take_over=take_over,
+                    on_mismatch=tuple(on_mismatch),
+                    runtime_root=runtime_dir,
+                    agent_idle_s=AGENT_IDLE_S,
+                    fingerprint=_plain(state.fingerprint),
+                ),
+            )
+            session = Session(
+                state,
+                world,
+                request,
+                ep_sizes=state.ep_sizes,
+                software=_software(),
+                clock=SystemClock(),
+                trace=_open_trace(trace_dir, world.rank),
+            )
+        except BaseException:
+            world.close()
+            raise
+        return cls(engine, state, world, session)
+
+    @property
+    def recovery(self) -> RecoveryReport | None:
+        """What was recovered at attach, None for a fresh start."""
+        return self._session.recovery
+
+    @property
+    def incarnation(self) -> int:
+        """The number of this life of the job, 1 for the first."""
+        return self._session.incarnation
+
+    @property
+    def run_id(self) -> str:
+        """The run's name, stable across restarts."""
+        return self._session.run
+
+    def step(self) -> None:
+        """End a step of the user's loop, after everything that belongs to it. Called by all ranks. Never raises for a failed save."""
+        self._is_explicit = True
+        self._session.boundary_name = "manager.step()"
+        self._boundary()
+
+    def save(self) -> SaveHandle:
+        """Have the present state committed; returns once it is copied. Called by all ranks. See `SaveHandle.wait_committed`."""
+        return self._session.save()
+
+    def status(self) -> Status:
+        """Return what this rank knows. Never blocks."""
+        return self._session.status()
+
+    def detach(self) -> None:
+        """Unhook, make the last step durable, leave the engine as it was. Collective. Blocks: until it is durable. Again is harmless."""
+        self._unhook()
+        try:
+            self._session.close(is_collective=True)
+        finally:
+            self._world.close()
+
+    # Inside
+
+    def _on_engine_step(self) -> None:
+        """The boundary for loops that do not call `step()`.
+
+        The first engine step of a life is not snapshotted here: only its end shows whether the loop calls `step()`, and a snapshot taken
+        too early would miss what the loop does after `engine.step()`.
+        """
+        self._hooked_steps += 1
+        if not self._is_explicit and self._hooked_steps > 1:
+            self._boundary()
+
+    def _boundary(self) -> None:
+        if self._session.boundary():
+            self._terminate()
+
+    def _on_load(self) -> None:
+        """The engine's state was replaced by one of DeepSpeed's checkpoints: a new life without parent. Collective."""
+        self._session.begin_life("load_checkpoint")
+
+    def _terminate(self) -> None:
+        """All ranks agreed that SIGTERM came: a durable save, then what SIGTERM would have done."""
+        log.warning("SIGTERM: saving step %d before leaving", self._state.step)
+        try:
+            self._session.save().wait_committed(TERMINATION_DEADLINE_S)
+        except MocError as error:
+            log.error("the save before leaving failed: %s", error)
+        self._unhook()
+        self._session.close(is_collective=False)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _unhook(self) -> None:
+        self._hooks.detach()
+        atexit.unregister(self._at_exit)
+        if self._former_handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._former_handler)
+            self._former_handler = None
+
+    def _at_exit(self) -> None:
+        """Python is ending without `detach`: no collectives, other ranks may be dead. The agent keeps what is sealed."""
+        self._unhook()
+        self._session.close(is_collective=False)
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON value without floats, whose text would not be canonical: a float becomes its repr."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return repr(value)
+
+
+def _software() -> dict[str, str]:
+    return {
+        "moc": moc.__version__,
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
+        "python": platform.python_version(),
+    }
+
+
+def _open_trace(folder: Path | None, rank: int) -> Trace:
+    if folder is None:
+        return Trace()
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trace(JsonLinesSink(folder / f"rank{rank:05d}.jsonl"))
