@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def run(config: TrainConfig, place: Place) -> float:
 
 def start_torch(config: TrainConfig, place: Place) -> None:
     """Set threads, determinism and log level, and join the process group; collective."""
+    # DeepSpeed calls collectives by names that newer versions of torch warn about, on every rank.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed", category=FutureWarning)
     deepspeed_logger.setLevel(config.logging.deepspeed.upper())
     if get_accelerator().device_name() == "cpu":
         torch.set_num_threads(thread_count(place, config.training.threads))
