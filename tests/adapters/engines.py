@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from models import VOCABULARY, Net
-from scenarios import Scenario
+
+from tests.adapters.models import VOCABULARY, Net
+from tests.adapters.scenarios import Scenario
 
 SKIPPED_STEP = 2  # the update that a NaN loss makes DeepSpeed skip
 
@@ -36,7 +37,9 @@ def build(scenario: Scenario, seed: int = 0):
             {"params": [p for p in net.parameters() if p.dim() <= 1], "name": "vectors", "betas": (0.8, 0.95)},
         ]
     else:
-        groups = split_params_into_different_moe_groups_for_optimizer([{"params": list(net.parameters()), "name": "all"}])
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            [{"params": list(net.parameters()), "name": "all"}]
+        )
     zero = {"stage": 1 if scenario.zero == "bf16" else scenario.zero}
     for option in scenario.options:
         zero |= {"offload_optimizer": {"device": "cpu"}} if option == "offload" else {option: True}
@@ -56,14 +59,13 @@ def build(scenario: Scenario, seed: int = 0):
     optimizer = _optimizer(scenario.base, groups)
     if optimizer is None:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
-    engine = deepspeed.initialize(
+    return deepspeed.initialize(
         model=net,
         optimizer=optimizer,
         model_parameters=None if optimizer else net.parameters(),
         lr_scheduler=_scheduler(scenario.scheduler),
         config=config,
     )[0]
-    return engine
 
 
 def _optimizer(base: str, groups):

@@ -1,4 +1,6 @@
-"""Tiny networks with everything the adapter must carry: odd sizes, tied and frozen parameters, dropout, buffers, experts."""
+"""Tiny networks with everything the adapter must carry: odd sizes, tied and frozen parameters, dropout, buffers,
+experts.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class _AllToAll(torch.autograd.Function):
 
 
 class Stacked(MoE):
-    """A layer whose parameters run over the local experts, top-1, without capacity; `load` is mutated by every forward pass."""
+    """A layer whose parameters run over the local experts, top-1, without capacity; `load` is mutated by every forward
+    pass.
+    """
 
     def __init__(self, ep_size: int, *, is_frozen: bool = False) -> None:
         nn.Module.__init__(self)
@@ -102,7 +106,9 @@ class Stacked(MoE):
 
 
 class Net(nn.Module):
-    """Tied embedding and head, a frozen projection, dropout, a layer by `kind` (dense, native, stacked), buffers of two kinds."""
+    """Tied embedding and head, a frozen projection, dropout, a layer by `kind` (dense, native, stacked), buffers of two
+    kinds.
+    """
 
     def __init__(self, kind: str, ep_size: int) -> None:
         super().__init__()
@@ -121,7 +127,7 @@ class Net(nn.Module):
         self.head.weight = self.embedding.weight
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(WIDTH), persistent=False)
-        self.register_buffer("positions", torch.arange(5).expand(3, -1))
+        self.register_buffer("positions", torch.arange(5).expand(3, -1), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embedding(tokens)

@@ -24,7 +24,15 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        parts = [f"{self.ranks}ranks", self.dtype, f"zero{self.zero}", self.base, self.model, f"gas{self.accumulation}", self.scheduler]
+        parts = [
+            f"{self.ranks}ranks",
+            self.dtype,
+            f"zero{self.zero}",
+            self.base,
+            self.model,
+            f"gas{self.accumulation}",
+            self.scheduler,
+        ]
         return "-".join([*parts, *self.options, *(["skip"] if self.is_skipping else [])])
 
 
@@ -63,7 +71,17 @@ DEFAULT = (
 )
 
 SLOW = tuple(
-    _row(ranks, dtype, zero, base, model, 3 if (ranks + i) % 3 else 1, ("none", "warmup", "multistep")[i % 3], options, i % 2 == 0)
+    _row(
+        ranks,
+        dtype,
+        zero,
+        base,
+        model,
+        3 if (ranks + i) % 3 else 1,
+        ("none", "warmup", "multistep")[i % 3],
+        options,
+        i % 2 == 0,
+    )
     for ranks in (2, 4)
     for i, (dtype, zero) in enumerate((("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("bf16", "bf16")))
     for base in ("foreach", "loop", "fused", "cpu_adam", "fused_adam")

@@ -1,6 +1,7 @@
 """One rank of a test world: runs the named cases one after the other and writes {case: "ok" or a traceback} as JSON.
 
-python worker.py FOLDER CASE... with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+torchrun ... -m tests.adapters.worker FOLDER CASE...
+A failed case ends the world: its ranks may have left it at different collectives.
 """
 
 from __future__ import annotations
@@ -14,30 +15,29 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from cases import CASES
+
+from tests.adapters.cases import CASES
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path, names: list[str]) -> None:
+    """Run the cases; raises what the first failing one raises."""
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     results: dict[str, str] = {}
-    for name in sys.argv[2:]:
+    report = folder / f"results{dist.get_rank()}.json"
+    for name in names:
         kind, _, argument = name.partition(":")
         try:
             CASES[kind](argument, folder)
-            results[name] = "ok"
-        except Exception:
-            results[name] = traceback.format_exc()
-        (folder / f"results{dist.get_rank()}.json").write_text(json.dumps(results))
-        failed = torch.tensor([results[name] != "ok"], dtype=torch.int64)
-        dist.all_reduce(failed)
-        if int(failed):  # the ranks may have left the case at different collectives
-            pass
+        except BaseException:
+            report.write_text(json.dumps(results | {name: traceback.format_exc()}))
+            raise
+        results[name] = "ok"
+        report.write_text(json.dumps(results))
     dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(0)  # engines and groups need no orderly end, which takes seconds

@@ -46,6 +46,7 @@ def check_engine(engine: object) -> None:
     _require("tensor parallel size", max(engine.mp_world_size, engine.autotp_size()), (0, 1))
     _require("sequence parallel size", engine.sequence_parallel_size, (1,))
     _require("offloaded states", sorted(str(kind) for kind in getattr(zero, "offloaded_states", ())), ([],))
+    _require("offload_optimizer.device", _offload_device(engine), ("none", "cpu"))
     _require("optimized linear with sharded base weights", bool(engine.optimized_linear_base_weight_sharding), (False,))
     _require("deepcompile", bool(engine.is_deepcompile_active()), (False,))
     _check_sections(engine._config._param_dict)
@@ -72,6 +73,13 @@ def _require(what: str, value: object, allowed: tuple[object, ...]) -> None:
 
 def _has_grad_scaler(engine: Any) -> bool:
     return bool(engine.torch_autocast_z0_gradscaler or engine.optimizer.torch_autocast_gradscaler)
+
+
+def _offload_device(engine: Any) -> str:
+    offload = engine.zero_offload_optimizer()
+    if offload is None:
+        return "none"
+    return str(getattr(offload.device, "value", offload.device))  # an enumeration or, from a plain default, its text
 
 
 def _check_sections(config: Mapping[str, object]) -> None:

@@ -35,7 +35,10 @@ def build_fingerprint(
     """Return the fingerprint as plain JSON; raises UsageError if `extra` holds anything else or a name in use."""
     entries = sorted(named, key=lambda entry: entry.general_name)
     rows = {entry.general_name: [*entry.general_shape] for entry in entries}
-    typed = [[e.general_name, [*e.general_shape], str(e.parameter.dtype), e.parameter.requires_grad] for e in entries]
+    # A set: how many experts of one name are local depends on the rank grid.
+    typed = sorted(
+        {(e.general_name, e.general_shape, str(e.parameter.dtype), e.parameter.requires_grad) for e in entries}
+    )
     own: dict[str, object] = {
         "parameters": rows,
         "parameters_digest": hashlib.sha256(json.dumps(typed, separators=(",", ":")).encode()).hexdigest()[:16],
@@ -65,7 +68,9 @@ def _hyper_parameters(zero: ZeroOptimizer) -> list[object]:
     for group in zero.groups:
         options = zero.base.param_groups[group.index]
         row = {key: _plain(options[key]) for key in MATCHED_OPTIONS if key in options}
-        rows.add(json.dumps(row | {"name": group.name, "is_expert": group.is_expert}, sort_keys=True))
+        # DeepSpeed names the groups of experts by the expert-parallel size, which may change.
+        name = None if group.is_expert else group.name
+        rows.add(json.dumps(row | {"name": name, "is_expert": group.is_expert}, sort_keys=True))
     return [json.loads(row) for row in sorted(rows)]
 
 

@@ -159,7 +159,10 @@ def _master_of(zero: ZeroOptimizer, index: int) -> Callable[[], torch.Tensor]:
 
 def _moment_of(zero: ZeroOptimizer, index: int, key: str) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
-        moment: torch.Tensor = zero.state(index)[key]
+        state = zero.state(index)
+        if key not in state:
+            raise UsageError(f"the optimizer has lost its state: group={index} key={key} present={sorted(state)}")
+        moment: torch.Tensor = state[key]
         return moment
 
     return read

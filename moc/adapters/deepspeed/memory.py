@@ -46,7 +46,7 @@ class ShardMemory:
             self._boundary.record()  # type: ignore[attr-defined]
 
     def copy_to(self, targets: array[int], crcs: array[int]) -> None:
-        """Copy piece i to address `targets[i]` and put its crc32c into `crcs[i]`; return when all bytes are in place."""
+        """Copy piece i to address `targets[i]` and put its crc32c into `crcs[i]`; return when all is in place."""
         if len(targets) != len(self._pieces) or len(crcs) != len(self._pieces):
             raise InternalError(
                 f"one target and crc per shard: shards={len(self._pieces)} targets={len(targets)} crcs={len(crcs)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ def capture_rng() -> dict[str, object]:
         "numpy": plain_of(np.random.get_state(legacy=False), "rng", is_lenient=True),
         "torch": array_of(torch.get_rng_state(), "rng.torch"),
         "devices": [array_of(state, "rng.devices") for state in _device_states()],
+        "device": _current_device(),
         "tracker": {
             str(name): array_of(state, "rng.tracker") for name, state in get_cuda_rng_tracker().get_states().items()
         },
@@ -37,7 +38,7 @@ def capture_rng() -> dict[str, object]:
 
 
 def restore_rng(tree: Mapping[str, object]) -> None:
-    """Put all generators back; raises MismatchError if the number of devices differs."""
+    """Put all generators back; raises MismatchError if only one of the two runs had accelerators."""
     python: Any = tree["python"]
     words = live_of(python["words"])
     assert isinstance(words, np.ndarray)
@@ -46,9 +47,13 @@ def restore_rng(tree: Mapping[str, object]) -> None:
     np.random.set_state(numpy_state)
     devices: Any = tree["devices"]
     present = len(_device_states())
-    if len(devices) != present:
-        raise MismatchError(f"number of accelerator devices differs: stored={len(devices)} present={present}")
-    for index, state in enumerate(devices):
+    if bool(devices) != bool(present):
+        raise MismatchError(f"accelerators differ: stored_devices={len(devices)} present_devices={present}")
+    if len(devices) == present:
+        chosen = list(enumerate(devices))
+    else:  # other devices are visible, but this rank works on one
+        chosen = [(_current_device(), devices[cast("int", tree["device"])])]
+    for index, state in chosen:
         get_accelerator().set_rng_state(tensor_of(expect_array(state, "rng.devices")), index)
     tracker: Any = tree["tracker"]
     if tracker:
@@ -71,6 +76,11 @@ def derive_rng(tree: Mapping[str, object], rank: int) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)
     torch.manual_seed(seed)  # seeds every accelerator device as well
+
+
+def _current_device() -> int:
+    accelerator = get_accelerator()
+    return 0 if accelerator.device_name() == "cpu" else int(accelerator.current_device())
 
 
 def _device_states() -> list[torch.Tensor]:

@@ -1,10 +1,11 @@
 """What of an engine's state is not a shard: counters, groups, scheduler, scaler, buffers; applied in place.
 
-    engine         counters
-    zero           what DeepSpeed's `_load_global_state` restores
-    groups         per flat group: name, is_expert, hyper-parameters, scalar optimizer state, layout of its partition
-lr_scheduler   its state_dict, or None               buffers       every module buffer by name, persistent or not
+engine         counters
+zero           what DeepSpeed's `_load_global_state` restores
+groups         per flat group: name, is_expert, hyper-parameters, scalar optimizer state, layout of its partition
+lr_scheduler   its state_dict, or None
 loss_scaler    plain attributes
+buffers        every module buffer by name, persistent or not
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = [
     "capture_buffers",
     "capture_engine",
     "capture_groups",
+    "check_boundary",
     "check_scheduler",
     "restore_buffers",
     "restore_engine",
@@ -143,9 +145,9 @@ def _capture_group(zero: ZeroOptimizer, group: FlatGroup, fqns: Mapping[int, str
 
 
 def _matching(group: FlatGroup, fqns: list[str], entries: list[Any]) -> Any:
-    """Return a group's stored entry: that with the same parameters, else the first of the same name and kind."""
+    """Return a group's stored entry: that with the same parameters, else the first of its kind and, if dense, name."""
     own = {EXPERT_INDEX.sub("deepspeed_experts.*.", fqn) for fqn in fqns}
-    alike = [e for e in entries if (e["name"], e["is_expert"]) == (group.name, group.is_expert)]
+    alike = [e for e in entries if e["is_expert"] == group.is_expert and (group.is_expert or e["name"] == group.name)]
     exact = [e for e in alike if [row[0] for row in e["layout"]["params"]] == fqns]
     general = [
         e for e in alike if {EXPERT_INDEX.sub("deepspeed_experts.*.", row[0]) for row in e["layout"]["params"]} == own
@@ -178,6 +180,18 @@ def _scaler_of(zero: ZeroOptimizer) -> tuple[Any, tuple[str, ...]]:
 def _plain_attributes(owner: Any, names: Iterable[str]) -> dict[str, object]:
     values = {name: plain_of(getattr(owner, name), name, is_lenient=True) for name in names if hasattr(owner, name)}
     return {name: value for name, value in values.items() if value is None or type(value) in (bool, int, float)}
+
+
+def check_boundary(engine: Any) -> None:
+    """Raise UsageError unless the engine holds no accumulated gradients."""
+    if not engine.managed_gradient_accumulation():
+        pending = engine._unmanaged_backward_count
+    elif engine._is_gradient_accumulation_boundary is None:
+        pending = engine.micro_steps % engine.gradient_accumulation_steps()
+    else:  # the caller tells the engine where its boundaries are
+        pending = 0
+    if pending:
+        raise UsageError(f"not at the boundary of a step: accumulated_micro_batches={pending} allowed=0")
 
 
 def check_scheduler(engine: Any) -> None:

@@ -21,6 +21,7 @@ from moc.adapters.deepspeed.scalars import (
     capture_buffers,
     capture_engine,
     capture_groups,
+    check_boundary,
     check_scheduler,
     restore_buffers,
     restore_engine,
@@ -67,7 +68,7 @@ class DeepSpeedState:
         self._named = name_parameters(engine.module)
         self._fingerprint = build_fingerprint(engine, self._zero, self._named, extra_fingerprint)
         build_layout(self._zero, self._named)  # refuses before the moments are created
-        capacity = _state_capacity(encode_state(self.capture()).size_bytes)
+        capacity = _state_capacity(encode_state(self._tree()).size_bytes)  # names a value it cannot store
         self._materialise()
         layout = build_layout(self._zero, self._named)
         self._held = ShardMemory(layout.buffers, layout.held)
@@ -114,19 +115,12 @@ class DeepSpeedState:
         self._held.copy_to(targets, crcs)
 
     def capture(self) -> dict[str, object]:
-        """Return everything that is not a shard; arrays alias live CPU memory where they can."""
-        if hasattr(self, "_held"):
-            self._held.mark_boundary()
-        return {
-            **capture_engine(self._engine, self._zero),
-            "groups": capture_groups(self._zero, self._named),
-            "buffers": capture_buffers(self._engine.module),
-            "stateful": {
-                name: plain_of(item.state_dict(), f"stateful[{name!r}]", is_lenient=False)
-                for name, item in self._stateful.items()
-            },
-            "rng": capture_rng(),  # last: a state_dict() that draws numbers is part of the step
-        }
+        """Return everything that is not a shard; arrays alias live CPU memory where they can.
+
+        Raises: UsageError between the micro-batches of one step, whose gradients are not part of any state.
+        """
+        self._held.mark_boundary()
+        return self._tree()
 
     def begin_restore(self) -> None:
         """Create the optimizer moments if the optimizer has lost them since construction."""
@@ -156,6 +150,19 @@ class DeepSpeedState:
             restore_rng(state["rng"])
         else:
             derive_rng(state["rng"], self._catalog.rank)
+
+    def _tree(self) -> dict[str, object]:
+        check_boundary(self._engine)
+        return {
+            **capture_engine(self._engine, self._zero),
+            "groups": capture_groups(self._zero, self._named),
+            "buffers": capture_buffers(self._engine.module),
+            "stateful": {
+                name: plain_of(item.state_dict(), f"stateful[{name!r}]", is_lenient=False)
+                for name, item in self._stateful.items()
+            },
+            "rng": capture_rng(),  # last: a state_dict() that draws numbers is part of the step
+        }
 
     def _materialise(self) -> None:
         if materialise_moments(self._zero):
