@@ -144,20 +144,19 @@ def _copy(
 ) -> None:
     """Collect the whole object, test all its checksums, then put it."""
     row = entry.row
-    with _buffer(row.size_bytes, spool) as view:
-        for offset in range(0, row.size_bytes, PIECE_BYTES):
-            piece = view[offset : offset + PIECE_BYTES]
-            source.store.read_into(row.key, offset, piece)
-            if progress is not None:
-                progress(piece.nbytes)
-            piece.release()
-        for name, begin, length, expected in _checksums(entry):
-            actual = crc32c(view[begin : begin + length])
-            if actual != expected:
-                raise ShardCorruptError(
-                    f"checksum mismatch: key={row.key} shard={name!r} expected={expected:08x} actual={actual:08x}"
-                )
-        target.put_object(row.key, [view])
+    view = _buffer(row.size_bytes, spool)
+    for offset in range(0, row.size_bytes, PIECE_BYTES):
+        piece = view[offset : offset + PIECE_BYTES]
+        source.store.read_into(row.key, offset, piece)
+        if progress is not None:
+            progress(piece.nbytes)
+    for name, begin, length, expected in _checksums(entry):
+        actual = crc32c(view[begin : begin + length])
+        if actual != expected:
+            raise ShardCorruptError(
+                f"checksum mismatch: key={row.key} shard={name!r} expected={expected:08x} actual={actual:08x}"
+            )
+    target.put_object(row.key, [view])
 
 
 def _checksums(entry: CheckedObject) -> Iterator[tuple[str, int, int, int]]:
@@ -170,14 +169,13 @@ def _checksums(entry: CheckedObject) -> Iterator[tuple[str, int, int, int]]:
         yield "state", row.header_bytes + header.state[0], header.state[1], header.state[2]
 
 
-@contextlib.contextmanager
-def _buffer(size_bytes: int, spool: str | None) -> Iterator[memoryview]:
-    """Yield page-aligned memory for an object: anonymous, or of a nameless temporary file when it is large."""
+def _buffer(size_bytes: int, spool: str | None) -> memoryview:
+    """Return page-aligned memory for an object: anonymous, or of a nameless temporary file when it is large.
+
+    It is given back with the last reference: an error that flies past may still hold a view of it.
+    """
     if size_bytes <= MEMORY_BYTES:
-        with mmap.mmap(-1, size_bytes) as area, memoryview(area) as view:
-            yield view
-        return
+        return memoryview(mmap.mmap(-1, size_bytes))
     with tempfile.TemporaryFile(dir=spool) as file:
         file.truncate(size_bytes)
-        with mmap.mmap(file.fileno(), size_bytes) as area, memoryview(area) as view:
-            yield view
+        return memoryview(mmap.mmap(file.fileno(), size_bytes))

@@ -7,8 +7,8 @@ has sealed is persisted, then the agent ends. 'status' is 'moc status'.
 JSON: for status that of 'moc status'; else {"run", "folder", "action":
 "started" or "stopped", "reply": what the agent answered, {} if nothing}
 
-Exit codes: 0 ok, 1 no agent answers or it refuses, 2 wrong command line,
-5 the agent is gone.
+Exit codes: 0 ok, 1 no agent answers or its last save failed, 2 wrong command
+line, 5 the agent is gone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import os
 import sys
 from pathlib import Path
 
-from moc.cli.exits import OK
+from moc.cli.exits import FAILURE, OK
 from moc.cli.live import ANSWER_TIMEOUT_S, add_runtime_root
 from moc.cli.options import add_json
-from moc.cli.output import print_json
+from moc.cli.output import print_json, say
 from moc.errors import CoordinationError, UsageError
 
 __all__ = ["configure", "run"]
@@ -31,7 +31,8 @@ ACTIONS = ("start", "stop", "status")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=ACTIONS, metavar="{start,stop,status}")
+    parser.usage = "moc agent [options] {start,stop,status}"
+    parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="start, stop or status")
     parser.add_argument("--run-id", metavar="ID", help="the job's run id (start: required; else default: the only one)")
     parser.add_argument(
         "--idle", metavar="S", type=float, default=3600.0, help="start: end after S idle seconds (3600)"
@@ -77,6 +78,9 @@ def _stop(args: argparse.Namespace) -> int:
     with contextlib.closing(AgentClient.connect(folder, timeout_s=ANSWER_TIMEOUT_S)) as client:
         reply = dict(client.drain(timeout_s=args.timeout))
     _report(args, run_id, folder, "stopped", reply)
+    if reply.get("last_error"):
+        say(f"moc agent: the newest snapshot was not saved: {reply['last_error']}")
+        return FAILURE
     return OK
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from moc.errors import (
-    CoordinationError,
     FormatUnsupportedError,
     IntegrityError,
     MocError,
@@ -52,7 +51,6 @@ _HINTS: tuple[tuple[type[MocError], str], ...] = (
     (StoreFullError, "make room or choose another folder"),
     (StoreUnavailableError, "try again later"),
     (NoCheckpointError, "'moc ls' lists what there is; choose the repository with -r or MOC_STORAGE"),
-    (CoordinationError, "'moc status' shows the live jobs"),
 )
 
 

@@ -34,13 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(verb, arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
+        _drop_output()
         print("moc: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has seen enough; the interpreter must not try to flush the rest when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has seen enough
         return OK
     return code
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere: the interpreter flushes it at exit and must not fail or wait there."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(verb: str | None, arguments: list[str]) -> int:

@@ -7,6 +7,8 @@ their expert-data-parallel ranks. Each optimizer step is a function of the step 
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import socket
 import struct
 from array import array
@@ -27,8 +29,10 @@ PARTS = ("exp_avg", "exp_avg_sq", "master")
 class PlainState:
     """TrainingState over numpy arrays; `ranks` share one logical model."""
 
-    def __init__(self, rank: int, size: int, *, layers: int = 2, experts: int = 4, scale: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(
+        self, rank: int, size: int, *, layers: int = 2, experts: int = 4, scale: int = 1, model: str = "plain"
+    ) -> None:
+        self.rank, self.size, self._model = rank, size, model
         shards = []
         for part in PARTS:
             shards.append(_split("embed.weight", part, DENSE_ELEMENTS * scale, rank, size, None))
@@ -66,7 +70,7 @@ class PlainState:
 
     @property
     def fingerprint(self) -> Mapping[str, object]:
-        return {"model": "plain"}
+        return {"model": self._model}
 
     @property
     def step(self) -> int:
@@ -82,12 +86,13 @@ class PlainState:
 
     def digest(self) -> str:
         """Return a text that is equal for equal states of this rank."""
-        import hashlib
+        return hashlib.sha256(self.tensor_digest().encode() + self.noise.tobytes()).hexdigest()[:16]
 
+    def tensor_digest(self) -> str:
+        """Return a text that is equal for equal steps and tensors of this rank: what survives a change of the number of ranks."""
         digest = hashlib.sha256(str(self._step).encode())
         for value in self.values:
             digest.update(value.tobytes())
-        digest.update(self.noise.tobytes())
         return digest.hexdigest()[:16]
 
     def copy_shards(self, targets: array[int], crcs: array[int]) -> None:
@@ -113,12 +118,33 @@ class PlainState:
             self.noise = np.frombuffer(bytes(noise.data), dtype=np.int64).copy()
 
 
-def expected_digest(rank: int, size: int, step: int, **shape: int) -> str:
+def expected_digest(rank: int, size: int, step: int) -> str:
     """Return the digest of a rank after `step` undisturbed steps."""
-    state = PlainState(rank, size, **shape)
-    for _ in range(step):
-        state.advance()
-    return state.digest()
+    return _undisturbed(rank, size).at(step)[0]
+
+
+def expected_tensors(rank: int, size: int, step: int) -> str:
+    """Return the digest of a rank's tensors after `step` undisturbed steps."""
+    return _undisturbed(rank, size).at(step)[1]
+
+
+class _Undisturbed:
+    """The digests of an undisturbed run, computed as far as somebody has asked."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._state = PlainState(rank, size)
+        self._digests = [(self._state.digest(), self._state.tensor_digest())]
+
+    def at(self, step: int) -> tuple[str, str]:
+        while len(self._digests) <= step:
+            self._state.advance()
+            self._digests.append((self._state.digest(), self._state.tensor_digest()))
+        return self._digests[step]
+
+
+@functools.cache
+def _undisturbed(rank: int, size: int) -> _Undisturbed:
+    return _Undisturbed(rank, size)
 
 
 def _split(tensor: str, part: str, elements: int, index: int, count: int, expert: Expert | None) -> Shard:

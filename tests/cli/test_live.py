@@ -1,0 +1,125 @@
+"""Verbs that talk to a node agent, with a real agent and a process that stands for a trainer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cli.console import clean_env, moc, moc_json
+
+TRAINER = """
+import sys
+from pathlib import Path
+from moc.agent.client import AgentClient
+client = AgentClient.connect(Path(sys.argv[1]), timeout_s=10)
+client.hello(rank=0, incarnation=1)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def runtime_root() -> Iterator[Path]:
+    """A runtime root with a path that is short enough for sockets; its agents are stopped at the end."""
+    with tempfile.TemporaryDirectory(prefix="moc-") as folder:
+        root = Path(folder) / "rt"
+        yield root
+        for _ in range(4):
+            if moc("agent", "status", "--runtime-root", root).returncode == 0:
+                for agent in moc_json("status", "--runtime-root", root)["agents"]:
+                    moc("agent", "stop", "--run-id", agent["run"], "--runtime-root", root)
+
+
+def test_without_an_agent_there_is_nothing_to_tell(runtime_root: Path) -> None:
+    for arguments in (("status",), ("status", "--run-id", "run-7"), ("agent", "status"), ("agent", "stop")):
+        result = moc(*arguments, "--runtime-root", runtime_root)
+
+        assert result.returncode == 1
+        assert "no agent answers" in result.stderr
+
+
+def test_an_agent_is_started_shown_and_stopped(runtime_root: Path) -> None:
+    started = moc_json("agent", "start", "--run-id", "run-7", "--idle", "60", "--runtime-root", runtime_root)
+    again = moc("agent", "start", "--run-id", "run-7", "--idle", "60", "--runtime-root", runtime_root)
+    (status,) = moc_json("status", "--runtime-root", runtime_root)["agents"]
+    text = moc("agent", "status", "--runtime-root", runtime_root)
+    stopped = moc_json("agent", "stop", "--runtime-root", runtime_root)
+
+    assert (started["run"], started["action"], again.returncode) == ("run-7", "started", 0)
+    assert {
+        "folder",
+        "run",
+        "pid",
+        "incarnation",
+        "ranks",
+        "global_step",
+        "last_committed_step",
+        "persisting",
+        "arena_bytes",
+        "versions",
+        "counters",
+        "last_error",
+    } <= set(status)
+    assert (status["run"], status["ranks"]) == ("run-7", [])
+    assert text.stdout.startswith("run ")
+    assert (stopped["run"], stopped["action"]) == ("run-7", "stopped")
+    assert moc("status", "--runtime-root", runtime_root).returncode == 1
+
+
+def test_of_several_agents_one_must_be_named(runtime_root: Path) -> None:
+    for run_id in ("run-7", "run-8"):
+        moc("agent", "start", "--run-id", run_id, "--idle", "60", "--runtime-root", runtime_root)
+
+    unnamed = moc("agent", "stop", "--runtime-root", runtime_root)
+    one = moc_json("status", "--run-id", "run-8", "--runtime-root", runtime_root)
+    both = moc_json("status", "--runtime-root", runtime_root)
+
+    assert unnamed.returncode == 2
+    assert "run-7,run-8" in unnamed.stderr
+    assert [agent["run"] for agent in one["agents"]] == ["run-8"]
+    assert [agent["run"] for agent in both["agents"]] == ["run-7", "run-8"]
+
+
+def test_rewind_is_refused_while_the_job_lives(damaged: Path, runtime_root: Path) -> None:
+    folder = moc_json("agent", "start", "--run-id", "run-7", "--idle", "60", "--runtime-root", runtime_root)["folder"]
+    with _trainer(folder):
+        refused = moc("rewind", "--step", "20", "-r", damaged, "--runtime-root", runtime_root)
+        (status,) = moc_json("status", "--runtime-root", runtime_root)["agents"]
+        kept = len(list((damaged / "incarnations").iterdir()))
+        forced = moc("rewind", "--step", "20", "--force", "-r", damaged, "--runtime-root", runtime_root)
+
+    assert refused.returncode == 1
+    assert "ranks=0" in refused.stderr
+    assert "--force" in refused.stderr
+    assert [(row["rank"], row["alive"]) for row in status["ranks"]] == [(0, True)]
+    assert kept == 3
+    assert forced.returncode == 0
+
+
+def test_an_agent_without_living_ranks_does_not_prevent_a_rewind(damaged: Path, runtime_root: Path) -> None:
+    moc("agent", "start", "--run-id", "run-7", "--idle", "60", "--runtime-root", runtime_root)
+
+    result = moc("rewind", "--step", "20", "-r", damaged, "--runtime-root", runtime_root)
+
+    assert result.returncode == 0, result.stderr
+
+
+@contextmanager
+def _trainer(folder: str) -> Iterator[None]:
+    with subprocess.Popen(
+        [sys.executable, "-c", TRAINER, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=clean_env(),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield
+        process.communicate(timeout=30)
