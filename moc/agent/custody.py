@@ -14,7 +14,7 @@ from typing import Any
 
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, decode_incarnation
-from moc.plan.freeing import Moment, Seal, complete_moments, freeable
+from moc.plan.freeing import Moment, Seal, complete_moments, freeable, hopeless_moments, newest_moments
 from moc.plan.layout import arrange_arena
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
@@ -94,6 +94,8 @@ class Custody:
         self._source = None if parent is None else (parent.incarnation, parent.step)
         self._settled: set[Moment] = set()
         self.newest: Moment | None = None
+        self.hopeless: dict[Moment, tuple[int, ...]] = {}
+        self._passed: dict[int, Moment] = {}
 
     @property
     def global_step(self) -> int | None:
@@ -123,6 +125,8 @@ class Custody:
         self._refresh()
         ranks, incarnation = self.life.ranks, self.life.record.number
         seals = self._seals()
+        self.hopeless = hopeless_moments(seals, ranks, incarnation, passed=self._passed)
+        self._passed = newest_moments(seals, incarnation)
         complete = complete_moments(seals, ranks, incarnation)
         if complete and complete[-1] != self.newest:
             self.newest = complete[-1]
@@ -132,7 +136,9 @@ class Custody:
             self.earlier = None
         wanted = self.unfinished_saves()
         pinned = self.pinned() | {(incarnation, moment) for moment in wanted}
-        for seal in freeable(seals, ranks, incarnation, pinned=pinned, source=self._source):
+        for seal in freeable(
+            seals, ranks, incarnation, pinned=pinned, source=self._source, hopeless=self.hopeless
+        ):
             self._free(seal.rank, seal.record)
         return [moment for moment in complete if moment in wanted]
 

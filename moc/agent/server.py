@@ -151,7 +151,9 @@ class Agent:
         timeout_s = float(custody.life.descriptor["timeout_s"])
         for moment in custody.unfinished_saves():
             first_s = self._first_seen_s.setdefault(moment, self._clock.now_s())
-            if not self._is_started(custody, moment) and self._clock.now_s() - first_s > timeout_s:
+            if moment in custody.hopeless:
+                self._give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
+            elif not self._is_started(custody, moment) and self._clock.now_s() - first_s > timeout_s:
                 self._give_up(custody, moment, f"not every rank sealed in time: timeout_s={timeout_s}")
         custody.arena.publish(global_step=custody.global_step, committed_step=self._last_committed)
 

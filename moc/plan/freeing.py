@@ -6,10 +6,10 @@ A *moment* is (step, attempt): one snapshot of the whole life. Attempts of one s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Moment", "Seal", "attempt_id", "complete_moments", "freeable"]
+__all__ = ["Moment", "Seal", "attempt_id", "complete_moments", "freeable", "hopeless_moments", "newest_moments"]
 
 Moment = tuple[int, str]
 
@@ -44,6 +44,35 @@ def complete_moments(seals: Iterable[Seal], ranks: Sequence[int], incarnation: i
     return tuple(sorted(moment for moment, held in holders.items() if held >= set(ranks)))
 
 
+def newest_moments(seals: Iterable[Seal], incarnation: int) -> dict[int, Moment]:
+    """Return the newest moment that each rank holds in this incarnation."""
+    newest: dict[int, Moment] = {}
+    for seal in seals:
+        if seal.incarnation == incarnation:
+            newest[seal.rank] = max(newest.get(seal.rank, seal.moment), seal.moment)
+    return newest
+
+
+def hopeless_moments(
+    seals: Iterable[Seal], ranks: Sequence[int], incarnation: int, *, passed: Mapping[int, Moment]
+) -> dict[Moment, tuple[int, ...]]:
+    """Return the moments that some ranks hold and others never will, with those others.
+
+    A rank seals in ascending order, so a rank that has `passed` a moment without holding it has skipped it. `passed` must have been read
+    before `seals`: a rank may seal between the reading of two of its records.
+    """
+    holders: dict[Moment, set[int]] = {}
+    for seal in seals:
+        if seal.incarnation == incarnation:
+            holders.setdefault(seal.moment, set()).add(seal.rank)
+    found = {}
+    for moment, held in sorted(holders.items()):
+        skipped = tuple(rank for rank in ranks if rank not in held and rank in passed and passed[rank] > moment)
+        if skipped:
+            found[moment] = skipped
+    return found
+
+
 def freeable(
     seals: Sequence[Seal],
     ranks: Sequence[int],
@@ -51,20 +80,24 @@ def freeable(
     *,
     pinned: Iterable[tuple[int, Moment]],
     source: tuple[int, int] | None,
+    hopeless: Iterable[Moment] = (),
 ) -> tuple[Seal, ...]:
     """Return the seals that nothing needs any more.
 
-    A seal is free when a newer moment is global and nothing pins it: `pinned` holds (incarnation, moment) of saves under way, `source`
-    the (incarnation, step) that the present life was recovered from. Seals of earlier lives stay until this one has a global moment.
+    A seal is free when a newer moment is global, or its own moment never will be, and nothing pins it: `pinned` holds (incarnation,
+    moment) of saves under way, `source` the (incarnation, step) that the present life was recovered from. Seals of earlier lives stay
+    until this one has a global moment. Without the `hopeless`, ranks that skip different steps would fill their records for good.
     """
     complete = complete_moments(seals, ranks, incarnation)
-    if not complete:
-        return ()
-    held = set(pinned)
+    held, lost = set(pinned), set(hopeless)
+
+    def is_needless(seal: Seal) -> bool:
+        if seal.incarnation < incarnation:
+            return bool(complete)
+        return seal.moment in lost or (bool(complete) and seal.moment < complete[-1])
+
     return tuple(
         seal
         for seal in sorted(seals)
-        if (seal.incarnation, seal.moment) not in held
-        and (seal.incarnation, seal.step) != source
-        and (seal.incarnation < incarnation or seal.moment < complete[-1])
+        if (seal.incarnation, seal.moment) not in held and (seal.incarnation, seal.step) != source and is_needless(seal)
     )
