@@ -27,13 +27,13 @@ from moc.cli.choose import read_catalogue
 from moc.cli.exits import OK
 from moc.cli.options import add_json, add_repository, opened
 from moc.cli.output import describe_age, describe_bytes, finding_json, name_json, print_json, print_table, say
-from moc.errors import MocError
+from moc.errors import IntegrityError, MocError, ObjectMissingError, UsageError
 from moc.format.manifest import Manifest
 from moc.repository import Repository, StoredCheckpoint
-from moc.verify import WRONG
 
 __all__ = ["configure", "run"]
 
+UNREADABLE = (IntegrityError, ObjectMissingError, UsageError)
 CONCURRENT_READS = 16  # manifests are small: against a remote store only waiting counts
 
 
@@ -135,7 +135,7 @@ def _read_manifests(repository: Repository, listed: tuple[StoredCheckpoint, ...]
     def read(stored: StoredCheckpoint) -> Manifest | MocError:
         try:
             return repository.read_manifest(stored.name)
-        except WRONG as error:
+        except UNREADABLE as error:
             return error
 
     names = [stored.name for stored in listed]

