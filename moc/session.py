@@ -234,6 +234,7 @@ class Session:
             if problem is not None:
                 log.warning("the last step could not be snapshotted: step=%d reason=%s", self._state.step, problem)
         folder = life.link.folder
+        life.link.wait_connected(self._request.config.timeout_s)
         exchange(self._world, rank)  # everybody has sealed
         life.close()
 
@@ -268,6 +269,7 @@ class Session:
                 break
             if self._clock.now_s() >= deadline_s:
                 return snapshotter.counters.last_problem or "no free slots"
+            self._life.link.look()  # only an agent frees slots
             self._clock.sleep(SLOT_WAIT_S)
         failed = snapshotter.counters.failed
         snapshotter.wait_finished(max(deadline_s - self._clock.now_s(), 0.0))

@@ -48,6 +48,12 @@ class AgentLink:
             self._reconnecting = threading.Thread(target=self._reconnect, name="moc-reconnect", daemon=True)
             self._reconnecting.start()
 
+    def wait_connected(self, timeout_s: float) -> None:
+        """Wait until the agent is there, or a new one has adopted the arena, or the time is over."""
+        self.look()
+        if self._reconnecting is not None:
+            self._reconnecting.join(timeout_s)
+
     def skip(self, step: int, attempt: str, reason: str) -> None:
         """Tell the agent that this rank has no snapshot for a save. Blocks: for one round trip. Raises: MocError."""
         client = AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S)
