@@ -1,41 +1,37 @@
 """One torch-free trainer that runs the production attach → snapshot → commit path; the crash tests start, kill and restart it.
 
-Writes one JSON line per event to its log: attached (with the recovery), step (with the digest of the state), committed, done.
+Writes one JSON line per event to its log: attached (with the recovery), step (with the digest of the state), global, committed, saved,
+save_failed, terminated, done (with the counters), refused (a MocError at attach), failed (anything else).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moc.attach import Request
 from moc.clock import SystemClock
 from moc.config import Config
+from moc.errors import MocError, SaveFailedError
 from moc.session import Session
 from moc.trace import Trace
+from tests.support.kill import KillAt
 from tests.support.plain import PlainState, SocketWorld
 
-
-class KillAt:
-    """Trace sink: SIGKILL this process at the n-th given event of a span."""
-
-    def __init__(self, span: str, event: str, count: int) -> None:
-        self._span, self._event, self._left = span, event, count
-
-    def __call__(self, event: str, span: str, fields: dict[str, object]) -> None:
-        if (event, span) == (self._event, self._span):
-            self._left -= 1
-            if self._left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+REFUSED, FAILED = 3, 4  # exit codes
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--size", type=int, required=True)
@@ -47,65 +43,133 @@ def main() -> None:
     parser.add_argument("--persist-every", type=int, default=5)
     parser.add_argument("--snapshot-every", type=int, default=1)
     parser.add_argument("--keep-last", type=int, default=3)
+    parser.add_argument("--versions", type=int, default=3)
+    parser.add_argument("--budget-bytes", type=int, default=None)
+    parser.add_argument("--timeout-s", type=float, default=60.0)
+    parser.add_argument("--idle-s", type=float, default=60.0)
     parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--model", default="plain", help="goes into the fingerprint")
+    parser.add_argument("--run-id", default=None)
+    parser.add_argument("--take-over", action="store_true")
     parser.add_argument("--restore", default="auto")
     parser.add_argument("--save-at", type=int, default=None, help="an explicit save at this step")
+    parser.add_argument("--step-s", type=float, default=0.0, help="how long a forward pass takes")
     parser.add_argument("--kill", default=None, help="span:event:count")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
     log = options.log.open("a", buffering=1)
 
     def note(event: str, **fields: object) -> None:
         log.write(json.dumps({"event": event, "rank": options.rank, "pid": os.getpid(), **fields}) + "\n")
 
-    sinks = [] if options.kill is None else [KillAt(*options.kill.split(":")[:2], int(options.kill.split(":")[2]))]
-    trace = Trace(*sinks)
-    state = PlainState(options.rank, options.size, scale=options.scale)
+    trace = Trace(*([] if options.kill is None else [KillAt.parse(options.kill)]))
+    state = PlainState(options.rank, options.size, scale=options.scale, model=options.model)
     world = SocketWorld(options.rank, options.size, options.rendezvous)
-    config = Config(
-        snapshot_every=options.snapshot_every,
-        persist_every=options.persist_every,
-        keep_last=options.keep_last,
-        timeout_s=60.0,
-    )
-    request = Request(
-        storage=options.storage,
-        config=config,
-        restore=int(options.restore) if options.restore.isdigit() else options.restore,
-        run_id=None,
-        take_over=False,
-        on_mismatch=(),
-        runtime_root=options.root,
-        agent_idle_s=60.0,
-        fingerprint=state.fingerprint,
-    )
-    session = Session(state, world, request, ep_sizes=(), software={"worker": "1"}, clock=SystemClock(), trace=trace)
+    try:
+        request = _request(options, state)
+        session = Session(state, world, request, ep_sizes=(), software={"worker": "1"}, clock=SystemClock(), trace=trace)
+    except MocError as error:
+        note("refused", error=type(error).__name__, words=str(error))
+        raise SystemExit(REFUSED) from error
+    except OSError as error:  # another rank is gone
+        note("failed", error=type(error).__name__, words=str(error))
+        raise SystemExit(FAILED) from error
+    signal.signal(signal.SIGTERM, lambda *_: session.ask_to_terminate())
+    try:
+        train(options, session, state, trace, note)
+    except (MocError, OSError) as error:
+        note("failed", error=type(error).__name__, words=str(error))
+        raise SystemExit(FAILED) from error
+
+
+def train(options: argparse.Namespace, session: Session, state: PlainState, trace: Trace, note: Any) -> None:
     report = session.recovery
     note(
         "attached",
         incarnation=session.incarnation,
+        run=session.run,
         step=state.step,
         digest=state.digest(),
+        tensors=state.tensor_digest(),
         source=None if report is None else report.source,
-        rejected=[] if report is None else [r.reason for r in report.rejected],
+        rejected=[] if report is None else [f"{r.candidate}: {r.reason}" for r in report.rejected],
+        notes=[] if report is None else list(report.notes),
     )
-    committed: int | None = None
+    clock = SystemClock()
+    seen: dict[str, int | None] = {"global": None, "committed": None}
     while state.step < options.steps:
         with trace.span("train.forward", step=state.step):
-            pass
+            if options.step_s:
+                clock.sleep(options.step_s)
         session.before_update()
         with trace.span("train.update", step=state.step):
             state.advance()
         note("step", step=state.step, digest=state.digest(), incarnation=session.incarnation)
-        session.boundary()
-        if options.save_at == state.step:
-            session.save().wait_committed(30.0)
-            note("saved", step=state.step)
-        newest = session.status().last_committed_step
-        if newest is not None and newest != committed:
-            committed = newest
-            note("committed", step=newest, incarnation=session.incarnation)
+        is_terminating = session.boundary()
+        if options.save_at == state.step or is_terminating:
+            _save(session, state, note)
+        status = session.status()
+        for event, step in (("global", status.last_global_step), ("committed", status.last_committed_step)):
+            if step is not None and step != seen[event]:
+                seen[event] = step
+                note(event, step=step, incarnation=session.incarnation)
+        if is_terminating:
+            note("terminated", step=state.step)
+            break
+    counters = asdict(session.status().snapshots)
+    replaced = session.status().agents_replaced
     session.close(is_collective=True)
-    note("done", step=state.step)
+    note("done", step=state.step, tensors=state.tensor_digest(), agents_replaced=replaced, **counters)
+
+
+def _save(session: Session, state: PlainState, note: Any) -> None:
+    handle = session.save()
+    try:
+        handle.wait_committed(60.0)
+    except SaveFailedError as error:
+        note("save_failed", step=state.step, words=str(error))
+        return
+    note("saved", step=state.step, incarnation=session.incarnation)
+
+
+def _request(options: argparse.Namespace, state: PlainState) -> Request:
+    config = Config(
+        snapshot_every=options.snapshot_every,
+        persist_every=options.persist_every,
+        keep_last=options.keep_last,
+        versions=options.versions,
+        memory_budget_bytes=options.budget_bytes,
+        timeout_s=options.timeout_s,
+    )
+    return Request(
+        storage=options.storage,
+        config=config,
+        restore=int(options.restore) if options.restore.isdigit() else options.restore,
+        run_id=options.run_id,
+        take_over=options.take_over,
+        on_mismatch=(),
+        runtime_root=options.root,
+        agent_idle_s=options.idle_s,
+        fingerprint=state.fingerprint,
+    )
+
+
+def serve(argv: Sequence[str], errors: Path) -> None:
+    """Be a worker in a fresh process: standard error goes to a file."""
+    with errors.open("ab") as stream:
+        os.dup2(stream.fileno(), 2)
+    code: object = 0
+    try:
+        main(argv)
+    except SystemExit as leaving:
+        code = leaving.code
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)  # as after a real failure: nothing is detached, no thread is joined
 
 
 if __name__ == "__main__":

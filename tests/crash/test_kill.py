@@ -1,0 +1,118 @@
+"""SIGKILL of trainers, of the agent, of both: the next life goes on from the newest state that still exists, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.support.job import Job
+
+
+def test_one_trainer_killed_the_others_end_and_memory_is_recovered() -> None:
+    with Job(size=2) as job:
+        first = job.start()
+        first.event("committed", step=5)
+        known = first.event("global", step=8)["step"]
+        first.kill(1)
+        assert first.ended()[0] != 0, "rank 0 cannot go on alone"
+        agent = job.agent_pid()
+
+        second = job.start()
+        attached = second.attached()
+        assert attached["source"] == "memory"
+        assert attached["step"] >= max(known, first.newest_step("global"))
+        assert job.agent_pid() == agent, "the agent outlives the trainers"
+        second.event("global", step=attached["step"] + 8)
+        second.signal(signal.SIGTERM)
+        second.finished()
+        assert second.last(0, "terminated")["step"] == second.last(1, "saved")["step"] == second.newest_step("step")
+        first.exact()
+        second.exact()
+        assert job.agent_pid() is None, "an orderly end takes the agent along"
+
+
+def test_all_trainers_killed() -> None:
+    with Job(size=2) as job:
+        first = job.start()
+        first.event("global", step=20)
+        first.kill()
+
+        second = job.start(steps=first.newest_step("step") + 3)
+        attached = second.attached()
+        assert attached["source"] == "memory"
+        assert attached["step"] >= first.newest_step("global")
+        second.finished()
+        second.exact()
+
+
+def test_agent_killed_alone_training_goes_on_and_saves_are_committed_again() -> None:
+    with Job(size=2, step_s=0.002) as job:
+        life = job.start()
+        committed = life.event("committed", step=5)["step"]
+        killed = job.kill_agent()
+        at_kill = life.newest_step("step")
+        life.until(lambda: job.agent_pid() not in (None, killed), "a new agent")
+        life.event("committed", step=max(committed, at_kill) + 1)
+        life.kill()
+
+        second = job.start(steps=life.newest_step("step") + 3)
+        attached = second.attached()
+        assert attached["source"] == "memory"
+        assert attached["step"] >= life.newest_step("global")
+        second.finished()
+        life.exact()
+        second.exact()
+
+
+def test_agent_and_trainers_killed_the_last_announced_commit_is_recovered() -> None:
+    with Job(size=2) as job:
+        first = job.start(save_at=7)
+        saved = first.event("saved", step=7)["step"]
+        first.event("committed", step=saved)
+        job.kill_agent()
+        first.kill()
+        announced = max(first.newest_step("committed"), first.newest_step("saved"))
+
+        second = job.start(steps=announced + 5)
+        attached = second.attached()
+        assert attached["source"] == "storage"
+        assert attached["step"] >= announced
+        second.finished()
+        second.exact()
+
+
+def test_all_trainers_killed_after_the_seal_the_checkpoint_is_still_made() -> None:
+    # Rank 0 dies where the copy of the last step of its life has just been sealed, so nobody but the agent is left to save it.
+    with Job(size=1, persist_every=3) as job:
+        first = job.start(kill={0: "snapshot.seal:end:3"})
+        assert first.ended() == [-9]
+        first.until(lambda: job.committed_steps() == [3], "the commit of step 3", may_end=True)
+
+
+def test_agent_killed_while_the_job_ends() -> None:
+    # A session that closes while there is no agent has to bring one back: the arena lives in the trainers' mappings only.
+    with Job(size=2, persist_every=0, step_s=0.002) as job:
+        life = job.start(steps=60)
+        life.event("global", step=5)
+        life.event("step", step=59)
+        pid = job.agent_pid()
+        if pid is not None:  # the life may have ended in time
+            job.kill_agent()
+        life.ended()
+        second = job.start(steps=60)
+        assert second.attached()["step"] == 60
+        second.finished()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_other_world_sizes(size: int) -> None:
+    with Job(size=size) as job:
+        first = job.start()
+        first.event("global", step=6)
+        first.kill(size - 1)
+        first.ended()
+        second = job.start(steps=first.newest_step("step") + 2)
+        assert second.attached()["source"] == "memory"
+        second.finished()
+        second.exact()

@@ -1,0 +1,321 @@
+"""Drives a job of torch-free workers through many lives: start, wait for events, kill, start again, compare with an undisturbed run.
+
+Workers are real processes forked from a server that has imported everything (a life costs 0.1 s instead of 1 s), the agent is the
+production one. Every wait ends with an event or with an AssertionError that shows what the processes wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from moc.agent.client import AgentClient
+from moc.agent.runtime import LOG_NAME, SOCKET_NAME, runtime_folder
+from moc.repository import Repository
+from moc.store.open import open_store
+from tests.crash.worker import serve
+from tests.support.plain import expected_digest, expected_tensors
+
+__all__ = ["Event", "Job", "Life"]
+
+DEADLINE_S = 60.0
+POLL_MS = 5
+ENDLESS = 1_000_000  # steps of a life that ends by a kill
+
+Event = dict[str, Any]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.crash.worker"])
+
+
+@dataclass(slots=True)
+class Life:
+    """The trainers of one life, by rank."""
+
+    job: Job
+    number: int
+    logs: list[Path]
+    errors: list[Path]
+    processes: list[BaseProcess]
+    _read: dict[int, list[Event]] = field(default_factory=dict)
+    _offsets: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return len(self.processes)
+
+    def pid(self, rank: int) -> int:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        return pid
+
+    def events(self, rank: int, kind: str | None = None) -> list[Event]:
+        """Return what a rank has written so far; a line that is not whole yet is left for later."""
+        events = self._read.setdefault(rank, [])
+        if self.logs[rank].exists():
+            with self.logs[rank].open("rb") as stream:
+                stream.seek(self._offsets.get(rank, 0))
+                whole = stream.read().rpartition(b"\n")[0]
+            if whole:
+                self._offsets[rank] = self._offsets.get(rank, 0) + len(whole) + 1
+                events += [json.loads(line) for line in whole.splitlines()]
+        return [event for event in events if kind is None or event["event"] == kind]
+
+    def last(self, rank: int, kind: str) -> Event | None:
+        events = self.events(rank, kind)
+        return events[-1] if events else None
+
+    def newest_step(self, kind: str) -> int | None:
+        """Return the newest step that any rank has announced in events of this kind."""
+        steps = [event["step"] for rank in range(self.size) for event in self.events(rank, kind)]
+        return max(steps, default=None)
+
+    # Waiting
+
+    def until(self, condition: Callable[[], Any], what: str, *, may_end: bool = False, deadline_s: float = DEADLINE_S) -> Any:
+        """Return the condition's first true value; fail when time is over, or (unless `may_end`) when all trainers have ended."""
+        ends_s = time.monotonic() + deadline_s
+        poller = select.poll()
+        running = {process.sentinel for process in self.processes if process.is_alive()}
+        for sentinel in running:
+            poller.register(sentinel, select.POLLIN)
+        while True:
+            value = condition()
+            if value:
+                return value
+            if not may_end and not any(process.is_alive() for process in self.processes):
+                value = condition()
+                if value:
+                    return value
+                raise AssertionError(f"trainers ended before {what}\n{self.story()}")
+            if time.monotonic() > ends_s:
+                raise AssertionError(f"{what} did not happen within {deadline_s} s\n{self.story()}")
+            for sentinel, _ in poller.poll(POLL_MS):
+                poller.unregister(sentinel)
+
+    def event(self, kind: str, *, rank: int = 0, step: int = 0, may_end: bool = False) -> Event:
+        """Wait for a rank's event of this kind at this step or later."""
+
+        def found() -> Event | None:
+            return next((e for e in self.events(rank, kind) if e.get("step", step) >= step), None)
+
+        event = self.until(found, f"event {kind!r} of rank {rank} at step {step}", may_end=may_end)
+        assert isinstance(event, dict)
+        return event
+
+    def ended(self, *, deadline_s: float = DEADLINE_S) -> list[int]:
+        """Wait until all trainers have ended; return their exit codes (negative: the signal)."""
+        self.until(lambda: all(not p.is_alive() for p in self.processes), "the end of all trainers", may_end=True, deadline_s=deadline_s)
+        return [process.exitcode or 0 for process in self.processes]
+
+    def finished(self) -> None:
+        """Wait until all trainers have come to their own good end."""
+        codes = self.ended()
+        assert codes == [0] * self.size, f"exit codes {codes}\n{self.story()}"
+
+    def refused(self, error: str) -> str:
+        """Wait until attach is refused on all ranks with this class; return rank 0's words."""
+        self.ended()
+        events = [self.last(rank, "refused") for rank in range(self.size)]
+        assert all(e is not None and e["error"] == error for e in events), f"expected {error}: {events}\n{self.story()}"
+        assert events[0] is not None
+        return str(events[0]["words"])
+
+    # Ending
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL these trainers (default: all) and wait until they are gone."""
+        for rank in ranks or range(self.size):
+            if self.processes[rank].is_alive():
+                os.kill(self.pid(rank), signal.SIGKILL)
+        for rank in ranks or range(self.size):
+            self.processes[rank].join(DEADLINE_S)
+
+    def signal(self, number: signal.Signals, *ranks: int) -> None:
+        for rank in ranks or range(self.size):
+            os.kill(self.pid(rank), number)
+
+    # Judging
+
+    def attached(self) -> Event:
+        """Wait until all ranks have attached and check every rank's state; return rank 0's event."""
+        events = [self.event("attached", rank=rank) for rank in range(self.size)]
+        for event in events:
+            step = event["step"]
+            assert step == events[0]["step"], f"ranks resumed at different steps\n{self.story()}"
+            assert event["tensors"] == expected_tensors(event["rank"], self.size, step), f"wrong tensors\n{self.story()}"
+        return events[0]
+
+    def exact(self) -> None:
+        """Check the digest of everything the trainers reported against an undisturbed run."""
+        for rank in range(self.size):
+            for event in self.events(rank):
+                if event["event"] in ("attached", "step"):
+                    expected = expected_digest(rank, self.size, event["step"])
+                    assert event["digest"] == expected, f"rank {rank} differs at step {event['step']}\n{self.story()}"
+
+    def story(self) -> str:
+        """Return what the processes wrote last, for a failed test."""
+        parts = [f"life {self.number} in {self.job.folder}, alive: {[p.is_alive() for p in self.processes]}"]
+        for rank in range(self.size):
+            tail = [json.dumps(event)[:600] for event in self.events(rank)[-4:]]
+            errors = self.errors[rank].read_text()[-2500:] if self.errors[rank].exists() else ""
+            parts += [f"-- rank {rank}, exit code {self.processes[rank].exitcode}", *tail, errors]
+        parts += [f"-- {path}\n{path.read_text()[-2500:]}" for path in self.job.root.glob(f"*/{LOG_NAME}")]
+        return "\n".join(parts)
+
+
+class Job:
+    """One repository and one runtime root, and the lives of a job on them. Use as a context manager: it leaves no process behind."""
+
+    def __init__(self, *, size: int = 1, root: Path | None = None, storage: Path | None = None, **options: object) -> None:
+        """`options` are the worker's, as keywords; each life may override them. Another job's `root` and `storage` can be shared."""
+        self.folder = Path(tempfile.mkdtemp(prefix="moc-crash-"))
+        self.size, self.options = size, options
+        self.storage = storage or self.folder / "repo"
+        self.root = root or self.folder / "rt"
+        self.lives: list[Life] = []
+        self._is_guest = root is not None
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for life in self.lives:
+            life.kill()
+        if not self._is_guest:
+            for pid in self._agents():
+                _kill(pid)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self, *, size: int | None = None, kill: Mapping[int, str] | None = None, **options: object) -> Life:
+        """Start a life; `kill` maps ranks to the "span:event:count" at which they die."""
+        size, number = size or self.size, len(self.lives) + 1
+        logs = [self.folder / f"life{number}-{rank}.log" for rank in range(size)]
+        errors = [path.with_suffix(".err") for path in logs]
+        common = {"steps": ENDLESS, **self.options, **options}
+        common |= {"size": size, "rendezvous": self.folder / f"rv{number}", "storage": self.storage, "root": self.root}
+        processes: list[BaseProcess] = []
+        for rank in range(size):
+            fields = common | {"rank": rank, "log": logs[rank]}
+            if kill and rank in kill:
+                fields["kill"] = kill[rank]
+            process = _context.Process(target=serve, args=(_arguments(fields), errors[rank]), daemon=True)
+            process.start()
+            processes.append(process)
+        life = Life(job=self, number=number, logs=logs, errors=errors, processes=processes)
+        self.lives.append(life)
+        return life
+
+    # The agent
+
+    @property
+    def run(self) -> str:
+        """The run id, once a life has attached."""
+        return next(path.parent.name for path in self.root.glob(f"*/{LOG_NAME}"))
+
+    @property
+    def runtime(self) -> Path:
+        return runtime_folder(self.run, self.root)
+
+    def agent_pid(self) -> int | None:
+        """Return the pid of the agent that listens, None if none does."""
+        for path in self.root.glob(f"*/{SOCKET_NAME}"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+                    return int(pid)
+        return None
+
+    def kill_agent(self) -> int:
+        """SIGKILL the agent, wait until it is gone, and return its pid."""
+        pid = self.agent_pid()
+        assert pid is not None, "no agent listens"
+        _kill(pid)
+        return pid
+
+    def ask_agent(self, verb: str, fields: Mapping[str, object] | None = None) -> tuple[dict[str, Any], list[int]]:
+        """Send the agent one request on a connection of its own."""
+        client = AgentClient.connect(self.runtime, timeout_s=DEADLINE_S)
+        try:
+            return client.request(verb, fields)
+        finally:
+            client.close()
+
+    def _agents(self) -> list[int]:
+        """Return the agents of this job's own folder, those that do not listen yet included."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:
+                continue  # it has ended
+            if any(word.startswith(f"{self.root}/".encode()) for word in words):
+                found.append(int(path.parent.name))
+        return found
+
+    # The repository
+
+    def repository(self) -> Repository:
+        return Repository(open_store(str(self.storage)))
+
+    def committed_steps(self) -> list[int]:
+        return [checkpoint.name.step for checkpoint in self.repository().checkpoints()]
+
+    def listing(self) -> list[tuple[str, int, int]]:
+        """Return (path, size, mtime in ns) of everything below the repository."""
+        rows = []
+        for path in sorted(self.storage.rglob("*")):
+            status = path.lstat()
+            rows.append((str(path.relative_to(self.storage)), status.st_size, status.st_mtime_ns))
+        return rows
+
+
+def _arguments(fields: Mapping[str, object]) -> list[str]:
+    words: list[str] = []
+    for name, value in fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+def _kill(pid: int) -> None:
+    """SIGKILL a process that is not our child and wait until it is gone."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        assert poller.poll(DEADLINE_S * 1e3), f"process did not end: pid={pid}"
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(pidfd)
+
+
+def lineage_steps(lives: Sequence[Life]) -> list[int]:
+    """Return the steps of rank 0 that led to the last life's present state, in order: every life up to where its successor resumed."""
+    steps: list[int] = []
+    for life in lives:
+        attached = life.last(0, "attached")
+        if attached is None:
+            continue
+        steps = [step for step in steps if step <= attached["step"]]
+        steps += [event["step"] for event in life.events(0, "step")]
+    return steps
