@@ -13,7 +13,7 @@ import torch.distributed as dist
 from moc import _native
 from moc.adapters.deepspeed import DeepSpeedState, Hooks
 from moc.adapters.world import TorchWorld
-from moc.errors import ClosedError, InternalError, UsageError
+from moc.errors import ClosedError, InternalError, UsageError, WaitTimeoutError
 from moc.format.tagged import decode_state, encode_state
 from moc.state import Shard, check_coverage
 from tests.adapters import refusals
@@ -138,6 +138,7 @@ def powers(base: str, _: Path) -> None:
     state = attach(engine)
     train(engine, scenario, captured)
     held, blob = snapshot(state)
+    train(engine, scenario, last - captured)  # the CPU FusedAdam keeps its powers per process: move them away
     engine.destroy()
 
     fresh = build(scenario, seed=99)
@@ -334,6 +335,7 @@ def hooks(_: str, folder: Path) -> None:
     assert events == []
     Hooks(engine, *(record(name) for name in names))
     engine.destroy()
+    engine.destroy()
     assert [e[0] for e in events] == ["destroy"]
 
 
@@ -373,6 +375,14 @@ def world(_: str, __: Path) -> None:
     channel.close()
     channel.close()
     refusals.expect(ClosedError, "closed", lambda: channel.all_gather(b""))
+
+    impatient = TorchWorld(timeout_s=0.5)
+    if rank == 0:  # the others never come
+        refusals.expect(
+            WaitTimeoutError, "all_gather timed out: rank=0 timeout_s=0.5", lambda: impatient.all_gather(b"x")
+        )
+    dist.barrier()
+    impatient.close()
 
 
 CASES: dict[str, Callable[[str, Path], None]] = {

@@ -43,6 +43,7 @@ class Hooks:
         self._on_load = on_load
         self._on_destroy = on_destroy
         self._is_updated = False
+        self._is_destroyed = False
         self._previous: dict[str, Any] = {}
         self._wrap("_take_model_step", self._take_model_step)
         self._wrap("step", self._step)
@@ -90,5 +91,7 @@ class Hooks:
         return result
 
     def _destroy(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._on_destroy()
+        if not self._is_destroyed:  # the engine's destructor destroys it again
+            self._is_destroyed = True
+            self._on_destroy()
         return original(*args, **kwargs)
