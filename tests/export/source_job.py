@@ -15,17 +15,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from moc._native import crc32c
 from moc.adapters.deepspeed import DeepSpeedState
-from moc.format.keys import CheckpointName, object_key
+from moc.format.keys import CheckpointName
 from moc.format.manifest import Manifest, ObjectRow
-from moc.format.object import ObjectHeader, StoredShard, align, encode_header
-from moc.format.tagged import encode_state
 from moc.repository import Repository
 from moc.state import RankCatalog, catalog_digest, check_coverage
 from moc.store.local import LocalStore
 from tests.export.models import Scenario, build, logits_of, observe, train
 from tests.export.scenarios import BY_NAME
+from tests.export.writer import write_rank
 
 STEPS_BEFORE, STEPS_AFTER = 3, 4
 
@@ -99,39 +97,10 @@ def write_objects(state: DeepSpeedState, engine: Any, name: CheckpointName, repo
     buffers = [ctypes.create_string_buffer(max(1, shard.size_bytes)) for shard in shards]
     crcs = array("I", [0] * len(shards))
     state.copy_shards(array("Q", [ctypes.addressof(buffer) for buffer in buffers]), crcs)
-    contents = {
-        shard: (buffer.raw[: shard.size_bytes], crc) for shard, buffer, crc in zip(shards, buffers, crcs, strict=True)
-    }
-    rows = []
-    for piece in ("d", "e00"):
-        mine = [shard for shard in shards if (shard.expert is None) == (piece == "d")]
-        if piece == "e00" and not mine:
-            continue
-        data, stored = bytearray(), []
-        for shard in mine:
-            content, crc = contents[shard]
-            stored.append(StoredShard(shard=shard, step=name.step, position=len(data), crc32c=crc))
-            data += content.ljust(align(len(content)), b"\0")
-        state_row = None
-        if piece == "d":
-            blob = encode_state(captured(state, engine)).to_bytes()
-            state_row = (len(data), len(blob), crc32c(blob))
-            data += blob.ljust(align(len(blob)), b"\0")
-        header = ObjectHeader(
-            name=name, rank=dist.get_rank(), piece=piece, shards=tuple(stored), state=state_row, data_bytes=len(data)
-        )
-        encoded = encode_header(header)
-        key = object_key(name, dist.get_rank(), piece)
-        repository.put_object(key, [memoryview(encoded), memoryview(data)])
-        rows.append(
-            ObjectRow(
-                key=key,
-                size_bytes=len(encoded) + len(data),
-                header_bytes=len(encoded),
-                header_crc32c=crc32c(encoded),
-            )
-        )
-    return rows
+    contents = [
+        (shard, buffer.raw[: shard.size_bytes], crc) for shard, buffer, crc in zip(shards, buffers, crcs, strict=True)
+    ]
+    return write_rank(repository, name, dist.get_rank(), contents, captured(state, engine))
 
 
 def captured(state: DeepSpeedState, engine: Any) -> dict[str, Any]:

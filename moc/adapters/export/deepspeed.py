@@ -25,6 +25,7 @@ from moc.adapters.export.placement import Placement
 from moc.adapters.export.publish import publish_folder
 from moc.adapters.export.source import CheckpointSource
 from moc.adapters.export.weights import LOCAL_EXPERT, StoredBuffer, model_dtype, persistent_buffers
+from moc.errors import MismatchError
 from moc.format.manifest import Manifest
 from moc.repository import Repository
 from moc.store.port import Progress
@@ -32,6 +33,7 @@ from moc.store.port import Progress
 __all__ = ["export_deepspeed"]
 
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+NEEDED = ("buffers", "engine", "groups", "loss_scaler", "lr_scheduler", "rng", "stateful", "zero")
 
 
 def export_deepspeed(repository: Repository, manifest: Manifest, target: Path, progress: Progress) -> tuple[Path, ...]:
@@ -46,6 +48,11 @@ def export_deepspeed(repository: Repository, manifest: Manifest, target: Path, p
     source = CheckpointSource(repository, manifest, progress)
     model = model_dtype(source)
     first = source.state(source.ranks[0])
+    missing = sorted(set(NEEDED) - first.keys())
+    if missing:
+        raise MismatchError(
+            f"checkpoint was not taken from a DeepSpeed engine: name={manifest.name} missing={','.join(missing)}"
+        )
     placement = Placement(source, first["groups"])
     tag = f"global_step{first['engine']['global_steps']}"
     with publish_folder(target) as folder:

@@ -30,12 +30,10 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from moc.adapters.deepspeed.values import TORCH_DTYPES, bytes_of, live_of
 from moc.adapters.export.placement import Placement
 from moc.adapters.export.source import MASTER, WEIGHT, CheckpointSource
-from moc.adapters.export.weights import number_of
+from moc.adapters.export.weights import FLOAT_DTYPES, number_of
 from moc.errors import MismatchError
 
 __all__ = ["optimizer_state"]
-
-MODEL_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def optimizer_state(
@@ -141,11 +139,17 @@ def _tail_padding(layout: Mapping[str, Any]) -> int:
 
 
 def _loss_scaler(attributes: Mapping[str, Any], model: str) -> LossScaler | DynamicLossScaler:
-    """Return DeepSpeed's scaler with the recorded attributes; its dtype, which is not one of them, only words its
-    messages.
-    """
+    """Return DeepSpeed's scaler with the recorded attributes; its dtype, not one of them, only words its messages."""
+    scaler: LossScaler | DynamicLossScaler
     if attributes.get("dynamic"):
-        scaler = DynamicLossScaler(init_scale=attributes["cur_scale"], dtype=MODEL_HALVES[model])
+        scaler = DynamicLossScaler(
+            init_scale=attributes["cur_scale"],
+            scale_window=attributes.get("scale_window", 1000),
+            min_scale=attributes.get("min_scale", 1),
+            delayed_shift=attributes.get("delayed_shift", 1),
+            consecutive_hysteresis=attributes.get("consecutive_hysteresis", False),
+            dtype=FLOAT_DTYPES[model],
+        )
     else:
         scaler = LossScaler(scale=attributes.get("cur_scale", 1.0))
     for name, value in attributes.items():

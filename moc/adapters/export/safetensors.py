@@ -112,6 +112,8 @@ def _weight_entry(source: CheckpointSource, shard: Shard, wanted: str) -> _Entry
 
 def _buffers(source: CheckpointSource, tree: Mapping[str, Any]) -> list[StoredBuffer]:
     """Return the buffers of the first rank, whose tree is given, and of the others those inside experts."""
+    if not tree.get("buffers"):
+        return []
     ranks = source.ranks
     placement = Placement(source, tree["groups"])
     found = persistent_buffers(tree, placement.prefixes, placement.first_experts(ranks[0]))
