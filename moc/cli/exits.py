@@ -50,7 +50,7 @@ _HINTS: tuple[tuple[type[MocError], str], ...] = (
     (StoreDeniedError, "check the rights of this user and the credentials"),
     (StoreFullError, "make room or choose another folder"),
     (StoreUnavailableError, "try again later"),
-    (NoCheckpointError, "'moc ls' lists what there is; choose the repository with -r or MOC_STORAGE"),
+    (NoCheckpointError, "choose the repository with -r or MOC_STORAGE"),
 )
 
 

@@ -87,7 +87,9 @@ def _wanted(catalogue: Catalogue, step: str | None) -> Sequence[StoredCheckpoint
     if step is not None:
         return (choose(catalogue, step),)
     if not catalogue.lineage:
-        raise NoCheckpointError(f"no checkpoint on the lineage: repository={catalogue.url}")
+        raise NoCheckpointError(
+            f"no checkpoint on the lineage: off_chain={len(catalogue.others)} repository={catalogue.url}"
+        )
     return catalogue.lineage
 
 
@@ -101,6 +103,7 @@ def _restore(repository: Repository, stored: StoredCheckpoint, form: str, target
         if form == "moc":
             target = _extract_to(repository, manifest, target, progress)
         else:
+            target = os.path.abspath(target)
             files = _export_to(repository, manifest, form, target, progress)
     return Restored(manifest=manifest, target=target, files=files, experts=expert_steps(objects))
 
@@ -139,8 +142,7 @@ def _export_to(
         from moc.adapters.export.deepspeed import export_deepspeed as export
     else:
         from moc.adapters.export.safetensors import export_safetensors as export
-    path = Path(target).absolute()
-    return tuple(str(file) for file in export(repository, manifest, path, progress))
+    return tuple(str(file) for file in export(repository, manifest, Path(target), progress))
 
 
 def lost_fraction(manifest: Manifest) -> float:

@@ -67,7 +67,9 @@ def chosen_or_newest(catalogue: Catalogue, step: str | None) -> StoredCheckpoint
     if step is not None:
         return choose(catalogue, step)
     if not catalogue.lineage:
-        raise NoCheckpointError(f"no checkpoint on the lineage: repository={catalogue.url}")
+        raise NoCheckpointError(
+            f"no checkpoint on the lineage: off_chain={len(catalogue.others)} repository={catalogue.url}"
+        )
     return catalogue.lineage[0]
 
 
