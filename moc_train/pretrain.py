@@ -33,9 +33,15 @@ def main() -> int:
         return USAGE_EXIT
     prepare_environment(os.environ, place, deterministic=config.training.deterministic)
 
+    from moc_train.data.corpus import CorpusError
     from moc_train.training import finish, run  # imports torch: after the settings are known to be good
 
-    finish(run(config, place), place)
+    try:
+        loss = run(config, place)
+    except (ConfigError, CorpusError) as e:
+        print(f"pretrain.py: {e}", file=sys.stderr)
+        return USAGE_EXIT
+    finish(loss, place)
     return 0
 
 

@@ -4,6 +4,7 @@ A step is `accumulation` forward and backward passes, one weight update, its log
 the line of a step is written before its state can be saved, so every saved step has its line.
 """
 
+import importlib.util
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
 from moc_train.checkpointing import Checkpointing, attach
-from moc_train.config import FaultConfig, Resolved, TrainConfig, resolve
+from moc_train.config import ConfigError, FaultConfig, Resolved, TrainConfig, resolve
 from moc_train.data import SampleLoader, StepSamples, TokenFile, prepare
 from moc_train.deepspeed_config import derive_deepspeed_config, learning_rate_ratio
 from moc_train.launch import Place, thread_count
@@ -35,6 +36,7 @@ __all__ = ["Trainer", "build_engine", "fingerprint", "open_tokens", "run"]
 def run(config: TrainConfig, place: Place) -> float:
     """Train as configured, from where the last incarnation stopped, and return the final loss; collective."""
     sizes = resolve(config, place.world_size)
+    check_machine(config)
     start_torch(config, place)
     tokens = open_tokens(config, place)
     engine = build_engine(config, sizes, tokens.vocab_size)
@@ -57,6 +59,22 @@ def run(config: TrainConfig, place: Place) -> float:
     return loss
 
 
+def check_machine(config: TrainConfig) -> None:
+    """Raise ConfigError for settings that need a package or an accelerator that is not here."""
+    if config.model.gmm == "grouped_gemm":
+        name = get_accelerator().device_name()
+        if name != "cuda":
+            raise ConfigError(f"model.gmm grouped_gemm needs a cuda accelerator, this one is {name}")
+        require_package("grouped_gemm", "model.gmm grouped_gemm")
+    if config.logging.tensorboard:
+        require_package("tensorboard", "logging.tensorboard true")
+
+
+def require_package(package: str, setting: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{setting} needs the package {package}, which is not installed")
+
+
 def start_torch(config: TrainConfig, place: Place) -> None:
     """Set threads, determinism and log level, and join the process group; collective."""
     # DeepSpeed calls collectives by names that newer versions of torch warn about, on every rank.
@@ -64,6 +82,8 @@ def start_torch(config: TrainConfig, place: Place) -> None:
     deepspeed_logger.setLevel(config.logging.deepspeed.upper())
     if get_accelerator().device_name() == "cpu":
         torch.set_num_threads(thread_count(place, config.training.threads))
+    else:
+        get_accelerator().set_device(place.local_rank)  # before the first collective, which is bound to a device
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and no result reads such memory
@@ -150,6 +170,7 @@ class Trainer:
         self._log, self._view = log, view
         self._layers = engine.module.moe_layers()
         self._routed_before = self._routed()
+        self._boundary_ms = 0.0
 
     def train(self) -> float:
         """Run the remaining steps and return the last loss (nan when none remained)."""
@@ -161,9 +182,14 @@ class Trainer:
             self._log.write(record)
             self._view.show(record)
             self._write_monitor(record)
-            self._checkpointing.step()
+            self._mark_boundary()
         self._log.write({"event": "end", "incarnation": self._checkpointing.incarnation, "step": step_of(self._engine)})
         return loss
+
+    def _mark_boundary(self) -> None:
+        started = time.perf_counter()
+        self._checkpointing.step()
+        self._boundary_ms = (time.perf_counter() - started) * 1e3
 
     def _announce(self) -> None:
         checkpointing = self._checkpointing
@@ -227,6 +253,7 @@ class Trainer:
             "load": loads,
             "load_max_over_mean": max(loads, default=1.0),
             "stall_ms": self._checkpointing.stall_ms(),
+            "previous_boundary_ms": self._boundary_ms,
             "skipped": int(engine.skipped_steps),
             "samples": describe(samples),
         }
