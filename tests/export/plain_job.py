@@ -6,9 +6,11 @@ torchrun ... -m tests.export.plain_job FOLDER SCENARIO...
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
+import safetensors
 import torch
 import torch.distributed as dist
 
@@ -28,7 +30,21 @@ def run(scenario: Scenario, folder: Path) -> None:
     other = build(scenario, seed=3)
     other.load_checkpoint(str(folder / "ours"), load_module_only=True)
     seen |= {"module_only": {"logits": logits_of(other), "masters": masters_of(other), "steps": other.global_steps}}
+    seen |= {"whole": logits_of_whole_model(scenario, folder / "weights")}
     torch.save(seen, folder / f"seen{dist.get_rank()}.pt")
+
+
+def logits_of_whole_model(scenario: Scenario, folder: Path) -> torch.Tensor:
+    """Return the logits of the model with all experts on each rank, from safetensors alone."""
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(path, "pt") as file:
+            state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            tied = {alias: name for alias, name in file.metadata().items() if alias != "format"}
+    state |= {alias: state[name] for alias, name in tied.items()}
+    engine = build(replace(scenario, ep_size=1), seed=4)
+    engine.module.load_state_dict(state, strict=True)
+    return logits_of(engine)
 
 
 def main() -> None:
