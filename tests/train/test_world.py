@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pytest
 from moc_train.compare import compare, read_lineage
 from moc_train.runlog import read_records, surviving_steps
 
-pytestmark = pytest.mark.world
+pytestmark = [pytest.mark.world, pytest.mark.timeout(600)]  # the first test waits for three worlds
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -55,12 +56,7 @@ SCENARIOS = (
     Scenario(world_size=2, name="ep2_again", verb="train", settings=("model.ep_size=2",)),
     Scenario(world_size=2, name="ep2_loop", verb="train", settings=("model.ep_size=2", "model.gmm=loop")),
     Scenario(world_size=2, name="bf16", verb="train", settings=("model.ep_size=2", "training.precision=bf16")),
-    Scenario(
-        world_size=2,
-        name="bf16_again",
-        verb="train",
-        settings=("model.ep_size=2", "training.precision=bf16"),
-    ),
+    Scenario(world_size=2, name="bf16_again", verb="train", settings=("model.ep_size=2", "training.precision=bf16")),
     Scenario(
         world_size=2,
         name="bf16_optimizer",
@@ -89,6 +85,29 @@ def environment() -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def run_world(world_size: int, folder: Path, plan: str) -> None:
+    """Run the worker on this many ranks and wait for all of them; none is left behind."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, str(Path(__file__).with_name("world_worker.py")), plan]
+    common = {**environment(), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    outputs = [folder / f"world{world_size}_rank{rank}.txt" for rank in range(world_size)]
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank, output in enumerate(outputs):
+            place = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(output, "wb") as stream:
+                ranks.append(subprocess.Popen(command, env=place, cwd=folder, stdout=stream, stderr=subprocess.STDOUT))
+        for rank, output in zip(ranks, outputs, strict=True):
+            code = rank.wait(DEADLINE_S)
+            assert code == 0, output.read_text(errors="replace")[-6000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with what each scenario left; one world of processes per number of ranks."""
@@ -106,18 +125,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         file = folder / f"plan{world_size}.json"
         file.write_text(json.dumps(plan), encoding="utf-8")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-        worker = str(Path(__file__).with_name("world_worker.py"))
-        result = subprocess.run(
-            [*launcher, worker, str(file)],
-            env=environment(),
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
-        assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+        run_world(world_size, folder, str(file))
     return folder
 
 
@@ -205,3 +213,18 @@ def test_the_script_refuses_a_bad_setting_before_anything_starts(tmp_path: Path)
     assert result.returncode == 2
     assert result.stderr.startswith("pretrain.py: unknown key model.widht (did you mean width?)")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["data.corpus=[missing.txt]"], "corpus file cannot be read path=missing.txt"),
+        (["model.gmm=grouped_gemm", "training.precision=bf16"], "model.gmm grouped_gemm needs a cuda accelerator"),
+    ],
+)
+def test_the_script_says_in_one_line_what_is_missing(tmp_path: Path, settings: list[str], named: str) -> None:
+    result = run_script(tmp_path, *TINY, f"data.cache={tmp_path / 'cache'}", *settings)
+
+    assert result.returncode == 2
+    assert f"pretrain.py: {named}" in result.stderr
+    assert "Traceback" not in result.stderr
