@@ -52,6 +52,7 @@ class Custody:
 
     def __init__(self, arena: Arena, *, earlier: Custody | None = None) -> None:
         self.arena, self.earlier = arena, earlier
+        self._is_source_earlier = earlier is not None
         self._records: dict[tuple[int, int], SealRecord] = {}
         self._pins: dict[tuple[int, Moment], int] = {}
         self._pins_lock = threading.Lock()
@@ -116,6 +117,10 @@ class Custody:
             if not self._pins[key]:
                 del self._pins[key]
 
+    def is_pinned(self) -> bool:
+        """Return whether a save reads this memory, or that of an earlier life behind it."""
+        return bool(self.pinned()) or (self.earlier is not None and self.earlier.is_pinned())
+
     def pinned(self) -> set[tuple[int, Moment]]:
         with self._pins_lock:
             return set(self._pins)
@@ -131,7 +136,9 @@ class Custody:
         if complete and complete[-1] != self.newest:
             self.newest = complete[-1]
             self._source = None  # the new life stands on its own
-        if self.newest is not None and self.earlier is not None and not self.earlier.pinned():
+        if self.newest is not None:
+            self._is_source_earlier = False
+        if self.earlier is not None and not self._is_source_earlier and not self.earlier.is_pinned():
             self.earlier.close()
             self.earlier = None
         wanted = self.unfinished_saves()
@@ -164,8 +171,8 @@ class Custody:
         }
 
     def source(self) -> Custody:
-        """Return the custody that a recovery reads from: the earlier life's until this one has a global step."""
-        return self.earlier if self.earlier is not None and self.newest is None else self
+        """Return the custody that a recovery reads from: the earlier life's until a life on this memory has had a global step."""
+        return self.earlier if self.earlier is not None and self._is_source_earlier else self
 
     def inventory(self) -> dict[str, object]:
         """Return what a recovery may choose from: complete snapshots, incomplete and corrupt ones, the lineage."""

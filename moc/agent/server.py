@@ -363,12 +363,13 @@ class Agent:
         zombies = [t.pid for t in self._trainers.values() if t.is_alive and t.incarnation != number]
         held = self._custody
         if held is not None and not zombies and held.fits(descriptor):
-            if held.earlier is not None and not held.earlier.pinned():
-                held.earlier.close()
-                held.earlier = None
             held.renew(descriptor)
         else:
-            self._custody = Custody.create(descriptor, earlier=None if held is None else held.source())
+            source = None if held is None else held.source()
+            if held is not None and source is not held:
+                held.arena.close()  # no life on it came to a global snapshot
+                self._custody = source
+            self._custody = Custody.create(descriptor, earlier=source)
         self._last_committed = None
         self._first_seen_s = {}
         self._reply(connection, {})
