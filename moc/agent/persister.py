@@ -66,7 +66,7 @@ class Persister:
         self._repository: Repository | None = None
         self._retention: Retention | None = None
         self._prepared: tuple[str, int, str] | None = None
-        self._last: Parent | None = None
+        self._commits: list[CheckpointName] = []
         self._busy = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moc-persist", daemon=True)
         self._thread.start()
@@ -111,14 +111,16 @@ class Persister:
 
     def _save(self, job: SaveJob) -> int:
         repository = self._prepare(job)
+        if job.name in self._commits:  # by an agent that died before it could say so; a key is written with one content only
+            return repository.read_manifest(job.name).size_bytes
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
             with ThreadPoolExecutor(WRITERS, thread_name_prefix="moc-write") as pool:
                 receipts = list(
                     pool.map(lambda r: persist_rank(job.arena, r, repository, trace=self._trace), job.records.values())
                 )
-        manifest = build_manifest(_commit_plan(job.descriptor), job.name, self._last, receipts)
+        manifest = build_manifest(_commit_plan(job.descriptor), job.name, self._parent(job), receipts)
         commit(repository, manifest, trace=self._trace)
-        self._last = Parent(incarnation=job.name.incarnation, step=job.name.step, attempt=job.name.attempt)
+        self._commits.append(job.name)
         log.info("committed: name=%s bytes=%d", job.name, manifest.size_bytes)
         self._retain(job)
         return manifest.size_bytes
@@ -148,9 +150,8 @@ class Persister:
             repository.create()
         refuse_if_fenced(repository, job.life.run, job.life.number)
         self._put_life(repository, job.life)
-        mine = [c.name for c in repository.checkpoints() if (c.name.run, c.name.incarnation) == (job.life.run, job.life.number)]
-        last = [Parent(incarnation=n.incarnation, step=n.step, attempt=n.attempt) for n in mine]
-        self._last = last[-1] if last else job.life.parent
+        listed = [checkpoint.name for checkpoint in repository.checkpoints()]
+        self._commits = [name for name in listed if (name.run, name.incarnation) == (job.life.run, job.life.number)]
         self._retention = Retention(
             repository,
             run=job.life.run,
@@ -161,6 +162,13 @@ class Persister:
         )
         self._prepared = key
         return repository
+
+    def _parent(self, job: SaveJob) -> Parent | None:
+        """Return the commit of this life before the job's, or what the life grew from."""
+        earlier = max((name for name in self._commits if name < job.name), default=None)
+        if earlier is None:
+            return job.life.parent
+        return Parent(incarnation=earlier.incarnation, step=earlier.step, attempt=earlier.attempt)
 
     def _put_life(self, repository: Repository, life: Incarnation) -> None:
         records, findings = repository.incarnations()
