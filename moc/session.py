@@ -19,7 +19,7 @@ from moc.agent.runtime import node_identity, runtime_folder
 from moc.agreement import agree, decide, exchange
 from moc.attach import Origin, Recovered, Request, recover_life, write_life
 from moc.clock import Clock
-from moc.errors import ClosedError, MocError, SaveFailedError, TopologyError, WaitTimeoutError
+from moc.errors import ClosedError, MocError, SaveFailedError, StoreUnavailableError, TopologyError, WaitTimeoutError
 from moc.format.manifest import Incarnation, encode_incarnation
 from moc.plan.freeing import attempt_id
 from moc.recover import RecoveryReport
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 WAIT_SLICE_S = 5.0
 SLOT_WAIT_S = 0.01
+DRAIN_ATTEMPTS = 3
 TERMINATE = 0  # index in the vector that ranks agree on at every boundary
 
 
@@ -233,21 +234,29 @@ class Session:
             problem = self._begin_awaited(self._state.step, self._next_attempt(self._state.step))
             if problem is not None:
                 log.warning("the last step could not be snapshotted: step=%d reason=%s", self._state.step, problem)
-        folder = life.link.folder
-        life.link.wait_connected(self._request.config.timeout_s)
         exchange(self._world, rank)  # everybody has sealed
-        life.close()
-
-        def drain() -> None:
-            if rank == 0:
-                client = AgentClient.connect(folder, timeout_s=self._request.config.timeout_s)
-                reply = client.drain(self._request.config.timeout_s)
-                if reply.get("last_error"):
-                    log.warning("last problem of the agent: %s", reply["last_error"])
-
-        agree(self._world, drain)
+        life.snapshotter.close()
+        agree(self._world, lambda: self._drain(life) if rank == 0 else None)
+        life.link.close()
+        life.arena.close()
 
     # Inside
+
+    def _drain(self, life: _Life) -> None:
+        """Have the agent persist and leave; while the arena is mapped here, an agent that dies meanwhile is replaced."""
+        timeout_s = self._request.config.timeout_s
+        for attempt in range(1, DRAIN_ATTEMPTS + 1):
+            life.link.wait_connected(timeout_s)
+            try:
+                reply = AgentClient.connect(life.link.folder, timeout_s=timeout_s).drain(timeout_s)
+            except StoreUnavailableError:
+                if attempt == DRAIN_ATTEMPTS:
+                    raise
+                log.warning("agent died while it drained: attempt=%d", attempt)
+                continue
+            if reply.get("last_error"):
+                log.warning("last problem of the agent: %s", reply["last_error"])
+            return
 
     def _refuse_closed(self) -> None:
         if self._closed:
