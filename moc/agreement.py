@@ -69,4 +69,4 @@ def _common_error(failures: dict[int, list[str]]) -> MocError:
     raised = getattr(errors, kind, None)
     if len(kinds) == 1 and isinstance(raised, type) and issubclass(raised, MocError) and raised is not RankFailedError:
         return raised(words if len(failures) > 1 else f"{words} rank={lowest}")
-    return RankFailedError({rank: f"{kind}: {words}" for rank, (kind, words) in failures.items()})
+    return RankFailedError({rank: f"{kind}: {words}" for rank, (kind, words) in failures.items()}, kinds)

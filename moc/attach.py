@@ -12,10 +12,11 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moc import errors
 from moc.agent.client import AgentClient, ensure_agent
 from moc.agent.runtime import remember_run, remembered_run, runtime_folder
 from moc.agreement import agree, decide, exchange
@@ -26,8 +27,9 @@ from moc.errors import (
     MismatchError,
     MocError,
     NoCheckpointError,
+    ObjectMissingError,
+    RankFailedError,
     ShardCorruptError,
-    StorageError,
     StoreUnavailableError,
     UsageError,
 )
@@ -39,7 +41,7 @@ from moc.recover import MemorySource, RecoveryReport, Rejection, Source, Storage
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
-from moc.store.open import open_store
+from moc.store.open import absolute_url, open_store
 from moc.trace import Trace
 from moc.training import TrainingState, World
 
@@ -72,6 +74,7 @@ class Request:
             raise UsageError(f"restore is not usable: restore={self.restore!r} allowed='auto', 'never', 'weights' or a step")
         if self.run_id is not None:
             check_run_id(self.run_id)
+        object.__setattr__(self, "storage", absolute_url(self.storage))  # the agent works in another folder
 
     @property
     def url_digest(self) -> str:
@@ -98,7 +101,7 @@ class Origin:
             "token": self.token,
             "lineage": [encode_incarnation(record).decode() for record in self.lineage],
             "links": [[link.incarnation, link.last_step] for link in self.links],
-            "candidates": [[c.source, c.incarnation, c.step, c.attempt] for c in self.candidates],
+            "candidates": [[c.source, c.run, c.incarnation, c.step, c.attempt] for c in self.candidates],
             "notes": list(self.notes),
             "is_stored": self.is_stored,
         }
@@ -111,7 +114,9 @@ class Origin:
             token=body["token"],
             lineage=tuple(decode_incarnation(text.encode(), name="lineage") for text in body["lineage"]),
             links=tuple(Link(incarnation=n, last_step=s) for n, s in body["links"]),
-            candidates=tuple(Candidate(source=s, incarnation=i, step=n, attempt=a) for s, i, n, a in body["candidates"]),
+            candidates=tuple(
+                Candidate(source=s, run=r, incarnation=i, step=n, attempt=a) for s, r, i, n, a in body["candidates"]
+            ),
             notes=tuple(body["notes"]),
             is_stored=body["is_stored"],
         )
@@ -133,12 +138,17 @@ def recover_life(request: Request, state: TrainingState, world: World, pids: Seq
     body = decide(world, lambda: _survey(request, state, pids, clock=clock, trace=trace).to_json())
     origin = Origin.from_json(body)
     surveyed_s = clock.now_s()
-    wanted = _wanted(request, origin, state)
+    if world.rank == 0:
+        for note in origin.notes:
+            log.warning("%s", note)
+    wanted = agree(world, lambda: _wanted(request, origin, state))
     rejected: list[Rejection] = []
     for candidate in wanted:
         try:
             sizes = _try_restore(request, origin, candidate, state, world, trace=trace)
-        except (IntegrityError, StorageError) as error:
+        except MocError as error:
+            if not _is_rejection(error):
+                raise  # a storage that is away for a moment must not cost a checkpoint: let the supervisor try again
             log.warning("candidate rejected: %s reason=%s", candidate, error)
             rejected.append(Rejection(candidate=str(candidate), reason=str(error)))
             continue
@@ -197,6 +207,13 @@ def write_life(request: Request, recovered: Recovered, world: World, *, trace: T
     return record
 
 
+def _is_rejection(error: MocError) -> bool:
+    """Return whether the error says that the candidate's bytes are bad or gone, on whatever rank."""
+    kinds = error.kinds if isinstance(error, RankFailedError) else {type(error).__name__}
+    classes = [getattr(errors, kind, None) for kind in kinds]
+    return bool(classes) and all(isinstance(c, type) and issubclass(c, (IntegrityError, ObjectMissingError)) for c in classes)
+
+
 # Rank 0: what is there
 
 
@@ -211,17 +228,25 @@ def _survey(request: Request, state: TrainingState, pids: Sequence[int], *, cloc
     if newest:
         _refuse_mismatch(merged[newest].fingerprint, request)
     links = chain(merged, newest)
+    # A life that only memory knows may have the number of a rewind that was written meanwhile: then its snapshots are off the chain.
+    outranked = {life.number for life in in_memory if merged[life.number].token != life.token}
     known = [
-        *(Candidate(source=STORAGE, incarnation=n.incarnation, step=n.step, attempt=n.attempt) for n in checkpoints),
-        *snapshots,
+        *(Candidate(source=STORAGE, run=n.run, incarnation=n.incarnation, step=n.step, attempt=n.attempt) for n in checkpoints),
+        *(snapshot for snapshot in snapshots if snapshot.incarnation not in outranked),
     ]
+    admissible = candidates(links, known)
+    if links and not links[-1].is_known and not admissible and request.restore != "never":
+        raise IntegrityError(
+            f"the lineage is broken, and nothing on its readable part can be restored: missing_incarnation={links[-1].incarnation} "
+            f"storage={request.storage} allowed=restore='never' for a fresh start, or a repaired record; notes={notes}"
+        )
     return Origin(
         run=run,
-        number=newest + 1,
+        number=max([newest, *(name.incarnation for name in checkpoints)]) + 1,
         token=secrets.token_hex(4),
-        lineage=tuple(merged.values()),
+        lineage=tuple(merged[link.incarnation] for link in reversed(links) if link.is_known),
         links=links,
-        candidates=candidates(links, known),
+        candidates=admissible,
         notes=tuple(notes),
         is_stored=is_stored,
     )
@@ -237,7 +262,7 @@ def _survey_storage(
         try:
             if not repository.exists():
                 if remembered is not None:
-                    notes.append(f"the repository is new; run {remembered} once used this place: pass run_id={remembered!r} to go on with it")
+                    _refuse_vanished(request, remembered)
                 repository.create()
                 return (), [], request.run_id or secrets.token_hex(4), True
             records, findings = repository.incarnations()
@@ -261,12 +286,38 @@ def _survey_storage(
     return records, names, run, True
 
 
+def _refuse_vanished(request: Request, remembered: str) -> None:
+    """Raise MismatchError where the repository is empty, but an agent still holds snapshots of a run that used this place.
+
+    The folder may not be mounted, or somebody deleted it: starting from nothing must be asked for.
+    """
+    if request.run_id is not None or request.restore == "never":
+        return
+    try:
+        client = AgentClient.connect(runtime_folder(remembered, request.runtime_root), timeout_s=request.config.timeout_s)
+    except StoreUnavailableError:
+        return
+    try:
+        status = client.status()
+    finally:
+        client.close()
+    if status.get("arena_bytes"):
+        raise MismatchError(
+            f"the repository is empty, but an agent holds snapshots of run {remembered} that used it: storage={request.storage} "
+            f"global_step={status.get('global_step')} allowed=run_id={remembered!r} to go on with them, or restore='never' to start anew"
+        )
+
+
 def _survey_memory(
     request: Request, run: str, pids: Sequence[int], notes: list[str], *, clock: Clock
 ) -> tuple[list[Incarnation], list[Candidate]]:
     """Start the agent if need be, end what is left of earlier lives, and return the lives and snapshots it holds."""
     client = ensure_agent(
-        runtime_folder(run, request.runtime_root), run=run, idle_s=request.agent_idle_s, timeout_s=request.config.timeout_s
+        runtime_folder(run, request.runtime_root),
+        run=run,
+        idle_s=request.agent_idle_s,
+        timeout_s=request.config.timeout_s,
+        before_drain=lambda old: _refuse_live_job(old, pids, clock=clock),
     )
     try:
         _refuse_live_job(client, pids, clock=clock)
@@ -283,8 +334,9 @@ def _survey_memory(
     notes.extend(f"seal record is corrupt: rank={rank} record={record}" for rank, record in inventory["corrupt"])
     notes.extend(f"snapshot is incomplete: step={step} sealed by ranks {ranks}" for _, step, _, ranks in inventory["incomplete"])
     lives = [decode_incarnation(text.encode(), name="arena lineage") for text in inventory["lineage"]]
+    lives[-1] = replace(lives[-1], fingerprint=inventory["fingerprint"])
     return lives, [
-        Candidate(source=MEMORY, incarnation=number, step=step, attempt=attempt)
+        Candidate(source=MEMORY, run=run, incarnation=number, step=step, attempt=attempt)
         for number, step, attempt in inventory["snapshots"]
     ]
 
@@ -391,7 +443,7 @@ def _open_source(request: Request, origin: Origin, candidate: Candidate, rank: i
     if candidate.source == STORAGE:
         repository = Repository(open_store(request.storage, trace=trace))
         name = CheckpointName(
-            run=origin.run, incarnation=candidate.incarnation, step=candidate.step, attempt=candidate.attempt
+            run=candidate.run, incarnation=candidate.incarnation, step=candidate.step, attempt=candidate.attempt
         )
         try:
             return StorageSource(repository, repository.read_manifest(name), rank=rank), repository.close

@@ -30,7 +30,7 @@ Messages are lowercase facts that end in ``key=value`` pairs and name what is al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "ClosedError",
@@ -135,8 +135,10 @@ class CoordinationError(MocError):
 class RankFailedError(CoordinationError):
     """At least one rank failed; every rank raises this same error."""
 
-    def __init__(self, failures: Mapping[int, str]) -> None:
+    def __init__(self, failures: Mapping[int, str], kinds: Iterable[str] = ()) -> None:
+        """`kinds` names the error classes of the failed ranks."""
         self.failures = dict(sorted(failures.items()))
+        self.kinds = frozenset(kinds)
         listed = "; ".join(f"rank {rank}: {reason}" for rank, reason in self.failures.items())
         super().__init__(f"{len(self.failures)} rank(s) failed: {listed}")
 

@@ -11,15 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moc.commit import refuse_if_fenced
-from moc.errors import IntegrityError, ObjectMissingError
-from moc.format.keys import CheckpointName
+from moc.errors import IntegrityError, ManifestCorruptError, ObjectMissingError
+from moc.format.keys import CheckpointName, parse_object_key, parse_victims_key
 from moc.format.manifest import Manifest
-from moc.plan.lineage import is_on_chain
+from moc.plan.lineage import Link, chain, is_on_chain, merge_incarnations, tip
 from moc.plan.retention import CheckpointFact, dropped
 from moc.repository import Repository
 from moc.trace import Trace
 
 __all__ = ["Retention", "RetentionReport"]
+
+
+TEMPORARY_AGE_S = 3600.0  # a temporary file this old belongs to no put under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +40,24 @@ class Retention:
         self._repository, self._run, self._incarnation = repository, run, incarnation
         self._keep_last, self._keep_every, self._trace = keep_last, keep_every, trace
         self._manifests: dict[CheckpointName, Manifest] = {}
+        self._is_swept = False
 
     def after_commit(self) -> RetentionReport:
-        """Do one round. Raises: FencedError, StorageError; a failed round is repeated after the next commit."""
+        """Do one round. Raises: FencedError, StorageError, IntegrityError; a failed round is repeated after the next commit."""
         with self._trace.span("retention.list", incarnation=self._incarnation):
             refuse_if_fenced(self._repository, self._run, self._incarnation)
-            self._read_manifests()
+            links = self._lineage()
+            unreadable = self._read_manifests()
         deleted = self._delete_condemned()
-        links = self._repository.lineage()
+        if not self._is_swept and not unreadable:
+            deleted += self._sweep()
+            self._is_swept = True
         facts = [
-            CheckpointFact(name=m.name, is_on_chain=is_on_chain(links, m.name.incarnation, m.name.step), is_finite=m.is_finite)
+            CheckpointFact(
+                name=m.name,
+                is_on_chain=is_on_chain(links, m.name.incarnation, m.name.step, m.name.attempt),
+                is_finite=m.is_finite,
+            )
             for m in self._manifests.values()
         ]
         doomed = dropped(facts, keep_last=self._keep_last, keep_every=self._keep_every)
@@ -54,16 +65,26 @@ class Retention:
             self._drop(doomed)
         return RetentionReport(dropped=doomed, deleted_objects=deleted)
 
-    def _read_manifests(self) -> None:
+    def _lineage(self) -> tuple[Link, ...]:
+        """Return the chain; raises IntegrityError if a record is unreadable, since what it hides may not be deleted."""
+        records, findings = self._repository.incarnations()
+        if findings:
+            raise IntegrityError(f"nothing is deleted while an incarnation record is unreadable: {findings[0]}")
+        merged = merge_incarnations(records, ())
+        return chain(merged, tip(merged))
+
+    def _read_manifests(self) -> list[CheckpointName]:
+        """Read what is new; return the names that cannot be read."""
         listed = {c.name for c in self._repository.checkpoints() if c.name.run == self._run}
         self._manifests = {name: m for name, m in self._manifests.items() if name in listed}
+        unreadable = []
         for name in sorted(listed - set(self._manifests)):
             try:
                 self._manifests[name] = self._repository.read_manifest(name)
             except (IntegrityError, ObjectMissingError):
-                # A corrupt manifest protects nothing by what it says, so nothing may be deleted on its account: its objects stay
-                # because `_drop` condemns only what a dropped manifest names.
-                continue
+                # It stays, and so do its objects: only what a readable manifest names is ever condemned.
+                unreadable.append(name)
+        return unreadable
 
     def _drop(self, doomed: tuple[CheckpointName, ...]) -> None:
         condemned = {row.key for name in doomed for row in self._manifests[name].objects}
@@ -80,14 +101,41 @@ class Retention:
     def _delete_condemned(self) -> int:
         """Delete what an earlier round condemned, except what a manifest still names (a crash before the manifest's deletion)."""
         condemned = self._repository.read_victims(self._run, self._incarnation)
-        if not condemned:
-            return 0
-        listed = {c.name for c in self._repository.checkpoints()}
-        named = {row.key for name, m in self._manifests.items() if name in listed for row in m.objects}
-        refuse_if_fenced(self._repository, self._run, self._incarnation)
-        victims = [key for key in condemned if key not in named]
-        for key in victims:
+        victims = [key for key in condemned if key not in self._named()]
+        self._delete(victims)
+        if condemned:
+            self._repository.put_victims(self._run, self._incarnation, [])
+        return len(victims)
+
+    def _sweep(self) -> int:
+        """Delete what lives before this one left behind: objects that no manifest names, victim lists, temporary files.
+
+        Those lives are fenced: this one's record, which they look for before every commit, is older than this round by a whole save.
+        """
+        named = self._named()
+        victims = []
+        for entry in self._repository.objects():
+            try:
+                owner = parse_object_key(entry.key)[0]
+            except ManifestCorruptError:
+                continue  # not ours
+            if owner.run == self._run and owner.incarnation < self._incarnation and entry.key not in named:
+                victims.append(entry.key)
+        self._delete(victims)
+        for entry in self._repository.victim_lists():
+            life = parse_victims_key(entry.key)
+            if life is not None and life[0] == self._run and life[1] < self._incarnation:
+                self._repository.store.delete(entry.key)
+        self._repository.store.sweep(older_than_s=TEMPORARY_AGE_S)
+        return len(victims)
+
+    def _named(self) -> set[str]:
+        """Return the object keys that readable manifests name."""
+        return {row.key for m in self._manifests.values() for row in m.objects}
+
+    def _delete(self, keys: list[str]) -> None:
+        if keys:
+            refuse_if_fenced(self._repository, self._run, self._incarnation)
+        for key in keys:
             with self._trace.span("retention.delete", key=key):
                 self._repository.store.delete(key)
-        self._repository.put_victims(self._run, self._incarnation, [])
-        return len(victims)

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from moc.agent.client import AgentClient
@@ -23,10 +24,12 @@ from moc.errors import ClosedError, MocError, SaveFailedError, StoreUnavailableE
 from moc.format.manifest import Incarnation, encode_incarnation
 from moc.plan.freeing import attempt_id
 from moc.recover import RecoveryReport
+from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT, PERSIST
-from moc.snapshot.snapshotter import SnapshotCounters, Snapshotter
-from moc.state import RankCatalog, Shard, catalog_digest, check_coverage
+from moc.snapshot.snapshotter import Begun, SnapshotCounters, Snapshotter
+from moc.state import RankCatalog, catalog_digest, check_coverage
+from moc.store.open import open_store
 from moc.topology import Topology
 from moc.trace import Trace
 from moc.training import TrainingState, World
@@ -62,7 +65,7 @@ class SaveHandle:
     step: int
     attempt: str
     problem: str | None
-    folder: Any
+    link: AgentLink
     clock: Clock
 
     def wait_committed(self, timeout_s: float = 600.0) -> None:
@@ -83,8 +86,9 @@ class SaveHandle:
     def _ask(self, slice_s: float) -> Mapping[str, Any]:
         """Ask the agent; while there is none, a new one is on its way and will find the seal."""
         try:
-            client = AgentClient.connect(self.folder, timeout_s=WAIT_SLICE_S)
+            client = AgentClient.connect(self.link.folder, timeout_s=WAIT_SLICE_S)
         except MocError:
+            self.link.look()
             self.clock.sleep(min(slice_s, 0.1))
             return {"state": "pending"}
         try:
@@ -199,7 +203,7 @@ class Session:
                 life.link.skip(step, attempt, problem)
             except MocError as error:
                 log.warning("agent could not be told of a failed save: %s", error)
-        return SaveHandle(step=step, attempt=attempt, problem=problem, folder=life.link.folder, clock=self._clock)
+        return SaveHandle(step=step, attempt=attempt, problem=problem, link=life.link, clock=self._clock)
 
     def ask_to_terminate(self) -> None:
         """Ask for a durable save at the next boundary on which all ranks agree. Thread: any, signal handlers included."""
@@ -272,15 +276,16 @@ class Session:
         """Begin a snapshot that somebody waits for; return why it could not be had."""
         snapshotter = self._life.snapshotter
         deadline_s = self._clock.now_s() + self._request.config.timeout_s
+        failed = snapshotter.counters.failed
         while True:
             snapshotter.wait_finished(max(deadline_s - self._clock.now_s(), 0.0))
-            if snapshotter.begin(step, flags=PERSIST | EXPLICIT, attempt=attempt):
+            outcome = snapshotter.begin(step, flags=PERSIST | EXPLICIT, attempt=attempt)
+            if outcome is Begun.STARTED:
                 break
-            if self._clock.now_s() >= deadline_s:
+            if outcome is Begun.FAILED or self._clock.now_s() >= deadline_s:
                 return snapshotter.counters.last_problem or "no free slots"
             self._life.link.look()  # only an agent frees slots
             self._clock.sleep(SLOT_WAIT_S)
-        failed = snapshotter.counters.failed
         snapshotter.wait_finished(max(deadline_s - self._clock.now_s(), 0.0))
         return snapshotter.counters.last_problem if snapshotter.counters.failed > failed else None
 
@@ -312,19 +317,9 @@ class Session:
         return facts
 
     def _rank_catalogs(self) -> list[RankCatalog]:
-        return [
-            RankCatalog(
-                rank=row["rank"],
-                shards=tuple(Shard.from_json(shard) for shard in row["shards"]),
-                state_capacity_bytes=row["state_capacity_bytes"],
-            )
-            for row in self._catalogs
-        ]
+        return [RankCatalog.from_json(row) for row in self._catalogs]
 
     def _next_origin(self, former: _Life) -> Origin:
-        from moc.repository import Repository
-        from moc.store.open import open_store
-
         repository = Repository(open_store(self._request.storage, trace=self._trace))
         try:
             newest = max((number for _, number in repository.incarnation_numbers()), default=0)
@@ -359,14 +354,17 @@ class Session:
             agree(self._world, introduce)
             agree(self._world, begin)
             arena = agree(self._world, lambda: _map_arena(folder, rank, config.timeout_s))
-        link = AgentLink(
-            folder,
-            run=record.run,
-            rank=rank,
-            is_leader=rank == 0,
-            incarnation=record.number,
-            idle_s=self._request.agent_idle_s,
-            arena=arena,
+        link = agree(
+            self._world,
+            lambda: AgentLink(
+                folder,
+                run=record.run,
+                rank=rank,
+                is_leader=rank == 0,
+                incarnation=record.number,
+                idle_s=self._request.agent_idle_s,
+                arena=arena,
+            ),
         )
         snapshotter = Snapshotter(
             self._state,
@@ -399,11 +397,12 @@ class Session:
             "keep_every": config.keep_every,
             "timeout_s": config.timeout_s,
             "memory_budget_bytes": config.memory_budget_bytes,
-            "lineage": [encode_incarnation(life).decode() for life in lineage],
+            # The newest life's fingerprint stands above; the others' would make the descriptor grow with every life.
+            "lineage": [encode_incarnation(replace(life, fingerprint={})).decode() for life in lineage],
         }
 
 
-def _map_arena(folder: Any, rank: int, timeout_s: float) -> Arena:
+def _map_arena(folder: Path, rank: int, timeout_s: float) -> Arena:
     client = AgentClient.connect(folder, timeout_s=timeout_s)
     try:
         _, descriptors = client.request("arena")

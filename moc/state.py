@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from moc.errors import CoverageError, InternalError
 
@@ -123,6 +124,15 @@ class RankCatalog:
             "state_capacity_bytes": self.state_capacity_bytes,
             "shards": [shard.to_json() for shard in self.shards],
         }
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> RankCatalog:
+        """Build a catalog from `to_json`'s value."""
+        return RankCatalog(
+            rank=row["rank"],
+            shards=tuple(Shard.from_json(shard) for shard in row["shards"]),
+            state_capacity_bytes=row["state_capacity_bytes"],
+        )
 
 
 def shard_order(shard: Shard) -> tuple[bool, tuple[int, int], str, str, int]:

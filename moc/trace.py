@@ -43,11 +43,15 @@ class Trace:
 
 
 class JsonLinesSink:
-    """Append one JSON line per event to a file. Thread: any. Blocks: for one buffered line write."""
+    """Append one JSON line per event to a file. Thread: any. Blocks: for one buffered line write.
+
+    A line that cannot be written is dropped and counted in `dropped`: a full disk under the traces must not stop training.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", buffering=1, encoding="utf-8")
         self._lock = threading.Lock()
+        self.dropped = 0
 
     def __call__(self, event: str, name: str, fields: dict[str, object]) -> None:
         row = {
@@ -58,7 +62,10 @@ class JsonLinesSink:
             "span": name,
         } | fields
         with self._lock:
-            self._file.write(json.dumps(row, default=str) + "\n")
+            try:
+                self._file.write(json.dumps(row, default=str) + "\n")
+            except OSError:
+                self.dropped += 1
 
     def close(self) -> None:
         """Flush and close the file."""

@@ -12,12 +12,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import moc
 from moc.agent import wire
-from moc.agent.runtime import LOG_NAME, SOCKET_NAME
+from moc.agent.runtime import LOCK_NAME, LOG_NAME, SOCKET_NAME
 from moc.errors import CoordinationError, StoreUnavailableError, WaitTimeoutError
 
 __all__ = ["AgentClient", "ensure_agent"]
@@ -103,10 +103,13 @@ class AgentClient:
         self._sock.close()
 
 
-def ensure_agent(folder: Path, *, run: str, idle_s: float, timeout_s: float) -> AgentClient:
+def ensure_agent(
+    folder: Path, *, run: str, idle_s: float, timeout_s: float, before_drain: Callable[[AgentClient], None] | None = None
+) -> AgentClient:
     """Return a connection to this version's agent, starting one if need be and draining one of another version.
 
-    Called by one trainer per node. Blocks: about 0.3 s for a start, longer for a drain.
+    `before_drain` may refuse, by raising, to drain an agent whose job is alive. Called by one trainer per node. Blocks: about 0.3 s for a
+    start, longer for a drain.
     """
     for _ in range(3):  # connect; replace an old version; start
         try:
@@ -115,8 +118,11 @@ def ensure_agent(folder: Path, *, run: str, idle_s: float, timeout_s: float) -> 
             _start(folder, run=run, idle_s=idle_s)
             continue
         reply = client.hello(rank=None, incarnation=None)
-        if reply.get("version") == moc.__version__:
+        is_leaving = bool(reply.get("leaving"))
+        if reply.get("version") == moc.__version__ and not is_leaving:
             return client
+        if before_drain is not None and not is_leaving:
+            before_drain(client)
         client.drain()
     raise CoordinationError(f"agent could not be started: folder={folder} log={folder / LOG_NAME}")
 
@@ -152,7 +158,5 @@ def _start(folder: Path, *, run: str, idle_s: float) -> None:
 
 def _wait_unlocked(folder: Path) -> None:
     """Wait until the agent that is leaving has let go of its lock."""
-    from moc.agent.runtime import LOCK_NAME
-
     with (folder / LOCK_NAME).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moc.errors import UsageError
-from moc.format.manifest import Incarnation, decode_incarnation
+from moc.format.manifest import Incarnation, Parent, decode_incarnation
 from moc.plan.freeing import Moment, Seal, complete_moments, freeable, hopeless_moments, newest_moments
 from moc.plan.layout import arrange_arena
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
-from moc.state import RankCatalog, Shard
+from moc.state import RankCatalog
 
 __all__ = ["Custody", "Life", "available_memory_bytes"]
 
@@ -39,6 +39,7 @@ class Life:
     @staticmethod
     def of(descriptor: Mapping[str, Any]) -> Life:
         records = [decode_incarnation(text.encode(), name="arena descriptor") for text in descriptor["lineage"]]
+        records[-1] = replace(records[-1], fingerprint=descriptor["fingerprint"])
         return Life(
             record=records[-1],
             lineage=tuple(records),
@@ -62,7 +63,7 @@ class Custody:
     def create(cls, descriptor: Mapping[str, Any], *, earlier: Custody | None) -> Custody:
         """Create an arena for a life. Blocks: about 0.7 s per GB. Raises: UsageError if it does not fit."""
         layout = arrange_arena(
-            _catalogs(descriptor), versions=descriptor["versions"], descriptor_bytes=descriptor_room(descriptor)
+            tuple(RankCatalog.from_json(row) for row in descriptor["catalogs"]), versions=descriptor["versions"], descriptor_bytes=descriptor_room(descriptor)
         )
         held_bytes = 0 if earlier is None else earlier.arena.size_bytes
         _refuse_if_too_large(layout.size_bytes, descriptor["memory_budget_bytes"], held_bytes)
@@ -71,7 +72,8 @@ class Custody:
     def fits(self, descriptor: Mapping[str, Any]) -> bool:
         """Return whether this memory can serve a life with that descriptor."""
         held = self.arena.descriptor
-        return bool(held["catalogs"] == descriptor["catalogs"] and held["versions"] == descriptor["versions"])
+        is_same = held["catalogs"] == descriptor["catalogs"] and held["versions"] == descriptor["versions"]
+        return is_same and self.arena.has_room(descriptor)
 
     def renew(self, descriptor: Mapping[str, Any]) -> None:
         """Begin a new life on the same memory: keep the recovery source and what is pinned, free the rest.
@@ -117,6 +119,10 @@ class Custody:
             if not self._pins[key]:
                 del self._pins[key]
 
+    def is_saving(self, moment: Moment) -> bool:
+        """Return whether a moment of the present life is being persisted."""
+        return (self.life.record.number, moment) in self.pinned()
+
     def is_pinned(self) -> bool:
         """Return whether a save reads this memory, or that of an earlier life behind it."""
         return bool(self.pinned()) or (self.earlier is not None and self.earlier.is_pinned())
@@ -157,6 +163,16 @@ class Custody:
             if record.incarnation == incarnation and (record.step, record.attempt) == moment
         }
 
+    def recovery_source(self, parent: Parent | None) -> dict[int, SealRecord]:
+        """Return the seals that the present life was recovered from, by rank; empty if memory does not hold all of them."""
+        self._refresh()
+        steps = [] if parent is None else [r for r in self._records.values() if (r.incarnation, r.step) == (parent.incarnation, parent.step)]
+        for attempt in sorted({record.attempt for record in steps}, reverse=True):
+            records = self.records_of(steps[0].incarnation, (steps[0].step, attempt))
+            if set(records) == set(self.life.ranks):
+                return records
+        return {}
+
     def settle(self, moment: Moment) -> None:
         """Say that the save of this moment has ended, well or badly, and holds its seals no longer."""
         self._settled.add(moment)
@@ -164,6 +180,7 @@ class Custody:
     def unfinished_saves(self) -> set[Moment]:
         """Return the saves of this life that at least one rank has sealed and that have not ended."""
         number = self.life.record.number
+        self._settled &= {(r.step, r.attempt) for r in self._records.values() if r.incarnation == number}
         return {
             (r.step, r.attempt)
             for r in self._records.values()
@@ -183,6 +200,7 @@ class Custody:
                 holders.setdefault((record.incarnation, record.step, record.attempt), set()).add(rank)
         return {
             "lineage": list(self.life.descriptor["lineage"]),
+            "fingerprint": self.life.descriptor["fingerprint"],
             "ranks": list(life.ranks),
             "snapshots": [list(key) for key, held in sorted(holders.items()) if held >= set(life.ranks)],
             "incomplete": [[*key, sorted(held)] for key, held in sorted(holders.items()) if held < set(life.ranks)],
@@ -232,8 +250,15 @@ def available_memory_bytes() -> int:
         for level in [folder, *folder.parents]:
             limit, used = level / "memory.max", level / "memory.current"
             if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-                free = min(free, int(limit.read_text()) - int(used.read_text()))
+                free = min(free, int(limit.read_text()) - int(used.read_text()) + _reclaimable_bytes(level))
     return max(free, 0)
+
+
+def _reclaimable_bytes(cgroup: Path) -> int:
+    """Return the page cache that the kernel would give up first: a container that has read its data set is not full."""
+    stat = cgroup / "memory.stat"
+    rows = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return int(rows.get("inactive_file", 0))
 
 
 def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: int) -> None:
@@ -246,14 +271,3 @@ def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: 
             f"snapshots do not fit: arena_bytes={size_bytes} allowed={free} (free memory less a reserve); fewer versions or ranks per "
             f"node make it smaller{hint}"
         )
-
-
-def _catalogs(descriptor: Mapping[str, Any]) -> tuple[RankCatalog, ...]:
-    return tuple(
-        RankCatalog(
-            rank=row["rank"],
-            shards=tuple(Shard.from_json(shard) for shard in row["shards"]),
-            state_capacity_bytes=row["state_capacity_bytes"],
-        )
-        for row in descriptor["catalogs"]
-    )

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moc.commit import CommitPlan, build_manifest, commit, refuse_if_fenced
-from moc.errors import FencedError, MocError
+from moc.errors import FencedError, ManifestCorruptError, MocError, StorageError
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Parent
 from moc.gc import Retention
 from moc.persist import checkpoint_name, persist_rank
+from moc.plan.freeing import Moment
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
@@ -35,12 +36,16 @@ WRITERS = 4  # ranks persisted at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveJob:
-    """One save: the seals of all ranks at one step, and the life they belong to. The agent pins the step until `on_end`."""
+    """One save: the seals of all ranks at one moment, pinned until `on_end`, and the life whose checkpoint they become.
+
+    Without records the job only looks up what the life has committed. `descriptor` is that of the arena the seals are in.
+    """
 
     arena: Arena
     records: Mapping[int, SealRecord]
     life: Incarnation
     descriptor: Mapping[str, Any]
+    pinned: tuple[int, Moment] | None
 
     @property
     def name(self) -> CheckpointName:
@@ -60,21 +65,15 @@ class Outcome:
 class Persister:
     """Owns the persist thread. Thread: public methods from any; `on_end` is called on the persist thread."""
 
-    def __init__(self, *, on_end: Callable[[SaveJob, Outcome], None], now_s: Callable[[], float], trace: Trace) -> None:
+    def __init__(self, *, on_end: Callable[[SaveJob, list[Outcome]], None], now_s: Callable[[], float], trace: Trace) -> None:
         self._on_end, self._now_s, self._trace = on_end, now_s, trace
         self._jobs: queue.Queue[SaveJob | None] = queue.Queue(QUEUE_LIMIT)
         self._repository: Repository | None = None
         self._retention: Retention | None = None
         self._prepared: tuple[str, int, str] | None = None
         self._commits: list[CheckpointName] = []
-        self._busy = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moc-persist", daemon=True)
         self._thread.start()
-
-    @property
-    def is_busy(self) -> bool:
-        """Return whether a save is being written or waits."""
-        return self._busy.is_set() or not self._jobs.empty()
 
     def offer(self, job: SaveJob) -> bool:
         """Queue a save; return False if the queue is full."""
@@ -90,24 +89,33 @@ class Persister:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if job is None:
-                return
-            self._busy.set()
-            began_s = self._now_s()
-            size, error = 0, None
-            try:
-                size = self._save(job)
-            except MocError as failure:
-                error = f"{type(failure).__name__}: {failure}"
-                log.error("save failed: name=%s %s", job.name, error)
-            except Exception as failure:  # the thread's top: recorded, reported, and the next save starts afresh
-                error = f"InternalError: {type(failure).__name__}: {failure}"
-                log.exception("save failed: name=%s", job.name)
-            finally:
-                self._busy.clear()
-            self._on_end(job, Outcome(name=job.name, size_bytes=size, seconds=self._now_s() - began_s, error=error))
+        while (job := self._jobs.get()) is not None:
+            self._on_end(job, [self._attempt(job)] if job.records else self._recall(job))
+
+    def _attempt(self, job: SaveJob) -> Outcome:
+        """Save and say how it went: the thread's top, nothing escapes."""
+        began_s = self._now_s()
+        size, error = 0, None
+        try:
+            size = self._save(job)
+        except MocError as failure:
+            error = f"{type(failure).__name__}: {failure}"
+            log.error("save failed: name=%s %s", job.name, error)
+            if isinstance(failure, StorageError):
+                self._prepared = None  # open the repository anew: the folder may have been replaced meanwhile
+        except Exception as failure:  # a defect: recorded, reported, and the next save starts afresh
+            error = f"InternalError: {type(failure).__name__}: {failure}"
+            log.exception("save failed: name=%s", job.name)
+        return Outcome(name=job.name, size_bytes=size, seconds=self._now_s() - began_s, error=error)
+
+    def _recall(self, job: SaveJob) -> list[Outcome]:
+        """Return what the job's life has committed, nothing if the storage does not say."""
+        try:
+            self._prepare(job)
+        except MocError as error:
+            log.warning("cannot look up earlier commits: %s", error)
+            return []
+        return [Outcome(name=name, size_bytes=0, seconds=0.0, error=None) for name in self._commits]
 
     def _save(self, job: SaveJob) -> int:
         repository = self._prepare(job)
@@ -171,12 +179,17 @@ class Persister:
         return Parent(incarnation=earlier.incarnation, step=earlier.step, attempt=earlier.attempt)
 
     def _put_life(self, repository: Repository, life: Incarnation) -> None:
+        """Write the life's record if a recovery without storage could not; raises FencedError if its number was taken meanwhile."""
+        if (life.run, life.number) not in repository.incarnation_numbers():
+            repository.put_incarnation(life)
+            return
         records, findings = repository.incarnations()
         held = [record for record in records if record.number == life.number]
-        if held and held[-1].token != life.token:
+        if not held:
+            listed = "; ".join(map(str, findings))
+            raise ManifestCorruptError(f"the record of this life is unreadable: run={life.run} incarnation={life.number} {listed}")
+        if held[-1].token != life.token:
             raise FencedError(f"another life has this number: run={life.run} incarnation={life.number} token={held[-1].token}")
-        if not held and not findings:
-            repository.put_incarnation(life)
 
 
 def _commit_plan(descriptor: Mapping[str, Any]) -> CommitPlan:

@@ -1,7 +1,6 @@
 """The node agent: owns the arena, watches the trainers, persists what they seal, and outlives them.
 
-One thread serves sockets and looks at the arena, one persists. A trainer's death is seen on its pidfd, not on its socket: a forked
-data-loader worker may keep the socket open.
+One thread serves sockets and looks at the arena, one persists (`moc.agent.persister`).
 """
 
 from __future__ import annotations
@@ -9,28 +8,22 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import select
 import selectors
 import signal
 import socket
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import moc
 from moc.agent import wire
 from moc.agent.custody import Custody
-from moc.agent.persister import Outcome, Persister, SaveJob
 from moc.agent.runtime import LOCK_NAME, SOCKET_NAME
+from moc.agent.saves import Saves, Waiter
+from moc.agent.trainers import Trainer, Trainers
 from moc.clock import Clock
 from moc.errors import MocError, UsageError
-from moc.format.keys import CheckpointName
-from moc.plan.freeing import Moment
 from moc.snapshot.arena import Arena
-from moc.snapshot.seal import EXPLICIT
 from moc.trace import Trace
 
 __all__ = ["Agent"]
@@ -38,53 +31,26 @@ __all__ = ["Agent"]
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05  # a lost bell costs at most this
-REAP_TIMEOUT_S = 10.0
-OUTCOME_LIMIT = 256
+REPLY_TIMEOUT_S = 10.0
 BACKLOG = 256
 
 Descriptors = list[int]
-
-
-@dataclass(slots=True, kw_only=True)
-class Trainer:
-    """A trainer process of this node; `is_alive` turns False when its pidfd becomes readable."""
-
-    rank: int
-    pid: int
-    pidfd: int
-    incarnation: int
-    is_alive: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiter:
-    """A connection that waits for a save to end."""
-
-    connection: socket.socket
-    moment: Moment
-    deadline_s: float
 
 
 class Agent:
     """The agent of one run on one node. Thread: `serve` and everything it calls run on one thread."""
 
     def __init__(self, folder: Path, *, run: str, idle_s: float, clock: Clock, trace: Trace) -> None:
-        self._folder, self._run, self._idle_s, self._clock, self._trace = folder, run, idle_s, clock, trace
+        self._folder, self._run, self._idle_s, self._clock = folder, run, idle_s, clock
         self._selector = selectors.DefaultSelector()
-        self._custody: Custody | None = None
-        self._trainers: dict[int, Trainer] = {}
-        self._waiters: list[Waiter] = []
-        self._outcomes: OrderedDict[Moment, Outcome] = OrderedDict()
-        self._ended: list[tuple[SaveJob, Custody, Outcome]] = []
-        self._custody_of_job: dict[int, Custody] = {}
-        self._ended_lock = threading.Lock()
         self._wake_receive, self._wake_send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._last_committed: int | None = None
-        self._first_seen_s: dict[Moment, float] = {}
-        self._drain_connection: socket.socket | None = None
+        self._custody: Custody | None = None
+        self._trainers = Trainers(self._selector, on_death=self._note_activity)
+        self._saves = Saves(clock=clock, trace=trace, reply=self._reply, wake_fd=self._wake_send)
+        self._drainers: list[socket.socket] = []
+        self._is_asked_to_leave = False
         self._is_leaving = False
         self._active_s = clock.now_s()
-        self._persister = Persister(on_end=self._note_end, now_s=clock.now_s, trace=trace)
         self._verbs: dict[str, Callable[[socket.socket, wire.Message, Descriptors], None]] = {
             "hello": self._hello,
             "inventory": self._inventory,
@@ -122,112 +88,45 @@ class Agent:
 
     def serve(self) -> None:
         """Serve until drained or idle. SIGTERM drains."""
-        signal.signal(signal.SIGTERM, lambda *_: self._start_drain())
+        signal.signal(signal.SIGTERM, self._ask_to_leave)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole foreground group; the trainers decide
-        while not self._is_done():
+        while not (self._is_leaving and not self._saves.is_busy):
             for key, _ in self._selector.select(TICK_S):
                 key.data(key.fileobj)
-            self._collect_ended()
-            self._look()
-            self._answer_waiters()
+            self._turn()
         self._leave()
 
-    # The loop's parts
-
-    def _is_done(self) -> bool:
-        idle = not any(t.is_alive for t in self._trainers.values()) and self._clock.now_s() - self._active_s > self._idle_s
-        if idle and not self._is_leaving:
-            log.info("idle: idle_s=%s", self._idle_s)
-            self._start_drain()
-        return self._is_leaving and not self._persister.is_busy and not self._ended
-
-    def _look(self) -> None:
-        """Look at the arena: free, start saves, end those that cannot succeed any more."""
-        custody = self._custody
-        if custody is None:
-            return
-        for moment in custody.scan():
-            self._start_save(custody, moment)
-        timeout_s = float(custody.life.descriptor["timeout_s"])
-        for moment in custody.unfinished_saves():
-            first_s = self._first_seen_s.setdefault(moment, self._clock.now_s())
-            if moment in custody.hopeless:
-                self._give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
-            elif not self._is_started(custody, moment) and self._clock.now_s() - first_s > timeout_s:
-                self._give_up(custody, moment, f"not every rank sealed in time: timeout_s={timeout_s}")
-        custody.arena.publish(global_step=custody.global_step, committed_step=self._last_committed)
-
-    def _is_started(self, custody: Custody, moment: Moment) -> bool:
-        return (custody.life.record.number, moment) in custody.pinned()
-
-    def _start_save(self, custody: Custody, moment: Moment) -> None:
-        if self._is_started(custody, moment):
-            return
-        records = custody.records_of(custody.life.record.number, moment)
-        is_awaited = any(record.flags & EXPLICIT for record in records.values())
-        if self._persister.is_busy and not is_awaited:
-            self._give_up(custody, moment, "the previous save is still under way")
-            return
-        self._offer(custody, moment)
-
-    def _offer(self, custody: Custody, moment: Moment) -> None:
-        life = custody.life.record
-        job = SaveJob(
-            arena=custody.arena,
-            records=custody.records_of(life.number, moment),
-            life=life,
-            descriptor=custody.life.descriptor,
-        )
-        custody.pin(life.number, moment)
-        self._custody_of_job[id(job)] = custody
-        if not self._persister.offer(job):
-            custody.unpin(life.number, moment)
-            del self._custody_of_job[id(job)]
-            self._give_up(custody, moment, "too many saves wait")
-
-    def _give_up(self, custody: Custody, moment: Moment, reason: str) -> None:
-        custody.settle(moment)
-        log.warning("save skipped: step=%d attempt=%s reason=%s", *moment, reason)
-        life = custody.life.record
-        name = CheckpointName(run=life.run, incarnation=life.number, step=moment[0], attempt=moment[1])
-        self._remember(Outcome(name=name, size_bytes=0, seconds=0.0, error=f"save skipped: {reason}"))
-
-    def _note_end(self, job: SaveJob, outcome: Outcome) -> None:
-        """Thread: the persist thread."""
-        with self._ended_lock:
-            self._ended.append((job, self._custody_of_job.pop(id(job)), outcome))
+    def _ask_to_leave(self, *_: object) -> None:
+        """Signal handler: runs between any two instructions of the loop, so it only notes and wakes."""
+        self._is_asked_to_leave = True
         os.write(self._wake_send, b"x")
 
-    def _collect_ended(self) -> None:
-        with self._ended_lock:
-            ended, self._ended = self._ended, []
-        for job, custody, outcome in ended:
-            moment = (job.name.step, job.name.attempt)
-            if job.life.number == custody.life.record.number:
-                custody.settle(moment)
-            custody.unpin(job.name.incarnation, moment)
-            if outcome.error is None:
-                self._last_committed = max(job.name.step, self._last_committed or 0)
-            self._remember(outcome)
+    def _turn(self) -> None:
+        """What the loop does after every event, and at least every tick."""
+        self._saves.collect(self._custody)
+        is_idle = not self._trainers.living() and self._clock.now_s() - self._active_s > self._idle_s
+        if (is_idle or self._is_asked_to_leave) and not self._is_leaving:
+            log.info("leaving: idle=%s asked=%s", is_idle, self._is_asked_to_leave)
+            self._is_leaving = True
+            if self._custody is not None:
+                self._saves.persist_newest(self._custody)
+        if self._custody is not None:
+            self._saves.look(self._custody, may_start=not self._is_leaving)
+        self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
 
-    def _remember(self, outcome: Outcome) -> None:
-        self._outcomes[outcome.name.step, outcome.name.attempt] = outcome
-        while len(self._outcomes) > OUTCOME_LIMIT:
-            self._outcomes.popitem(last=False)
+    def _note_activity(self, _: Trainer) -> None:
+        self._active_s = self._clock.now_s()
 
-    def _answer_waiters(self) -> None:
-        remaining = []
-        for waiter in self._waiters:
-            outcome = self._outcomes.get(waiter.moment)
-            if outcome is not None:
-                state = "failed" if outcome.error else "committed"
-                reply = {"state": state, "reason": outcome.error, "bytes": outcome.size_bytes, "seconds": outcome.seconds}
-                self._reply(waiter.connection, reply)
-            elif self._clock.now_s() >= waiter.deadline_s:
-                self._reply(waiter.connection, {"state": "pending"})
-            else:
-                remaining.append(waiter)
-        self._waiters = remaining
+    def _leave(self) -> None:
+        self._saves.close()
+        self._saves.collect(self._custody)
+        self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
+        (self._folder / SOCKET_NAME).unlink(missing_ok=True)
+        self._listener.close()
+        reply = {"last_committed_step": self._saves.last_committed_step, "last_error": self._saves.last_error}
+        for connection in self._drainers:
+            self._reply(connection, reply)
+        log.info("agent leaves: last_committed_step=%s", self._saves.last_committed_step)
 
     # Connections
 
@@ -242,7 +141,7 @@ class Agent:
             connection.close()
             return
         connection.setblocking(True)
-        connection.settimeout(REAP_TIMEOUT_S)  # a reply to a stopped client must not stop the agent for good
+        connection.settimeout(REPLY_TIMEOUT_S)  # a reply to a stopped client must not stop the agent for good
         self._selector.register(connection, selectors.EVENT_READ, self._serve_message)
 
     def _serve_message(self, connection: Any) -> None:
@@ -262,7 +161,7 @@ class Agent:
             serve(connection, message, descriptors)
         except MocError as error:
             self._reply(connection, {"error": str(error)})
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (LookupError, TypeError, ValueError, OSError) as error:
             log.exception("request failed: verb=%s", verb)
             self._reply(connection, {"error": f"{type(error).__name__}: {error}"})
         finally:
@@ -277,7 +176,8 @@ class Agent:
             self._hang_up(connection)
 
     def _hang_up(self, connection: socket.socket) -> None:
-        self._waiters = [waiter for waiter in self._waiters if waiter.connection is not connection]
+        self._saves.forget_waiters(connection)
+        self._drainers = [other for other in self._drainers if other is not connection]
         if connection.fileno() >= 0:
             self._selector.unregister(connection)
             connection.close()
@@ -288,80 +188,33 @@ class Agent:
     # Verbs
 
     def _hello(self, connection: socket.socket, message: wire.Message, descriptors: Descriptors) -> None:
+        life = None if self._custody is None else self._custody.life.record.number
         rank = message.get("rank")
         if isinstance(rank, int) and descriptors:
-            held = self._trainers.pop(rank, None)
-            if held is not None:
-                self._forget_pidfd(held)
-            trainer = Trainer(rank=rank, pid=message["pid"], pidfd=descriptors.pop(0), incarnation=message["incarnation"])
-            self._trainers[rank] = trainer
-            self._selector.register(trainer.pidfd, selectors.EVENT_READ, lambda _: self._note_death(trainer))
-        life = None if self._custody is None else self._custody.life.record.number
-        self._reply(connection, {"version": moc.__version__, "pid": os.getpid(), "run": self._run, "incarnation": life})
-
-    def _note_death(self, trainer: Trainer) -> None:
-        log.warning("trainer ended: rank=%d pid=%d incarnation=%d", trainer.rank, trainer.pid, trainer.incarnation)
-        trainer.is_alive = False
-        self._active_s = self._clock.now_s()
-        self._forget_pidfd(trainer)
-
-    def _forget_pidfd(self, trainer: Trainer) -> None:
-        if trainer.pidfd >= 0:
-            self._selector.unregister(trainer.pidfd)
-            os.close(trainer.pidfd)
-            trainer.pidfd = -1
+            pidfd = descriptors.pop(0)
+            trainer = Trainer(rank=rank, pid=message["pid"], pidfd=pidfd, incarnation=message["incarnation"])
+            self._trainers.enter(trainer, newest_incarnation=life)
+        facts = {"pid": os.getpid(), "run": self._run, "incarnation": life, "leaving": self._is_leaving}
+        self._reply(connection, {"version": moc.__version__, **facts})
 
     def _inventory(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        live = self._live_trainers()
+        live = self._trainers.rows(None if self._custody is None else self._custody.arena)
         if self._custody is None:
             self._reply(connection, {"has_arena": False, "live": live})
             return
         self._reply(connection, {"has_arena": True, "live": live, **self._custody.inventory()})
 
-    def _live_trainers(self) -> list[dict[str, object]]:
-        rows: list[dict[str, object]] = []
-        for rank, trainer in sorted(self._trainers.items()):
-            row: dict[str, object] = {
-                "rank": rank,
-                "pid": trainer.pid,
-                "alive": trainer.is_alive,
-                "incarnation": trainer.incarnation,
-            }
-            if self._custody is not None and rank in self._custody.life.ranks:
-                words = self._custody.arena.words(rank)
-                row |= {
-                    "sealed_step": words.sealed_step,
-                    "beat_step": words.beat_step,
-                    "beat_ns": words.beat_ns,
-                    "beat_interval_ns": words.beat_interval_ns,
-                }
-            rows.append(row)
-        return rows
-
     def _fence(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Kill and reap trainers of earlier lives; what cannot be reaped is named, and its memory never written again."""
-        killed, quarantined = [], []
-        for trainer in self._trainers.values():
-            if not trainer.is_alive or trainer.pid in message["spare_pids"]:
-                continue
-            signal.pidfd_send_signal(trainer.pidfd, signal.SIGKILL)
-            killed.append(trainer.pid)
-        for trainer in self._trainers.values():
-            if trainer.pid not in killed:
-                continue
-            poller = select.poll()
-            poller.register(trainer.pidfd, select.POLLIN)
-            if poller.poll(REAP_TIMEOUT_S * 1e3):
-                self._note_death(trainer)
-            else:
-                quarantined.append(trainer.pid)
+        killed, quarantined = self._trainers.fence(message["spare_pids"])
         self._reply(connection, {"killed": killed, "quarantined": quarantined})
 
     def _begin(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Begin a life: on the same memory if the layout is the same and nobody of an earlier life can still write to it."""
-        descriptor, number = message["descriptor"], message["incarnation"]
-        zombies = [t.pid for t in self._trainers.values() if t.is_alive and t.incarnation != number]
-        held = self._custody
+        descriptor, held = message["descriptor"], self._custody
+        if self._is_leaving:
+            raise UsageError("the agent is leaving: attach again")
+        zombies = self._trainers.zombies(message["incarnation"])
         if held is not None and not zombies and held.fits(descriptor):
             held.renew(descriptor)
         else:
@@ -370,14 +223,14 @@ class Agent:
                 held.arena.close()  # no life on it came to a global snapshot
                 self._custody = source
             self._custody = Custody.create(descriptor, earlier=source)
-        self._last_committed = None
-        self._first_seen_s = {}
+        self._saves.begin_life()
         self._reply(connection, {})
 
     def _adopt(self, connection: socket.socket, message: wire.Message, descriptors: Descriptors) -> None:
         """Take over the arena of an agent that died, from a trainer that kept it."""
         if self._custody is None:
             self._custody = Custody(Arena.attach(descriptors.pop(0)))
+            self._saves.recall(self._custody)
             log.info("adopted an arena: incarnation=%d bytes=%d", self._custody.life.record.number, self._custody.arena.size_bytes)
         self._reply(connection, {})
 
@@ -396,75 +249,41 @@ class Agent:
 
     def _wait(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         deadline_s = self._clock.now_s() + float(message["timeout_s"])
-        self._waiters.append(
-            Waiter(connection=connection, moment=(message["step"], message["attempt"]), deadline_s=deadline_s)
-        )
+        moment = (message["step"], message["attempt"])
+        self._saves.wait(Waiter(connection=connection, moment=moment, deadline_s=deadline_s))
 
     def _skip(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """A rank could not take the snapshot of a save: the save cannot succeed."""
-        custody = self._custody
-        if custody is None:
+        if self._custody is None:
             raise UsageError("there is no arena yet")
-        self._give_up(
-            custody, (message["step"], message["attempt"]), f"rank {message['rank']} skipped its snapshot: {message['reason']}"
-        )
+        reason = f"rank {message['rank']} skipped its snapshot: {message['reason']}"
+        self._saves.give_up(self._custody, (message["step"], message["attempt"]), reason)
         self._reply(connection, {})
 
     def _status(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        custody = self._custody
-        errors = [outcome.error for outcome in self._outcomes.values() if outcome.error]
+        custody, saves = self._custody, self._saves
         now_ns = int(self._clock.now_s() * 1e9)
-        ranks = self._live_trainers()
+        ranks = self._trainers.rows(None if custody is None else custody.arena)
         for row in ranks:
             beat_ns = row.get("beat_ns")
             row["beat_age_s"] = (now_ns - beat_ns) / 1e9 if isinstance(beat_ns, int) and beat_ns else None
-        self._reply(
-            connection,
-            {
-                "run": self._run,
-                "pid": os.getpid(),
-                "version": moc.__version__,
-                "incarnation": None if custody is None else custody.life.record.number,
-                "storage": None if custody is None else custody.life.descriptor["storage"],
-                "ranks": ranks,
-                "global_step": None if custody is None else custody.global_step,
-                "last_committed_step": self._last_committed,
-                "persisting": self._persister.is_busy,
-                "arena_bytes": 0 if custody is None else custody.arena.size_bytes,
-                "versions": None if custody is None else custody.life.descriptor["versions"],
-                "counters": {"saves": len(self._outcomes), "failed": len(errors)},
-                "last_error": errors[-1] if errors else None,
-            },
-        )
+        facts = {"run": self._run, "pid": os.getpid(), "version": moc.__version__, "leaving": self._is_leaving, "ranks": ranks}
+        life = {
+            "incarnation": None if custody is None else custody.life.record.number,
+            "storage": None if custody is None else custody.life.descriptor["storage"],
+            "global_step": None if custody is None else custody.global_step,
+            "arena_bytes": 0 if custody is None else custody.arena.size_bytes,
+            "versions": None if custody is None else custody.life.descriptor["versions"],
+        }
+        saved = {
+            "last_committed_step": saves.last_committed_step,
+            "persisting": saves.is_busy,
+            "counters": saves.counters(),
+            "last_error": saves.last_error,
+        }
+        self._reply(connection, {**facts, **life, **saved})
 
     def _drain(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        self._drain_connection = connection
-        self._start_drain()
-
-    # Leaving
-
-    def _start_drain(self) -> None:
-        """Queue the newest global snapshot unless it is committed already, then leave."""
-        if self._is_leaving:
-            return
-        self._is_leaving = True
-        custody = self._custody
-        if custody is None:
-            return
-        custody.scan()
-        newest = custody.newest
-        is_committed = newest is not None and self._last_committed is not None and self._last_committed >= newest[0]
-        if newest is not None and not is_committed and not self._is_started(custody, newest):
-            self._offer(custody, newest)
-
-    def _leave(self) -> None:
-        self._collect_ended()
-        self._answer_waiters()
-        self._persister.close()
-        (self._folder / SOCKET_NAME).unlink(missing_ok=True)
-        self._listener.close()
-        if self._drain_connection is not None:
-            errors = [outcome.error for outcome in self._outcomes.values() if outcome.error]
-            reply = {"last_committed_step": self._last_committed, "last_error": errors[-1] if errors else None}
-            self._reply(self._drain_connection, reply)
-        log.info("agent leaves: last_committed_step=%s", self._last_committed)
+        """Persist the newest global snapshot and leave; the reply comes when that is done."""
+        self._drainers.append(connection)
+        self._is_asked_to_leave = True

@@ -40,7 +40,9 @@ def send(sock: socket.socket, message: Mapping[str, object], descriptors: Sequen
 
 def receive(sock: socket.socket) -> tuple[Message, list[int]]:
     """Return the next message and its descriptors, which the caller closes; raises ConnectionError at the end, OSError, ValueError."""
-    text, descriptors, flags, _ = socket.recv_fds(sock, PACKET_LIMIT_BYTES + 1, DESCRIPTOR_LIMIT)
+    text, descriptors, flags, _ = socket.recv_fds(
+        sock, PACKET_LIMIT_BYTES + 1, DESCRIPTOR_LIMIT, socket.MSG_CMSG_CLOEXEC
+    )
     try:
         if not text:
             raise ConnectionResetError("the other side closed the connection")

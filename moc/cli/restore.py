@@ -117,7 +117,7 @@ def _extract_to(repository: Repository, manifest: Manifest, target: str, progres
     if folder is not None:
         _require_own_folder(folder)
     if isinstance(store, LocalStore):
-        store.sweep_temporaries(TEMPORARY_AGE_S)
+        store.sweep(older_than_s=TEMPORARY_AGE_S)
     copy = Repository(store)
     try:
         extract(repository, manifest.name, copy, progress, spool=folder)

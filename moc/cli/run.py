@@ -72,7 +72,7 @@ def newest_step(args: argparse.Namespace) -> int | None:
         with opened(args) as repository:
             links = repository.lineage()
             names = [stored.name for stored in repository.checkpoints()]
-            steps += [name.step for name in names if is_on_chain(links, name.incarnation, name.step)]
+            steps += [name.step for name in names if is_on_chain(links, name.incarnation, name.step, name.attempt)]
     except NoCheckpointError:
         pass  # the command will create it
     except MocError as error:

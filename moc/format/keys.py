@@ -22,6 +22,7 @@ __all__ = [
     "parse_incarnation_key",
     "parse_manifest_key",
     "parse_object_key",
+    "parse_victims_key",
     "victims_key",
 ]
 
@@ -35,6 +36,7 @@ _RUN = r"[a-z0-9][a-z0-9-]{0,31}"
 _LIFE = rf"(?P<incarnation>\d{{6}})-(?P<run>{_RUN})"
 _ATTEMPT = r"(?P<step>\d{12})-(?P<attempt>[0-9a-f]{8})"
 _INCARNATION_KEY = re.compile(rf"{INCARNATIONS}/{_LIFE}\.json")
+_VICTIMS_KEY = re.compile(rf"{VICTIMS}/{_LIFE}\.json")
 _MANIFEST_KEY = re.compile(rf"{MANIFESTS}/{_LIFE}/{_ATTEMPT}\.json")
 _OBJECT_KEY = re.compile(rf"{OBJECTS}/{_LIFE}/{_ATTEMPT}/r(?P<rank>\d{{5,6}})-(?P<piece>d|e\d\d)\.safetensors")
 
@@ -70,6 +72,12 @@ def incarnation_key(run: str, incarnation: int) -> str:
 def victims_key(run: str, incarnation: int) -> str:
     """Return the key of the list of objects that a life is about to delete."""
     return incarnation_prefix(VICTIMS, run, incarnation) + ".json"
+
+
+def parse_victims_key(key: str) -> tuple[str, int] | None:
+    """Return (run, incarnation), or None for a key of another kind."""
+    match = _VICTIMS_KEY.fullmatch(key)
+    return None if match is None else (match["run"], int(match["incarnation"]))
 
 
 def manifest_key(name: CheckpointName) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moc.errors import FormatUnsupportedError, ManifestCorruptError
+from moc.errors import FormatUnsupportedError, ManifestCorruptError, UsageError
 from moc.format.canonical import Fields, open_record, seal_record
 from moc.format.keys import CheckpointName, check_run_id, parse_object_key
 
@@ -59,7 +59,7 @@ class Incarnation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectRow:
-    """One object of a checkpoint. `expert_steps` maps MoE layer to the steps of its experts here where they differ from the manifest's."""
+    """One object of a checkpoint: its key, sizes in bytes, and the crc32c of its header."""
 
     key: str
     size_bytes: int
@@ -124,7 +124,7 @@ def decode_incarnation(encoded: bytes, *, name: str) -> Incarnation:
     fields = open_record(encoded, name=name)
     _check_version(fields)
     return Incarnation(
-        run=check_run_id(fields.text("run")),
+        run=_run(fields),
         number=fields.integer("number", minimum=1),
         token=fields.text("token"),
         parent=_parent(fields.optional("parent")),
@@ -177,7 +177,7 @@ def decode_manifest(encoded: bytes, *, name: str) -> Manifest:
         )
     return Manifest(
         name=CheckpointName(
-            run=check_run_id(fields.text("run")),
+            run=_run(fields),
             incarnation=fields.integer("incarnation", minimum=1),
             step=fields.integer("step"),
             attempt=fields.text("attempt"),
@@ -199,6 +199,13 @@ def _check_version(fields: Fields) -> None:
     version = fields.integer("version")
     if version != FORMAT_VERSION:
         raise FormatUnsupportedError(f"record has another format version: name={fields.name} version={version} allowed={FORMAT_VERSION}")
+
+
+def _run(fields: Fields) -> str:
+    try:
+        return check_run_id(fields.text("run"))
+    except UsageError as error:
+        raise ManifestCorruptError(f"record field is wrong: name={fields.name} field=run {error}") from error
 
 
 def _parent(fields: Fields | None) -> Parent | None:

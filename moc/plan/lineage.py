@@ -19,13 +19,21 @@ STORAGE = "storage"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One incarnation of the chain; steps above `last_step` are not part of it (None: no limit, the tip)."""
+    """One incarnation of the chain; moments after the fork (`last_step`, `last_attempt`) are not part of it (None: no limit).
+
+    `is_known` is False when the incarnation's record is missing or unreadable: what it grew from cannot be told.
+    """
 
     incarnation: int
     last_step: int | None
+    last_attempt: str | None = None
+    is_known: bool = True
 
-    def admits(self, incarnation: int, step: int) -> bool:
-        return self.incarnation == incarnation and (self.last_step is None or step <= self.last_step)
+    def admits(self, incarnation: int, step: int, attempt: str | None = None) -> bool:
+        if self.incarnation != incarnation or (self.last_step is not None and step > self.last_step):
+            return False
+        is_fork = step == self.last_step and self.last_attempt is not None
+        return not is_fork or attempt in (None, self.last_attempt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +41,7 @@ class Candidate:
     """A state that recovery may choose."""
 
     source: str
+    run: str
     incarnation: int
     step: int
     attempt: str
@@ -57,30 +66,36 @@ def tip(records: dict[int, Incarnation]) -> int:
 
 
 def chain(records: dict[int, Incarnation], newest: int) -> tuple[Link, ...]:
-    """Return the links from `newest` back to the start; a missing or malformed ancestor ends the chain."""
+    """Return the links from `newest` back to the start, or to the first one whose record is missing."""
     links: list[Link] = []
-    number, last_step = newest, None
-    while number in records and (not links or number < links[-1].incarnation):
-        links.append(Link(incarnation=number, last_step=last_step))
-        parent = records[number].parent
-        if parent is None:
-            break
-        number, last_step = parent.incarnation, parent.step
+    parent: Parent | None = None
+    number = newest
+    while number and (not links or number < links[-1].incarnation):
+        links.append(
+            Link(
+                incarnation=number,
+                last_step=None if parent is None else parent.step,
+                last_attempt=None if parent is None else parent.attempt,
+                is_known=number in records,
+            )
+        )
+        parent = records[number].parent if number in records else None
+        number = 0 if parent is None else parent.incarnation
     return tuple(links)
 
 
-def is_on_chain(links: Sequence[Link], incarnation: int, step: int) -> bool:
-    """Return whether (incarnation, step) led to the present state."""
-    return any(link.admits(incarnation, step) for link in links)
+def is_on_chain(links: Sequence[Link], incarnation: int, step: int, attempt: str | None = None) -> bool:
+    """Return whether the moment led to the present state; without an attempt, whether any of the step's did."""
+    return any(link.admits(incarnation, step, attempt) for link in links)
 
 
 def candidates(links: Sequence[Link], known: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """Return the admissible candidates in the order of preference: nearest link, newest step, latest attempt, memory before storage."""
 
     def preference(candidate: Candidate) -> tuple[int, int, bool]:
-        depth = next(i for i, link in enumerate(links) if link.admits(candidate.incarnation, candidate.step))
+        depth = next(i for i, link in enumerate(links) if link.admits(candidate.incarnation, candidate.step, candidate.attempt))
         return (depth, -candidate.step, candidate.source != MEMORY)
 
-    admitted = [c for c in known if is_on_chain(links, c.incarnation, c.step)]
+    admitted = [c for c in known if is_on_chain(links, c.incarnation, c.step, c.attempt)]
     latest_first = sorted(admitted, key=lambda c: c.attempt, reverse=True)
     return tuple(sorted(latest_first, key=preference))

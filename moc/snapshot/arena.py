@@ -25,7 +25,7 @@ from moc.errors import IntegrityError, InternalError, ShardCorruptError
 from moc.format.object import align
 from moc.plan.layout import ArenaLayout, RankLayout, arrange_arena
 from moc.snapshot.seal import FREE, SEALED, SealRecord, decode_seal, encode_seal
-from moc.state import RankCatalog, Shard
+from moc.state import RankCatalog
 
 __all__ = ["Arena", "CorruptSeal", "RankWords", "descriptor_room"]
 
@@ -91,27 +91,41 @@ class Arena:
         except BaseException:
             os.close(fd)
             raise
-        populate(arena.address, layout.size_bytes)
-        room = (layout.descriptor_bytes - mmap.PAGESIZE) // 2
-        _PROLOGUE.pack_into(arena._view, 0, _MAGIC, _VERSION, room, layout.size_bytes)
-        arena.describe(descriptor)
+        try:
+            populate(arena.address, layout.size_bytes)
+            room = (layout.descriptor_bytes - mmap.PAGESIZE) // 2
+            _PROLOGUE.pack_into(arena._view, 0, _MAGIC, _VERSION, room, layout.size_bytes)
+            arena.describe(descriptor)
+        except BaseException:
+            arena.close()
+            raise
         return arena
 
     @classmethod
     def attach(cls, fd: int) -> Arena:
-        """Map an existing arena and read its descriptor; raises IntegrityError if it is not one."""
+        """Map an existing arena and read its descriptor; raises IntegrityError if it is not one. Owns `fd`, also when it raises."""
         size = os.fstat(fd).st_size
         if size < 2 * mmap.PAGESIZE:
+            os.close(fd)
             raise IntegrityError(f"not an arena: bytes={size}")
         arena = cls(fd, size_bytes=size)
-        magic, version, _, stated = _PROLOGUE.unpack_from(arena._view, 0)
-        if magic != _MAGIC or version != _VERSION or stated != size:
+        try:
+            magic, version, _, stated = _PROLOGUE.unpack_from(arena._view, 0)
+            if magic != _MAGIC or version != _VERSION or stated != size:
+                raise IntegrityError(
+                    f"not an arena of this version: magic={magic!r} version={version} allowed={_VERSION} bytes={stated}"
+                )
+            arena.reload()
+        except BaseException:
             arena.close()
-            raise IntegrityError(f"not an arena of this version: magic={magic!r} version={version} allowed={_VERSION} bytes={stated}")
-        arena.reload()
+            raise
         return arena
 
     # Descriptor
+
+    def has_room(self, descriptor: Mapping[str, object]) -> bool:
+        """Return whether the descriptor fits into its area."""
+        return _AREA.size + len(json.dumps(descriptor, separators=(",", ":")).encode()) <= self._room()
 
     def describe(self, descriptor: Mapping[str, object]) -> None:
         """Replace the descriptor; a crash here leaves the old or the new one. Agent only."""
@@ -134,14 +148,7 @@ class Arena:
         if crc32c(text) != expected:
             raise IntegrityError(f"arena descriptor checksum mismatch: expected={expected} actual={crc32c(text)}")
         descriptor = json.loads(text)
-        catalogs = tuple(
-            RankCatalog(
-                rank=row["rank"],
-                shards=tuple(Shard.from_json(shard) for shard in row["shards"]),
-                state_capacity_bytes=row["state_capacity_bytes"],
-            )
-            for row in descriptor["catalogs"]
-        )
+        catalogs = tuple(RankCatalog.from_json(row) for row in descriptor["catalogs"])
         layout = arrange_arena(
             catalogs, versions=descriptor["versions"], descriptor_bytes=mmap.PAGESIZE + 2 * self._room()
         )

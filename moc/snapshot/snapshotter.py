@@ -11,6 +11,7 @@ import threading
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from moc._native import crc32c
 from moc.clock import Clock
@@ -22,7 +23,7 @@ from moc.snapshot.seal import SealRecord
 from moc.trace import Trace
 from moc.training import TrainingState
 
-__all__ = ["SnapshotCounters", "Snapshotter"]
+__all__ = ["Begun", "SnapshotCounters", "Snapshotter"]
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,14 @@ class _Filling:
     state_crc32c: int
     copied: threading.Event
     finished: threading.Event
+
+
+class Begun(Enum):
+    """What became of the beginning of a snapshot."""
+
+    STARTED = "started"
+    NO_SLOT = "no slot"
+    FAILED = "failed"
 
 
 class Snapshotter:
@@ -88,23 +97,23 @@ class Snapshotter:
         self._thread = threading.Thread(target=self._copy_loop, name="moc-copy", daemon=True)
         self._thread.start()
 
-    def begin(self, step: int, *, flags: int, attempt: str) -> bool:
-        """Start the snapshot of the present state; return whether it was started. Blocks: for the capture of small state only."""
+    def begin(self, step: int, *, flags: int, attempt: str) -> Begun:
+        """Start the snapshot of the present state. Never raises. Blocks: for the capture of small state only."""
         began_s = self._clock.now_s()
         try:
             with self._trace.span("snapshot.capture", step=step, rank=self._rank):
                 filling = self._claim(step, flags=flags, attempt=attempt)
                 if filling is None:
                     self._skip(step, "no free slots: the previous snapshots are still needed")
-                    return False
+                    return Begun.NO_SLOT
                 self._capture(filling)
         except Exception as error:  # a failed save never stops training: counted, reported, skipped
             self._skip(step, f"{type(error).__name__}: {error}")
-            return False
+            return Begun.FAILED
         self._filling = filling
         self._work.release()
         self._capture_last = 1e3 * (self._clock.now_s() - began_s)
-        return True
+        return Begun.STARTED
 
     def wait_copied(self) -> float:
         """Wait until nothing reads the training state any more; return the milliseconds waited. Call before the weight update."""

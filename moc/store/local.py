@@ -71,7 +71,7 @@ class LocalStore:
                     else:
                         self._files.rename(temporary, path)
             except BaseException:
-                # A file that cannot be removed now is left to sweep_temporaries: the first error is the one to report.
+                # A file that cannot be removed now is left to sweep: the first error is the one to report.
                 with contextlib.suppress(OSError):
                     self._files.unlink(temporary)
                 raise
@@ -135,7 +135,7 @@ class LocalStore:
     def close(self) -> None:
         self._is_closed = True
 
-    def sweep_temporaries(self, older_than_s: float) -> int:
+    def sweep(self, *, older_than_s: float) -> int:
         """Remove what crashed puts left behind, and return how many files that were.
 
         `older_than_s` counts from the last write, so a minute is plenty of time for a writer that is alive.

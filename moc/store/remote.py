@@ -130,6 +130,9 @@ class RemoteStore:
                 if class_for_remote(error) is not ObjectMissingError:
                     raise
 
+    def sweep(self, *, older_than_s: float) -> int:
+        return 0  # parts of interrupted uploads are invisible here; stores expire them by a lifecycle rule
+
     def free_bytes(self) -> int | None:
         with self._translated("free"):
             return None

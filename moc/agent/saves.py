@@ -1,0 +1,215 @@
+"""Saves as the agent sees them: which sealed moments become checkpoints, what became of each, and who waits to hear it.
+
+Thread: the agent's main thread, except `note_end`, which the persist thread calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from moc.agent import wire
+from moc.agent.custody import Custody
+from moc.agent.persister import Outcome, Persister, SaveJob
+from moc.clock import Clock
+from moc.format.keys import CheckpointName
+from moc.plan.freeing import Moment
+from moc.snapshot.seal import EXPLICIT
+from moc.trace import Trace
+
+__all__ = ["Saves", "Waiter"]
+
+log = logging.getLogger(__name__)
+
+OUTCOME_LIMIT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiter:
+    """A connection that waits for a save to end."""
+
+    connection: socket.socket
+    moment: Moment
+    deadline_s: float
+
+
+class Saves:
+    """Starts saves of sealed moments and remembers how they ended."""
+
+    def __init__(self, *, clock: Clock, trace: Trace, reply: Callable[[socket.socket, wire.Message], None], wake_fd: int) -> None:
+        """`wake_fd` is written to when a save has ended on the persist thread."""
+        self._clock, self._reply, self._wake_fd = clock, reply, wake_fd
+        self._persister = Persister(on_end=self.note_end, now_s=clock.now_s, trace=trace)
+        self._custody_of: dict[int, Custody] = {}
+        self._ended: list[tuple[SaveJob, Outcome]] = []
+        self._lock = threading.Lock()
+        self._outcomes: OrderedDict[tuple[int, Moment], Outcome] = OrderedDict()
+        self._first_seen_s: dict[Moment, float] = {}
+        self._waiters: list[Waiter] = []
+        self.last_committed_step: int | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Return whether anything is being persisted, waits for it, or has ended unnoticed."""
+        with self._lock:
+            return bool(self._custody_of) or bool(self._ended)
+
+    @property
+    def last_error(self) -> str | None:
+        errors = [outcome.error for outcome in self._outcomes.values() if outcome.error]
+        return errors[-1] if errors else None
+
+    def counters(self) -> dict[str, int]:
+        """Return how many of the remembered saves there are and how many failed."""
+        failed = sum(1 for outcome in self._outcomes.values() if outcome.error)
+        return {"saves": len(self._outcomes), "failed": failed}
+
+    def begin_life(self) -> None:
+        """Forget what was remembered of the former life."""
+        self.last_committed_step = None
+        self._first_seen_s.clear()
+
+    def recall(self, custody: Custody) -> None:
+        """Have the persist thread look up what this life has committed already; for an agent that has adopted an arena."""
+        self._queue(custody, SaveJob(arena=custody.arena, records={}, life=custody.life.record, descriptor=custody.life.descriptor, pinned=None))
+
+    def look(self, custody: Custody, *, may_start: bool) -> None:
+        """Start what is complete, give up what cannot become complete."""
+        complete = custody.scan()
+        for moment in complete if may_start else ():
+            self._start(custody, moment)
+        timeout_s = float(custody.life.descriptor["timeout_s"])
+        unfinished = custody.unfinished_saves()
+        self._first_seen_s = {moment: seen for moment, seen in self._first_seen_s.items() if moment in unfinished}
+        for moment in unfinished:
+            first_s = self._first_seen_s.setdefault(moment, self._clock.now_s())
+            if moment in custody.hopeless:
+                self.give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
+            elif not custody.is_saving(moment) and self._clock.now_s() - first_s > timeout_s:
+                self.give_up(custody, moment, f"not every rank sealed in time: timeout_s={timeout_s}")
+        custody.arena.publish(global_step=custody.global_step, committed_step=self.last_committed_step)
+
+    def give_up(self, custody: Custody, moment: Moment, reason: str) -> None:
+        """End a save that was not started."""
+        custody.settle(moment)
+        log.warning("save skipped: step=%d attempt=%s reason=%s", *moment, reason)
+        life = custody.life.record
+        name = CheckpointName(run=life.run, incarnation=life.number, step=moment[0], attempt=moment[1])
+        self._remember(Outcome(name=name, size_bytes=0, seconds=0.0, error=f"save skipped: {reason}"))
+
+    def persist_newest(self, custody: Custody) -> None:
+        """Save the newest global moment unless it is committed; of a life without one, what it was recovered from, as its own."""
+        custody.scan()
+        life = custody.life.record
+        if custody.newest is not None:
+            is_committed = self.last_committed_step is not None and self.last_committed_step >= custody.newest[0]
+            if not is_committed and not custody.is_saving(custody.newest):
+                self._offer(custody, custody.newest)
+            return
+        source = custody.source()
+        records = source.recovery_source(life.parent)
+        if not records:
+            return
+        log.info("persisting the snapshot that this life was recovered from: step=%d", min(r.step for r in records.values()))
+        record = next(iter(records.values()))
+        key = (record.incarnation, (record.step, record.attempt))
+        job = SaveJob(
+            arena=source.arena,
+            records={rank: replace(record, incarnation=life.number) for rank, record in records.items()},
+            life=life,
+            descriptor=source.life.descriptor,
+            pinned=key,
+        )
+        source.pin(*key)
+        if not self._queue(source, job):
+            source.unpin(*key)
+
+    def wait(self, waiter: Waiter) -> None:
+        """Answer the connection when the save has ended, or at its deadline."""
+        self._waiters.append(waiter)
+
+    def forget_waiters(self, connection: socket.socket) -> None:
+        self._waiters = [waiter for waiter in self._waiters if waiter.connection is not connection]
+
+    def answer_waiters(self, incarnation: int | None) -> None:
+        """Answer those whose save has ended or whose time is over."""
+        waiting, self._waiters = self._waiters, []
+        for waiter in waiting:
+            outcome = None if incarnation is None else self._outcomes.get((incarnation, waiter.moment))
+            if outcome is not None:
+                state = "failed" if outcome.error else "committed"
+                body = {"state": state, "reason": outcome.error, "bytes": outcome.size_bytes, "seconds": outcome.seconds}
+                self._reply(waiter.connection, body)
+            elif self._clock.now_s() >= waiter.deadline_s:
+                self._reply(waiter.connection, {"state": "pending"})
+            else:
+                self._waiters.append(waiter)
+
+    def collect(self, custody: Custody | None) -> None:
+        """Take notice of saves that have ended."""
+        with self._lock:
+            ended, self._ended = self._ended, []
+        for job, outcome in ended:
+            moment = (outcome.name.step, outcome.name.attempt)
+            is_present = custody is not None and job.life.number == custody.life.record.number
+            if is_present and custody is not None:
+                custody.settle(moment)
+            if is_present and outcome.error is None:
+                self.last_committed_step = max(outcome.name.step, self.last_committed_step or 0)
+            self._remember(outcome)
+
+    def note_end(self, job: SaveJob, outcomes: list[Outcome]) -> None:
+        """Thread: the persist thread."""
+        with self._lock:
+            holder = self._custody_of.pop(id(job))
+            self._ended.extend((job, outcome) for outcome in outcomes)
+        if job.pinned is not None:
+            holder.unpin(*job.pinned)
+        os.write(self._wake_fd, b"x")
+
+    def close(self) -> None:
+        """Finish what is queued and stop the persist thread."""
+        self._persister.close()
+
+    def _start(self, custody: Custody, moment: Moment) -> None:
+        if custody.is_saving(moment):
+            return
+        records = custody.records_of(custody.life.record.number, moment)
+        is_awaited = any(record.flags & EXPLICIT for record in records.values())
+        if self.is_busy and not is_awaited:
+            self.give_up(custody, moment, "the previous save is still under way")
+            return
+        self._offer(custody, moment)
+
+    def _offer(self, custody: Custody, moment: Moment) -> None:
+        life = custody.life.record
+        job = SaveJob(
+            arena=custody.arena,
+            records=custody.records_of(life.number, moment),
+            life=life,
+            descriptor=custody.life.descriptor,
+            pinned=(life.number, moment),
+        )
+        custody.pin(life.number, moment)
+        if not self._queue(custody, job):
+            custody.unpin(life.number, moment)
+            self.give_up(custody, moment, "too many saves wait")
+
+    def _queue(self, custody: Custody, job: SaveJob) -> bool:
+        with self._lock:
+            self._custody_of[id(job)] = custody
+        if self._persister.offer(job):
+            return True
+        with self._lock:
+            del self._custody_of[id(job)]
+        return False
+
+    def _remember(self, outcome: Outcome) -> None:
+        self._outcomes[outcome.name.incarnation, (outcome.name.step, outcome.name.attempt)] = outcome
+        while len(self._outcomes) > OUTCOME_LIMIT:
+            self._outcomes.popitem(last=False)

@@ -1,0 +1,125 @@
+"""The trainers of this node, as processes: who lives, who died, who must be killed before memory is used again.
+
+A death is seen on the trainer's pidfd, not on its socket: a forked data-loader worker may keep the socket open.
+Thread: the agent's main thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import selectors
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from moc.errors import UsageError
+from moc.snapshot.arena import Arena
+
+__all__ = ["Trainer", "Trainers"]
+
+log = logging.getLogger(__name__)
+
+REAP_TIMEOUT_S = 10.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """A trainer process of this node; `is_alive` turns False when its pidfd becomes readable."""
+
+    rank: int
+    pid: int
+    pidfd: int
+    incarnation: int
+    is_alive: bool = True
+
+
+class Trainers:
+    """The registry. A trainer whose rank was taken over while it was still alive is kept apart until it is dead."""
+
+    def __init__(self, selector: selectors.BaseSelector, *, on_death: Callable[[Trainer], None]) -> None:
+        self._selector, self._on_death = selector, on_death
+        self._by_rank: dict[int, Trainer] = {}
+        self._displaced: list[Trainer] = []
+
+    def enter(self, trainer: Trainer, *, newest_incarnation: int | None) -> None:
+        """Register a trainer and own its pidfd; raises UsageError for one of an older life."""
+        if newest_incarnation is not None and trainer.incarnation < newest_incarnation:
+            os.close(trainer.pidfd)
+            raise UsageError(
+                f"a newer life has begun: rank={trainer.rank} incarnation={trainer.incarnation} newest={newest_incarnation}"
+            )
+        held = self._by_rank.get(trainer.rank)
+        if held is not None and held.is_alive and held.pid != trainer.pid:
+            self._displaced.append(held)
+        elif held is not None:
+            self._forget_pidfd(held)
+        self._by_rank[trainer.rank] = trainer
+        self._selector.register(trainer.pidfd, selectors.EVENT_READ, lambda _: self._note_death(trainer))
+
+    def living(self) -> list[Trainer]:
+        """Return all that are alive."""
+        return [trainer for trainer in self._all() if trainer.is_alive]
+
+    def zombies(self, incarnation: int) -> list[int]:
+        """Return the pids of living trainers of other lives: they may still write to the arena."""
+        return [t.pid for t in self.living() if t.incarnation != incarnation or t in self._displaced]
+
+    def fence(self, spare_pids: list[int]) -> tuple[list[int], list[int]]:
+        """SIGKILL all but the spared, wait for their end; return the killed and those that would not die. Blocks: 10 s for each of those."""
+        killed, immortal = [], []
+        for trainer in self.living():
+            if trainer.pid not in spare_pids:
+                killed.append(trainer)
+                try:
+                    signal.pidfd_send_signal(trainer.pidfd, signal.SIGKILL)
+                except ProcessLookupError:
+                    log.info("trainer had ended already: pid=%d", trainer.pid)
+        for trainer in killed:
+            poller = select.poll()
+            poller.register(trainer.pidfd, select.POLLIN)
+            if poller.poll(REAP_TIMEOUT_S * 1e3):
+                self._note_death(trainer)
+            else:
+                immortal.append(trainer.pid)
+        return [trainer.pid for trainer in killed], immortal
+
+    def rows(self, arena: Arena | None) -> list[dict[str, object]]:
+        """Return one row per trainer: rank, pid, alive, incarnation and, where the arena has it, steps and heartbeat."""
+        rows: list[dict[str, object]] = []
+        for trainer in sorted(self._all(), key=lambda t: (t.rank, t.incarnation)):
+            row: dict[str, object] = {
+                "rank": trainer.rank,
+                "pid": trainer.pid,
+                "alive": trainer.is_alive,
+                "incarnation": trainer.incarnation,
+            }
+            if arena is not None and any(catalog.rank == trainer.rank for catalog in arena.catalogs):
+                words = arena.words(trainer.rank)
+                row |= {
+                    "sealed_step": words.sealed_step,
+                    "beat_step": words.beat_step,
+                    "beat_ns": words.beat_ns,
+                    "beat_interval_ns": words.beat_interval_ns,
+                }
+            rows.append(row)
+        return rows
+
+    def _all(self) -> Iterator[Trainer]:
+        yield from self._by_rank.values()
+        yield from self._displaced
+
+    def _note_death(self, trainer: Trainer) -> None:
+        if trainer.is_alive:
+            log.warning("trainer ended: rank=%d pid=%d incarnation=%d", trainer.rank, trainer.pid, trainer.incarnation)
+            trainer.is_alive = False
+            self._on_death(trainer)
+        self._forget_pidfd(trainer)
+        self._displaced = [other for other in self._displaced if other.is_alive]
+
+    def _forget_pidfd(self, trainer: Trainer) -> None:
+        if trainer.pidfd >= 0:
+            self._selector.unregister(trainer.pidfd)
+            os.close(trainer.pidfd)
+            trainer.pidfd = -1
