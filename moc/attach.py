@@ -421,6 +421,8 @@ def _try_restore(
                 close()
 
     size, tree, is_exact = agree(world, restore)
+    agree(world, lambda: state.apply(tree))  # agreed upon before the collective: a rank that failed would not take part
+    agree(world, state.derive_weights)
     agree(world, lambda: state.finish_restore(tree, exact_rank=is_exact))
     return [int(str(value)) for value in exchange(world, size)]
 

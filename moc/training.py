@@ -53,8 +53,14 @@ class TrainingState(Protocol):
     def write_shard(self, index: int, offset: int, view: memoryview) -> None:
         """Copy `view` into needed shard `index`, starting at element `offset` of that shard. Thread: any; distinct ranges in parallel."""
 
+    def apply(self, tree: Mapping[str, object]) -> None:
+        """Apply a captured tree's counters, hyper-parameters and buffers. Not collective: it may raise on one rank alone."""
+
+    def derive_weights(self) -> None:
+        """Derive from the shards what follows from them (low-precision weights, running optimizer powers). Collective."""
+
     def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
-        """Apply a captured tree and derive what follows from the shards (low-precision weights, running optimizer powers). Collective.
+        """Load the stateful objects, and the RNG last, so that nothing draws from it afterwards. Not collective.
 
         `exact_rank` is False when the tree was captured by another rank (the world size changed): per-rank items are then derived.
         """

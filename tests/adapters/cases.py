@@ -69,7 +69,10 @@ def restore(state: DeepSpeedState, copies: list[Copies], blob: bytes, *, exact_r
                 state.write_shard(index, start - shard.offset, view)
                 received += stop - start
         assert received == shard.length, f"incomplete: {shard.name} {received} of {shard.length}"
-    state.finish_restore(decode_state(blob), exact_rank=exact_rank)
+    tree = decode_state(blob)
+    state.apply(tree)
+    state.derive_weights()
+    state.finish_restore(tree, exact_rank=exact_rank)
 
 
 def assembled(copies: list[Copies]) -> dict[tuple[str, str, str, tuple[int, ...]], bytes]:

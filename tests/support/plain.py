@@ -110,10 +110,17 @@ class PlainState:
         source = np.frombuffer(view, dtype=np.uint8)
         ctypes.memmove(target.ctypes.data + 4 * offset, source.ctypes.data, view.nbytes)
 
-    def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
-        step, noise = tree["step"], tree["noise"]
-        assert isinstance(step, int) and isinstance(noise, ArrayValue)
+    def apply(self, tree: Mapping[str, object]) -> None:
+        step = tree["step"]
+        assert isinstance(step, int)
         self._step = step
+
+    def derive_weights(self) -> None:
+        """The values are the weights."""
+
+    def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
+        noise = tree["noise"]
+        assert isinstance(noise, ArrayValue)
         if exact_rank:
             self.noise = np.frombuffer(bytes(noise.data), dtype=np.int64).copy()
 

@@ -54,7 +54,7 @@ class DeepSpeedState:
 
     Construction refuses, with a UsageError, whatever could not be restored bit-exactly, before it changes anything;
     then it creates the optimizer moments that the first step would create, with the same values. Collective only in
-    `finish_restore`.
+    `derive_weights`.
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class DeepSpeedState:
         """Copy `view` into needed shard `index` from its element `offset` on. Thread: any, on distinct ranges."""
         self._wanted.write(index, offset, view)
 
-    def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
-        """Apply a captured tree and derive the model's weights from the masters. Collective."""
+    def apply(self, tree: Mapping[str, object]) -> None:
+        """Apply a captured tree's counters, hyper-parameters, scheduler and buffers."""
         state = cast("dict[str, Any]", tree)
         if state["stateful"].keys() != self._stateful.keys():
             raise MismatchError(
@@ -142,8 +142,15 @@ class DeepSpeedState:
         restore_engine(self._engine, self._zero, state)
         restore_groups(self._zero, self._named, state["groups"])  # after the scheduler, which may set learning rates
         restore_buffers(self._engine.module, state["buffers"])
+
+    def derive_weights(self) -> None:
+        """Derive the model's weights and the running powers from masters and steps. Collective."""
         self._zero.update_weights()
         rebuild_running_powers(self._zero)
+
+    def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
+        """Load the stateful objects, then the RNG."""
+        state = cast("dict[str, Any]", tree)
         for name, item in self._stateful.items():
             item.load_state_dict(cast("dict[str, Any]", live_of(state["stateful"][name])))
         if exact_rank:
