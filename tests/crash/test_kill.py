@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.support.job import Job
+from tests.support.job import Job, start_agent, wait_killed
 
 
 def test_one_trainer_killed_the_others_end_and_memory_is_recovered() -> None:
@@ -99,7 +99,7 @@ def test_agent_killed_while_the_job_ends() -> None:
         pid = job.agent_pid()
         if pid is not None:  # the life may have ended in time
             job.kill_agent()
-        life.ended()
+        life.finished()
         second = job.start(steps=60)
         assert second.attached()["step"] == 60
         second.finished()
@@ -116,3 +116,17 @@ def test_other_world_sizes(size: int) -> None:
         assert second.attached()["source"] == "memory"
         second.finished()
         second.exact()
+
+
+def test_a_commit_that_a_dead_agent_has_made_is_not_made_again_with_other_bytes() -> None:
+    with Job(size=1, persist_every=2, keep_last=500, run_id="again", step_s=0.002) as job:
+        agent = start_agent(job, "again", "commit.put:end:2")
+        life = job.start()
+        wait_killed(agent, life)
+        second = job.repository().checkpoints()[1].name
+        manifest = job.storage / "manifests" / f"{second}.json"
+        before = manifest.read_bytes()
+        life.event("committed", step=life.newest_step("step") + 5)
+        life.kill()
+        assert manifest.read_bytes() == before
+        job.sound()

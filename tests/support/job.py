@@ -14,6 +14,8 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +28,13 @@ from moc.agent.client import AgentClient
 from moc.agent.runtime import LOG_NAME, SOCKET_NAME, runtime_folder
 from moc.repository import Repository
 from moc.store.open import open_store
+from moc.verify import verify_checkpoint
 from tests.crash.worker import serve
 from tests.support.plain import expected_digest, expected_tensors
 
-__all__ = ["Event", "Job", "Life"]
+__all__ = ["Event", "Job", "Life", "lineage_steps", "start_agent", "until", "wait_killed"]
 
+AGENT_WORKER = Path(__file__).resolve().parents[1] / "crash" / "agent_worker.py"
 DEADLINE_S = 60.0
 POLL_MS = 5
 ENDLESS = 1_000_000  # steps of a life that ends by a kill
@@ -275,6 +279,18 @@ class Job:
     def committed_steps(self) -> list[int]:
         return [checkpoint.name.step for checkpoint in self.repository().checkpoints()]
 
+    def sound(self) -> None:
+        """Check that every listed manifest is a checkpoint, with all its bytes, that grew from an earlier one."""
+        repository = self.repository()
+        for checkpoint in repository.checkpoints():
+            report = verify_checkpoint(repository, checkpoint.name, read_data_fraction=1.0)
+            assert not report.findings, [str(finding) for finding in report.findings]
+            manifest = repository.read_manifest(checkpoint.name)
+            if manifest.parent is not None:
+                parent = (manifest.parent.incarnation, manifest.parent.step, manifest.parent.attempt or "")
+                assert parent < (manifest.name.incarnation, manifest.name.step, manifest.name.attempt), str(manifest)
+        repository.close()
+
     def listing(self) -> list[tuple[str, int, int]]:
         """Return (path, size, mtime in ns) of everything below the repository."""
         rows = []
@@ -309,6 +325,18 @@ def _kill(pid: int) -> None:
         os.close(pidfd)
 
 
+def until(condition: Callable[[], Any], what: str, *, deadline_s: float = DEADLINE_S) -> Any:
+    """Return the condition's first true value; fail when the time is over. For what no process of a life can tell."""
+    ends_s = time.monotonic() + deadline_s
+    poller = select.poll()
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < ends_s, f"{what} did not happen within {deadline_s} s"
+        poller.poll(POLL_MS)
+
+
 def lineage_steps(lives: Sequence[Life]) -> list[int]:
     """Return the steps of rank 0 that led to the last life's present state, in order: every life up to where its successor resumed."""
     steps: list[int] = []
@@ -319,3 +347,19 @@ def lineage_steps(lives: Sequence[Life]) -> list[int]:
         steps = [step for step in steps if step <= attached["step"]]
         steps += [event["step"] for event in life.events(0, "step")]
     return steps
+
+
+def start_agent(job: Job, run: str, kill: str) -> subprocess.Popen[bytes]:
+    """Start an agent that dies at a span, and wait until it listens."""
+    folder = runtime_folder(run, job.root)
+    with (folder / "agent.log").open("ab") as log:
+        agent = subprocess.Popen(
+            [sys.executable, str(AGENT_WORKER), "--folder", str(folder), "--run", run, "--kill", kill], stdout=log, stderr=log
+        )
+    until(lambda: job.agent_pid() == agent.pid, "the agent listens")
+    return agent
+
+
+def wait_killed(agent: subprocess.Popen[bytes], life: Life) -> None:
+    life.until(lambda: agent.poll() is not None, "the death of the agent")
+    assert agent.returncode == -9, f"the agent's exit code: {agent.returncode}\n{life.story()}"
