@@ -20,9 +20,10 @@ from moc.agent.runtime import node_identity, runtime_folder
 from moc.agreement import agree, decide, exchange
 from moc.attach import Origin, Recovered, Request, recover_life, write_life
 from moc.clock import Clock
-from moc.errors import ClosedError, MocError, SaveFailedError, StoreUnavailableError, TopologyError, WaitTimeoutError
+from moc.errors import ClosedError, MocError, SaveFailedError, StoreUnavailableError, TopologyError, UsageError, WaitTimeoutError
 from moc.format.manifest import Incarnation, encode_incarnation
 from moc.plan.freeing import attempt_id
+from moc.plan.layout import arrange_arena
 from moc.recover import RecoveryReport
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
@@ -314,7 +315,21 @@ class Session:
             raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
         self._catalogs = [fact["catalog"] for fact in facts]
         self._tensors = agree(self._world, lambda: check_coverage(s for c in self._rank_catalogs() for s in c.shards))
+        agree(self._world, self._refuse_over_budget)
         return facts
+
+    def _refuse_over_budget(self) -> None:
+        """Raise UsageError, before anything is created, if the slots alone are larger than the budget."""
+        budget = self._request.config.memory_budget_bytes
+        arena = arrange_arena(tuple(self._rank_catalogs()), versions=self._versions, descriptor_bytes=0)
+        if budget is not None and arena.size_bytes > budget:
+            raise UsageError(f"snapshots do not fit: arena_bytes={arena.size_bytes} allowed=memory_budget_bytes={budget}")
+
+    @property
+    def _versions(self) -> int:
+        # One more while something is being persisted, so that a save does not cost snapshots.
+        config = self._request.config
+        return config.versions + (1 if config.persist_every else 0)
 
     def _rank_catalogs(self) -> list[RankCatalog]:
         return [RankCatalog.from_json(row) for row in self._catalogs]
@@ -384,8 +399,7 @@ class Session:
         config = self._request.config
         return {
             "run": record.run,
-            # One more while something is being persisted, so that a save does not cost snapshots.
-            "versions": config.versions + (1 if config.persist_every else 0),
+            "versions": self._versions,
             "catalogs": self._catalogs,
             "digest": catalog_digest(self._rank_catalogs()),
             "tensors": self._tensors,

@@ -18,7 +18,7 @@ from pathlib import Path
 import moc
 from moc.agent import wire
 from moc.agent.runtime import LOCK_NAME, LOG_NAME, SOCKET_NAME
-from moc.errors import CoordinationError, StoreUnavailableError, WaitTimeoutError
+from moc.errors import CoordinationError, StoreUnavailableError, UsageError, WaitTimeoutError
 
 __all__ = ["AgentClient", "ensure_agent"]
 
@@ -43,7 +43,7 @@ class AgentClient:
     ) -> tuple[wire.Message, list[int]]:
         """Send a request and return the reply and its descriptors.
 
-        Raises: CoordinationError with the agent's words if it refuses, WaitTimeoutError, StoreUnavailableError when it is gone.
+        Raises: UsageError or CoordinationError with the words of an agent that refuses, WaitTimeoutError, StoreUnavailableError if it is gone.
         """
         with self._lock:
             before = self._sock.gettimeout()
@@ -62,7 +62,8 @@ class AgentClient:
         if "error" in reply:
             for descriptor in received:
                 os.close(descriptor)
-            raise CoordinationError(f"agent refused: verb={verb} reason={reply['error']}")
+            kind = UsageError if reply.get("is_usage") else CoordinationError
+            raise kind(f"agent refused: verb={verb} reason={reply['error']}")
         return reply, received
 
     def ring(self) -> None:

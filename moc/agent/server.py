@@ -160,7 +160,7 @@ class Agent:
                 raise UsageError(f"unknown verb: verb={verb!r} allowed={sorted(self._verbs)}")
             serve(connection, message, descriptors)
         except MocError as error:
-            self._reply(connection, {"error": str(error)})
+            self._reply(connection, {"error": str(error), "is_usage": isinstance(error, UsageError)})
         except (LookupError, TypeError, ValueError, OSError) as error:
             log.exception("request failed: verb=%s", verb)
             self._reply(connection, {"error": f"{type(error).__name__}: {error}"})
