@@ -1,0 +1,207 @@
+"""Storage that goes away, fills up, or is down at recovery: training goes on, and what was promised is kept."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.disk import FailingDisk
+from tests.support.job import Job, Life
+
+
+def _terminated(life: Life) -> None:
+    life.signal(signal.SIGTERM)
+    life.finished()
+
+
+def test_storage_that_is_moved_away_costs_saves_only() -> None:
+    with Job(size=2, step_s=0.002, persist_every=5) as job:
+        life = job.start()
+        life.event("committed", step=5)
+        away = job.folder / "away"
+        job.storage.rename(away)
+        job.storage.write_text("a file where the folder was")
+        gone_at = life.newest_step("step")
+        life.until(lambda: job.ask_agent("status")[0]["counters"]["failed"] >= 2, "failed saves are counted")
+        status, _ = job.ask_agent("status")
+        assert status["last_error"], status
+        life.event("global", step=gone_at + 20)
+
+        job.storage.unlink()
+        away.rename(job.storage)
+        back_at = life.newest_step("step")
+        life.event("committed", step=back_at + 1)
+        _terminated(life)
+        job.sound()
+        life.exact()
+
+
+def test_a_repository_that_is_deleted_during_training_is_made_anew() -> None:
+    with Job(size=1, step_s=0.002, persist_every=5) as job:
+        life = job.start()
+        life.event("committed", step=10)
+        doomed = job.folder / "doomed"
+        job.storage.rename(doomed)  # at once, as nobody writes into a folder while it is being removed
+        shutil.rmtree(doomed)
+        gone_at = life.newest_step("step")
+        life.event("committed", step=gone_at + 10)
+        job.kill_agent()
+        life.kill()
+        announced = life.newest_step("committed")
+
+        second = job.start(steps=announced + 3)
+        attached = second.attached()
+        assert attached["source"] == "storage"
+        assert attached["step"] >= announced
+        second.finished()
+        job.sound()
+
+
+@pytest.fixture
+def disk() -> Iterator[FailingDisk]:
+    with tempfile.TemporaryDirectory(prefix="moc-disk-") as folder, FailingDisk(Path(folder)) as made:
+        yield made
+
+
+def test_a_failing_disk_costs_saves_only(disk: FailingDisk) -> None:
+    with Job(size=2, storage=disk.folder / "repo", step_s=0.002, persist_every=5) as job:
+        life = job.start()
+        life.event("committed", step=5)
+        disk.fail()
+        failed_at = life.newest_step("step")
+        life.until(lambda: job.ask_agent("status")[0]["counters"]["failed"] >= 2, "failed saves are counted")
+        status, _ = job.ask_agent("status")
+        assert "StoreUnavailableError" in status["last_error"], status
+        life.event("global", step=failed_at + 20)
+        disk.repair()
+        back_at = life.newest_step("step")
+        life.event("committed", step=back_at + 1)
+        _terminated(life)
+        life.exact()
+        job.sound()
+
+
+@pytest.mark.parametrize("lives_before", [1, 2])
+def test_storage_down_at_recovery_with_memory_complete(disk: FailingDisk, lives_before: int) -> None:
+    with Job(size=2, storage=disk.folder / "repo", step_s=0.002, persist_every=5) as job:
+        for _ in range(lives_before):
+            life = job.start()
+            attached = life.attached()
+            life.event("committed", step=attached["step"] + 5)
+            life.kill()
+        known = life.newest_step("global")
+        disk.fail()
+
+        second = job.start()
+        attached = second.attached()
+        assert attached["source"] == "memory"
+        assert attached["step"] >= known
+        assert any("unavailable" in note for note in attached["notes"]), attached["notes"]
+        second.event("global", step=attached["step"] + 5)
+
+        disk.repair()
+        committed = second.event("committed", step=attached["step"] + 6)["step"]
+        records, findings = job.repository().incarnations()
+        assert [record.number for record in records] == list(range(1, lives_before + 2))
+        assert not findings
+        job.kill_agent()
+        second.kill()
+
+        third = job.start(steps=committed + 3)
+        attached = third.attached()
+        assert (attached["source"], attached["step"] >= committed) == ("storage", True)
+        third.finished()
+        third.exact()
+        job.sound()
+
+
+def test_storage_down_and_nothing_in_memory_is_refused(disk: FailingDisk) -> None:
+    with Job(size=2, storage=disk.folder / "repo") as job:
+        job.start(steps=5).finished()
+        disk.fail()
+        assert str(job.storage) in job.start().refused("StoreUnavailableError")
+        disk.repair()
+        life = job.start(steps=6)
+        assert life.attached()["step"] == 5
+        life.finished()
+
+
+def test_a_power_failure_after_an_announced_commit(disk: FailingDisk) -> None:
+    # Everything that was not flushed is gone: data, directory entries, renames.
+    with Job(size=2, storage=disk.folder / "repo", persist_every=3, keep_last=2) as job:
+        announced = 0
+        for _ in range(4):
+            life = job.start()
+            attached = life.attached()
+            assert attached["step"] >= announced
+            life.event("committed", step=attached["step"] + 3)
+            disk.fail()
+            life.kill()
+            if job.agent_pid() is not None:
+                job.kill_agent()
+            announced = life.newest_step("committed")
+            disk.repair()
+            life.exact()
+        job.sound()
+
+
+def test_retention_keeps_the_last_and_deletes_objects_after_a_later_commit() -> None:
+    with Job(size=2, step_s=0.002, persist_every=2, keep_last=2) as job:
+        life = job.start()
+        first = life.event("committed", step=2)["step"]
+        for _ in range(6):
+            first = life.event("committed", step=first + 1)["step"]
+        _terminated(life)
+        kept = job.committed_steps()
+        assert len(kept) <= 3  # the explicit save at the end is one more attempt, whose retention follows it
+        assert kept[-1] == life.newest_step("step")
+        repository = job.repository()
+        named = {row.key for c in repository.checkpoints() for row in repository.read_manifest(c.name).objects}
+        stored = {entry.key for entry in repository.objects()}
+        assert named <= stored
+        condemned = set(repository.read_victims(job.run, 1))
+        assert stored - named <= condemned, "objects without a manifest are condemned ones that wait for the next commit"
+        assert len(stored - named) <= 2 * len(named)
+        job.sound()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real filesystem with 3 MB of space."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, b"size=3m") != 0:
+        pytest.skip(f"cannot mount a small filesystem: errno={ctypes.get_errno()}")
+    yield folder
+    assert libc.umount2(os.fsencode(folder), 2) == 0  # MNT_DETACH
+
+
+def test_a_full_disk_fails_the_save_and_nothing_else(small_disk: Path) -> None:
+    storage = small_disk / "repo"
+    ballast = small_disk / "ballast"
+    with Job(size=1, storage=storage, step_s=0.002, persist_every=0) as job:
+        first = job.start(save_at=4, steps=8)
+        first.event("saved", step=4)
+        first.finished()
+        with ballast.open("wb") as stream:
+            stream.write(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - 65536))
+
+        second = job.start(save_at=12)
+        assert second.attached()["step"] == 8
+        failed = second.event("save_failed", step=12)
+        assert "StoreFullError" in failed["words"], failed
+        second.event("global", step=20)
+        ballast.unlink()
+        _terminated(second)
+        assert second.last(0, "saved") is not None, second.story()
+        second.exact()
+        job.sound()
+        assert not list(storage.rglob(".*~*")), "no temporary file is left of the failed save"
