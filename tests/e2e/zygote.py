@@ -1,0 +1,111 @@
+"""A process that imports torch and DeepSpeed once and forks the ranks of every test world, so that a world costs no imports.
+
+python -m tests.e2e.zygote: reads one JSON request per line, {"spec": ..., "environment": ..., "log": PATH}, and answers {"pid": n};
+when a child has ended it writes {"ended": pid, "code": n}, negative for a signal. It ends, and its children with it, when its input ends.
+The process group is created after the fork, and no thread runs before it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import faulthandler
+import json
+import os
+import selectors
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed  # noqa: F401
+import torch
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+import moc.manager  # noqa: F401
+from tests.e2e import worker
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve requests until the input ends."""
+    torch.set_num_threads(1)
+    for builder in (CPUAdamBuilder, ShareMemCommBuilder):
+        builder().load(verbose=False)  # children find them loaded: no compiler, no lock, no look at the processor
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"threads would be lost in a fork: {len(threads)}"
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is not a reply
+    wake_receive, wake_send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_send, warn_on_full_buffer=False)
+    selector = selectors.DefaultSelector()
+    selector.register(0, selectors.EVENT_READ)
+    selector.register(wake_receive, selectors.EVENT_READ)
+    replies.write(json.dumps({"ready": os.getpid()}) + "\n")
+    pending = b""
+    while True:
+        ready = {key.fd for key, _ in selector.select()}
+        if wake_receive in ready:
+            os.read(wake_receive, 4096)
+            _report_ended(replies)
+        if 0 in ready:
+            received = os.read(0, 1 << 16)
+            if not received:
+                os._exit(0)  # the kernel kills the children
+            *lines, pending = (pending + received).split(b"\n")
+            for line in lines:
+                replies.write(json.dumps({"pid": _fork(json.loads(line))}) + "\n")
+
+
+def _report_ended(replies: Any) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        replies.write(json.dumps({"ended": pid, "code": os.waitstatus_to_exitcode(status)}) + "\n")
+
+
+def _fork(request: Mapping[str, Any]) -> int:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        _become_rank(request, parent)
+        worker.main(request["spec"])
+        code = 0
+    except BaseException:  # the process's top: what went wrong is in its log, and what is registered for the exit runs
+        traceback.print_exc()
+        atexit._run_exitfuncs()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _become_rank(request: Mapping[str, Any], parent: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, number in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, number)
+    limit = os.sysconf("SC_OPEN_MAX")
+    os.closerange(3, min(limit, 1024))
+    faulthandler.enable()  # SIGABRT writes the stacks of all threads
+    os.environ.update(request["environment"])
+
+
+if __name__ == "__main__":
+    main()
