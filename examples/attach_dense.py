@@ -1,6 +1,6 @@
 """Make a dense ZeRO-2 job survive failures, without touching its loop: `engine.step()` itself is the boundary.
 
-    deepspeed --num_accelerators 2 examples/attach_dense.py --storage checkpoints --steps 40
+deepspeed --num_accelerators 2 examples/attach_dense.py --storage checkpoints --steps 40
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ class Model(torch.nn.Module):
 
     def __init__(self, width: int = 64, classes: int = 10) -> None:
         super().__init__()
-        expert = torch.nn.Sequential(torch.nn.Linear(width, 2 * width), torch.nn.GELU(), torch.nn.Linear(2 * width, width))
+        expert = torch.nn.Sequential(
+            torch.nn.Linear(width, 2 * width), torch.nn.GELU(), torch.nn.Linear(2 * width, width)
+        )
         self.first = torch.nn.Linear(32, width)
         self.moe = MoE(width, expert, num_experts=4, ep_size=2, k=2)
         self.last = torch.nn.Linear(width, classes)

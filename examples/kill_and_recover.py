@@ -1,4 +1,6 @@
-"""Kill a training job with SIGKILL and watch it recover: from the agent's memory, then, with the agent killed too, from storage.
+"""Kill a training job with SIGKILL and watch it recover:
+
+from the agent's memory, then, with the agent killed too, from storage.
 
     python -m examples.kill_and_recover
 
@@ -34,7 +36,10 @@ def main() -> int:
     losses = first | second | third
     same = sum(losses.get(key) == loss for key, loss in undisturbed.items())
     print(f"losses equal: {same} of {len(undisturbed)} (rank, step) pairs bit-equal")
-    print(f"first steps of the later lives: {min(s for _, s in second)} (from memory), {min(s for _, s in third)} (from storage)")
+    print(
+        f"first steps of the later lives: {min(s for _, s in second)} (from memory),"
+        f" {min(s for _, s in third)} (from storage)"
+    )
     return 0 if same == len(undisturbed) else 1
 
 

@@ -2,8 +2,9 @@
 
     .venv/bin/python -m examples.main_job
 
-Trains the same configuration twice: once undisturbed and without moc, once under `moc run` with rank 1 killed by SIGKILL in the middle of
-step 120 (`faults.kill_rank`, `faults.kill_step`). Then compares both sequences of losses bit for bit, and shows what is stored.
+Trains the same configuration twice: once undisturbed and without moc, once under `moc run` with rank 1 killed by
+SIGKILL in the middle of step 120 (`faults.kill_rank`, `faults.kill_step`). Then compares both sequences of losses bit
+for bit, and shows what is stored.
 """
 
 from __future__ import annotations
@@ -49,7 +50,13 @@ def main() -> int:
 
     say("3/3 what is stored, and the proof")
     run([str(BIN / "moc"), "ls", "-r", str(storage)])
-    compare = [sys.executable, "-m", "moc_train.compare", str(options.out / "undisturbed"), str(options.out / "disturbed")]
+    compare = [
+        sys.executable,
+        "-m",
+        "moc_train.compare",
+        str(options.out / "undisturbed"),
+        str(options.out / "disturbed"),
+    ]
     verdict = run(compare, check=False)
     say(f"took {time.monotonic() - began_s:.0f} s")
     return verdict

@@ -2,8 +2,8 @@
 
     from moc import CheckpointManager, Config
 
-    manager = CheckpointManager.attach(engine, storage="s3://bucket/run-7", config=Config(persist_every=50), stateful={"loader": loader})
-    for batch in loader:
+    manager = CheckpointManager.attach(engine, storage="s3://bucket/run-7", config=Config(persist_every=50),
+    stateful={"loader": loader}) for batch in loader:
         loss = engine(batch); engine.backward(loss); engine.step()
         manager.step()
     manager.detach()

@@ -18,14 +18,14 @@ T = TypeVar("T")
 def agree(world: World, act: Callable[[], T]) -> T:
     """Run `act` on every rank; if it raises a MocError anywhere, raise one error everywhere. Collective.
 
-    Where all failures are of one class, that class is raised with the lowest rank's words; otherwise RankFailedError. What is not a
-    MocError is a defect: the others learn of it as InternalError, this rank raises it as it is.
+    Where all failures are of one class, that class is raised with the lowest rank's words; otherwise RankFailedError.
+    What is not a MocError is a defect: the others learn of it as InternalError, this rank raises it as it is.
     """
     result: T | None = None
     failure: Exception | None = None
     try:
         result = act()
-    except Exception as error:  # told to the other ranks first, then raised below
+    except Exception as error:  # noqa: BLE001  # told to the other ranks first, then raised below
         failure = error
     verdicts = [json.loads(payload) for payload in world.all_gather(json.dumps(_describe(failure)).encode())]
     failures = {rank: verdict for rank, verdict in enumerate(verdicts) if verdict is not None}
@@ -37,7 +37,10 @@ def agree(world: World, act: Callable[[], T]) -> T:
 
 
 def decide(world: World, act: Callable[[], dict[str, object]]) -> dict[str, object]:
-    """Run `act` on rank 0 only and return its JSON value on every rank, or raise its error on every rank. Collective."""
+    """Run `act` on rank 0 only and return its JSON value on every rank, or raise its error on every rank.
+
+    Collective.
+    """
 
     def on_rank_0() -> bytes | None:
         return json.dumps(act()).encode() if world.rank == 0 else None

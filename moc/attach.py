@@ -1,8 +1,10 @@
-"""The beginning of a life: find the run, fence earlier lives, choose a state along the lineage, restore it, write the life's record.
+"""The beginning of a life:
 
-Order matters. The agent kills what is left of earlier lives before anything is chosen; the incarnation record is written before the new
-life may write anything else; the recovery source stays pinned until the new life has a global snapshot. A crash between any two steps
-leaves a chain on which the same state is found again.
+find the run, fence earlier lives, choose a state along the lineage, restore it, write the life's record.
+
+Order matters. The agent kills what is left of earlier lives before anything is chosen; the incarnation record is
+written before the new life may write anything else; the recovery source stays pinned until the new life has a global
+snapshot. A crash between any two steps leaves a chain on which the same state is found again.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ class Request:
     def __post_init__(self) -> None:
         is_step = isinstance(self.restore, int) and not isinstance(self.restore, bool) and self.restore >= 0
         if not is_step and self.restore not in ("auto", "never", "weights"):
-            raise UsageError(f"restore is not usable: restore={self.restore!r} allowed='auto', 'never', 'weights' or a step")
+            raise UsageError(
+                f"restore is not usable: restore={self.restore!r} allowed='auto', 'never', 'weights' or a step"
+            )
         if self.run_id is not None:
             check_run_id(self.run_id)
         object.__setattr__(self, "storage", absolute_url(self.storage))  # the agent works in another folder
@@ -83,7 +87,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What rank 0 decided for all: the run, the new life's number, the chain, the candidates in order, and what to tell the user."""
+    """What rank 0 decided for all:
+
+    the run, the new life's number, the chain, the candidates in order, and what to tell the user.
+    """
 
     run: str
     number: int
@@ -132,10 +139,15 @@ class Recovered:
     report: RecoveryReport | None
 
 
-def recover_life(request: Request, state: TrainingState, world: World, pids: Sequence[int], *, clock: Clock, trace: Trace) -> Recovered:
-    """Choose and restore a state. Collective. Raises the same error on every rank, before anything was written to storage."""
+def recover_life(
+    request: Request, state: TrainingState, world: World, pids: Sequence[int], *, clock: Clock, trace: Trace
+) -> Recovered:
+    """Choose and restore a state.
+
+    Collective. Raises the same error on every rank, before anything was written to storage.
+    """
     began_s = clock.now_s()
-    body = decide(world, lambda: _survey(request, state, pids, clock=clock, trace=trace).to_json())
+    body = decide(world, lambda: _survey(request, pids, clock=clock, trace=trace).to_json())
     origin = Origin.from_json(body)
     surveyed_s = clock.now_s()
     if world.rank == 0:
@@ -211,33 +223,42 @@ def _is_rejection(error: MocError) -> bool:
     """Return whether the error says that the candidate's bytes are bad or gone, on whatever rank."""
     kinds = error.kinds if isinstance(error, RankFailedError) else {type(error).__name__}
     classes = [getattr(errors, kind, None) for kind in kinds]
-    return bool(classes) and all(isinstance(c, type) and issubclass(c, (IntegrityError, ObjectMissingError)) for c in classes)
+    return bool(classes) and all(
+        isinstance(c, type) and issubclass(c, (IntegrityError, ObjectMissingError)) for c in classes
+    )
 
 
 # Rank 0: what is there
 
 
-def _survey(request: Request, state: TrainingState, pids: Sequence[int], *, clock: Clock, trace: Trace) -> Origin:
+def _survey(request: Request, pids: Sequence[int], *, clock: Clock, trace: Trace) -> Origin:
     notes: list[str] = []
     stored, checkpoints, run, is_stored = _survey_storage(request, notes, trace=trace)
     in_memory, snapshots = _survey_memory(request, run, pids, notes, clock=clock)
     if not is_stored and not snapshots:
-        raise StoreUnavailableError(f"storage is unavailable and no snapshot is in memory: storage={request.storage} reason={notes[-1]}")
+        raise StoreUnavailableError(
+            f"storage is unavailable and no snapshot is in memory: storage={request.storage} reason={notes[-1]}"
+        )
     merged = merge_incarnations(stored, in_memory)
     newest = tip(merged)
     if newest:
         _refuse_mismatch(merged[newest].fingerprint, request)
     links = chain(merged, newest)
-    # A life that only memory knows may have the number of a rewind that was written meanwhile: then its snapshots are off the chain.
+    # A life that only memory knows may have the number of a rewind that was written meanwhile: then its snapshots are
+    # off the chain.
     outranked = {life.number for life in in_memory if merged[life.number].token != life.token}
     known = [
-        *(Candidate(source=STORAGE, run=n.run, incarnation=n.incarnation, step=n.step, attempt=n.attempt) for n in checkpoints),
+        *(
+            Candidate(source=STORAGE, run=n.run, incarnation=n.incarnation, step=n.step, attempt=n.attempt)
+            for n in checkpoints
+        ),
         *(snapshot for snapshot in snapshots if snapshot.incarnation not in outranked),
     ]
     admissible = candidates(links, known)
     if links and not links[-1].is_known and not admissible and request.restore != "never":
         raise IntegrityError(
-            f"the lineage is broken, and nothing on its readable part can be restored: missing_incarnation={links[-1].incarnation} "
+            "the lineage is broken, and nothing on its readable part can be restored: "
+            f"missing_incarnation={links[-1].incarnation} "
             f"storage={request.storage} allowed=restore='never' for a fresh start, or a repaired record; notes={notes}"
         )
     return Origin(
@@ -255,7 +276,10 @@ def _survey(request: Request, state: TrainingState, pids: Sequence[int], *, cloc
 def _survey_storage(
     request: Request, notes: list[str], *, trace: Trace
 ) -> tuple[tuple[Incarnation, ...], list[CheckpointName], str, bool]:
-    """Return records, checkpoints, run id, and whether the storage answered; StoreUnavailableError is noted, others are raised."""
+    """Return records, checkpoints, run id, and whether the storage answered.
+
+    StoreUnavailableError is noted, others are raised.
+    """
     remembered = remembered_run(request.runtime_root, request.url_digest)
     try:
         repository = Repository(open_store(request.storage, trace=trace))
@@ -282,19 +306,24 @@ def _survey_storage(
     runs = sorted({run for run, _ in numbers})
     run = request.run_id or (numbers[-1][0] if numbers else secrets.token_hex(4))
     if any(other != run for other in runs) and not request.take_over:
-        raise MismatchError(f"repository belongs to another run: storage={request.storage} run_id={run} allowed={runs}, or take_over")
+        raise MismatchError(
+            f"repository belongs to another run: storage={request.storage} run_id={run} allowed={runs}, or take_over"
+        )
     return records, names, run, True
 
 
 def _refuse_vanished(request: Request, remembered: str) -> None:
-    """Raise MismatchError where the repository is empty, but an agent still holds snapshots of a run that used this place.
+    """Raise MismatchError where the repository is empty, but an agent still holds snapshots of a run that used this
+    place.
 
     The folder may not be mounted, or somebody deleted it: starting from nothing must be asked for.
     """
     if request.run_id is not None or request.restore == "never":
         return
     try:
-        client = AgentClient.connect(runtime_folder(remembered, request.runtime_root), timeout_s=request.config.timeout_s)
+        client = AgentClient.connect(
+            runtime_folder(remembered, request.runtime_root), timeout_s=request.config.timeout_s
+        )
     except StoreUnavailableError:
         return
     try:
@@ -303,8 +332,10 @@ def _refuse_vanished(request: Request, remembered: str) -> None:
         client.close()
     if status.get("arena_bytes"):
         raise MismatchError(
-            f"the repository is empty, but an agent holds snapshots of run {remembered} that used it: storage={request.storage} "
-            f"global_step={status.get('global_step')} allowed=run_id={remembered!r} to go on with them, or restore='never' to start anew"
+            f"the repository is empty, but an agent holds snapshots of run {remembered} that used it: "
+            f"storage={request.storage} "
+            f"global_step={status.get('global_step')} allowed=run_id={remembered!r} to go on with them, or "
+            "restore='never' to start anew"
         )
 
 
@@ -325,14 +356,18 @@ def _survey_memory(
         if fenced["killed"]:
             notes.append(f"killed trainers of an earlier life: pids={fenced['killed']}")
         if fenced["quarantined"]:
-            notes.append(f"trainers that cannot be killed, their memory is not used again: pids={fenced['quarantined']}")
+            notes.append(
+                f"trainers that cannot be killed, their memory is not used again: pids={fenced['quarantined']}"
+            )
         inventory, _ = client.request("inventory")
     finally:
         client.close()
     if not inventory["has_arena"]:
         return [], []
     notes.extend(f"seal record is corrupt: rank={rank} record={record}" for rank, record in inventory["corrupt"])
-    notes.extend(f"snapshot is incomplete: step={step} sealed by ranks {ranks}" for _, step, _, ranks in inventory["incomplete"])
+    notes.extend(
+        f"snapshot is incomplete: step={step} sealed by ranks {ranks}" for _, step, _, ranks in inventory["incomplete"]
+    )
     lives = [decode_incarnation(text.encode(), name="arena lineage") for text in inventory["lineage"]]
     lives[-1] = replace(lives[-1], fingerprint=inventory["fingerprint"])
     return lives, [
@@ -344,7 +379,8 @@ def _survey_memory(
 def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, clock: Clock) -> None:
     """Raise UsageError if an earlier life of this run still trains; wait while that is not clear.
 
-    A life trains if all its trainers here are alive and their step advances: with one dead the collectives of the others cannot end.
+    A life trains if all its trainers here are alive and their step advances: with one dead the collectives of the
+    others cannot end.
     """
     first: dict[int, object] = {}
     while True:
@@ -356,7 +392,8 @@ def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, clock: Clock) 
         first = first or dict(beats)
         if any(beats[rank] != first.get(rank) for rank in beats):
             raise UsageError(
-                f"another job of this run is training: pids={[row['pid'] for row in rows]} incarnation={rows[0]['incarnation']} "
+                f"another job of this run is training: pids={[row['pid'] for row in rows]} "
+                f"incarnation={rows[0]['incarnation']} "
                 "allowed=one job per repository; stop it first"
             )
         newest_ns = max(row.get("beat_ns") or 0 for row in rows)
@@ -402,7 +439,8 @@ def _wanted(request: Request, origin: Origin, state: TrainingState) -> tuple[Can
         raise NoCheckpointError(f"no checkpoint to take weights from: storage={request.storage}")
     if wanted and state.step and wanted[0].step != state.step and request.restore != "weights":
         raise MismatchError(
-            f"the engine has already stepped: engine_step={state.step} candidate={wanted[0]} allowed=a fresh engine, or restore='never'"
+            f"the engine has already stepped: engine_step={state.step} candidate={wanted[0]} allowed=a fresh engine, "
+            "or restore='never'"
         )
     return wanted
 
@@ -441,7 +479,9 @@ def _restore(
     return size, expect_mapping(tree, "state"), is_exact
 
 
-def _open_source(request: Request, origin: Origin, candidate: Candidate, rank: int, *, trace: Trace) -> tuple[Source, Any]:
+def _open_source(
+    request: Request, origin: Origin, candidate: Candidate, rank: int, *, trace: Trace
+) -> tuple[Source, Any]:
     if candidate.source == STORAGE:
         repository = Repository(open_store(request.storage, trace=trace))
         name = CheckpointName(
@@ -456,7 +496,11 @@ def _open_source(request: Request, origin: Origin, candidate: Candidate, rank: i
     records: dict[int, SealRecord] = {}
     for holder in (catalog.rank for catalog in arena.catalogs):
         for record in arena.seals(holder).values():
-            if (record.incarnation, record.step, record.attempt) == (candidate.incarnation, candidate.step, candidate.attempt):
+            if (record.incarnation, record.step, record.attempt) == (
+                candidate.incarnation,
+                candidate.step,
+                candidate.attempt,
+            ):
                 records[holder] = record
     missing = sorted({catalog.rank for catalog in arena.catalogs} - set(records))
     if missing:

@@ -1,7 +1,7 @@
 """The commit: from receipts to a checkpoint, by one put of one manifest.
 
-The manifest is a pure function of plan and receipts, so any agent that holds all receipts may put it, twice if need be: the bytes are
-the same. A crash before the put leaves no checkpoint, after it a whole one.
+The manifest is a pure function of plan and receipts, so any agent that holds all receipts may put it, twice if need be:
+the bytes are the same. A crash before the put leaves no checkpoint, after it a whole one.
 """
 
 from __future__ import annotations
@@ -31,15 +31,21 @@ class CommitPlan:
     versions: Mapping[str, object]
 
 
-def build_manifest(plan: CommitPlan, name: CheckpointName, parent: Parent | None, receipts: Sequence[Receipt]) -> Manifest:
-    """Return the manifest; raises PlanDivergedError unless there is exactly one receipt per rank and all follow the plan. Pure."""
+def build_manifest(
+    plan: CommitPlan, name: CheckpointName, parent: Parent | None, receipts: Sequence[Receipt]
+) -> Manifest:
+    """Return the manifest.
+
+    Raises PlanDivergedError unless there is exactly one receipt per rank and all follow the plan. Pure.
+    """
     ranks = tuple(sorted(receipt.rank for receipt in receipts))
     if ranks != plan.ranks:
         raise PlanDivergedError(f"receipts do not match the plan: step={name.step} ranks={ranks} expected={plan.ranks}")
     for receipt in receipts:
         if receipt.digest != plan.digest:
             raise PlanDivergedError(
-                f"rank planned another save: step={name.step} rank={receipt.rank} digest={receipt.digest} expected={plan.digest}"
+                f"rank planned another save: step={name.step} rank={receipt.rank} digest={receipt.digest} "
+                f"expected={plan.digest}"
             )
     return Manifest(
         name=name,
@@ -55,21 +61,33 @@ def build_manifest(plan: CommitPlan, name: CheckpointName, parent: Parent | None
 
 
 def refuse_if_fenced(repository: Repository, run: str, incarnation: int) -> None:
-    """Raise FencedError if a newer life, or another run, has written its record. Call immediately before a commit or a deletion."""
+    """Raise FencedError if a newer life, or another run, has written its record.
+
+    Call immediately before a commit or a deletion.
+    """
     numbers = repository.incarnation_numbers()
-    newer = [(other, number) for other, number in numbers if number > incarnation or (number == incarnation and other != run)]
+    newer = [
+        (other, number) for other, number in numbers if number > incarnation or (number == incarnation and other != run)
+    ]
     if newer:
-        raise FencedError(f"a newer life has taken over: run={run} incarnation={incarnation} newer={newer[-1][1]}-{newer[-1][0]}")
+        raise FencedError(
+            f"a newer life has taken over: run={run} incarnation={incarnation} newer={newer[-1][1]}-{newer[-1][0]}"
+        )
 
 
 def commit(repository: Repository, manifest: Manifest, *, trace: Trace) -> None:
-    """Put the manifest; when this returns the checkpoint exists. Raises: FencedError, PlanDivergedError, StorageError."""
+    """Put the manifest.
+
+    When this returns the checkpoint exists. Raises: FencedError, PlanDivergedError, StorageError.
+    """
     name = manifest.name
     with trace.span("commit.fence", step=name.step):
         refuse_if_fenced(repository, name.run, name.incarnation)
         condemned = set(repository.read_victims(name.run, name.incarnation))
         doomed = sorted(row.key for row in manifest.objects if row.key in condemned)
         if doomed:
-            raise PlanDivergedError(f"manifest references an object that is being deleted: step={name.step} key={doomed[0]}")
+            raise PlanDivergedError(
+                f"manifest references an object that is being deleted: step={name.step} key={doomed[0]}"
+            )
     with trace.span("commit.put", step=name.step, attempt=name.attempt):
         repository.put_manifest(manifest)

@@ -1,4 +1,7 @@
-"""The settings a user tunes, validated when constructed. Components (store, clock, trace) are arguments, not settings."""
+"""The settings a user tunes, validated when constructed.
+
+Components (store, clock, trace) are arguments, not settings.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ __all__ = ["Config"]
 class Config:
     """All settings of a `CheckpointManager`.
 
-    snapshot_every / persist_every: steps between snapshots in memory / commits to storage; the latter a multiple of the former, 0 = never.
-    k_snapshot / k_persist: experts per MoE layer in a snapshot / a commit; None means all, the only value in mode `full`.
-    versions: copies of the changing state that the arena holds (2..8). replicas: copies on peer nodes.
-    keep_last / keep_every: retention keeps the newest n checkpoints, and those whose step is a multiple of the latter (0: none).
-    memory_budget_bytes: most host memory the arena of one node may take; None means what is free.
-    timeout_s: bound of every wait for other ranks, agents or a commit. plt_limit: alarm threshold of lost tokens (0..1).
+    snapshot_every / persist_every: steps between snapshots in memory / commits to storage; the latter a multiple of the
+    former, 0 = never. k_snapshot / k_persist: experts per MoE layer in a snapshot / a commit; None means all, the only
+    value in mode `full`. versions: copies of the changing state that the arena holds (2..8). replicas: copies on peer
+    nodes. keep_last / keep_every: retention keeps the newest n checkpoints, and those whose step is a multiple of the
+    latter (0: none). memory_budget_bytes: most host memory the arena of one node may take; None means what is free.
+    timeout_s: bound of every wait for other ranks, agents or a commit. plt_limit: alarm threshold of lost tokens
+    (0..1).
     """
 
     snapshot_every: int = 1
@@ -39,11 +43,21 @@ class Config:
             value = getattr(self, field.name)
             optional = field.name in ("k_snapshot", "k_persist", "memory_budget_bytes")
             expected: tuple[type, ...] = (int, float) if field.name in ("timeout_s", "plt_limit") else (int,)
-            if field.name != "mode" and not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, expected)):
-                raise ConfigError(f"setting has a wrong type: {field.name}={value!r} allowed={'/'.join(t.__name__ for t in expected)}")
+            if (
+                field.name != "mode"
+                and not (optional and value is None)
+                and (isinstance(value, bool) or not isinstance(value, expected))
+            ):
+                raise ConfigError(
+                    f"setting has a wrong type: {field.name}={value!r} allowed={'/'.join(t.__name__ for t in expected)}"
+                )
         self._check(self.snapshot_every >= 1, "snapshot_every", ">= 1")
         self._check(self.persist_every >= 0, "persist_every", ">= 0")
-        self._check(self.persist_every % self.snapshot_every == 0, "persist_every", f"a multiple of snapshot_every={self.snapshot_every}")
+        self._check(
+            self.persist_every % self.snapshot_every == 0,
+            "persist_every",
+            f"a multiple of snapshot_every={self.snapshot_every}",
+        )
         self._check(self.mode == "full", "mode", "'full'")
         self._check(self.k_snapshot is None, "k_snapshot", "None in mode 'full'")
         self._check(self.k_persist is None, "k_persist", "None in mode 'full'")
@@ -51,7 +65,9 @@ class Config:
         self._check(self.replicas == 0, "replicas", "0 on one node")
         self._check(self.keep_last >= 1, "keep_last", ">= 1")
         self._check(self.keep_every >= 0, "keep_every", ">= 0")
-        self._check(self.memory_budget_bytes is None or self.memory_budget_bytes > 0, "memory_budget_bytes", "> 0 or None")
+        self._check(
+            self.memory_budget_bytes is None or self.memory_budget_bytes > 0, "memory_budget_bytes", "> 0 or None"
+        )
         self._check(self.timeout_s > 0, "timeout_s", "> 0")
         self._check(0 < self.plt_limit <= 1, "plt_limit", "0 < x <= 1")
 

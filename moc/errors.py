@@ -25,7 +25,8 @@
       NoCheckpointError    nothing to recover from, or the step asked for does not exist
       InternalError        a defect in moc: please report it
 
-Messages are lowercase facts that end in ``key=value`` pairs and name what is allowed. They are not part of the API; the classes are.
+Messages are lowercase facts that end in ``key=value`` pairs and name what is allowed. They are not part of the API; the
+classes are.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Deletion: retention after a commit, and the collection of what nothing references.
 
-Retention works in two phases, by the committing agent only, serial with its commits. After commit n the objects that only dropped
-checkpoints reference go into the life's victim list, then the dropped manifests are deleted (from here on those checkpoints do not
-exist). After a later commit the listed objects are deleted and the list is emptied. A crash between any two actions leaves either
-the old checkpoints, or objects that no manifest references; the next round or `moc gc` removes those.
+Retention works in two phases, by the committing agent only, serial with its commits. After commit n the objects that
+only dropped checkpoints reference go into the life's victim list, then the dropped manifests are deleted (from here on
+those checkpoints do not exist). After a later commit the listed objects are deleted and the list is emptied. A crash
+between any two actions leaves either the old checkpoints, or objects that no manifest references; the next round or
+`moc gc` removes those.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ class RetentionReport:
 class Retention:
     """The retention rounds of one life. Thread: the agent's persist thread."""
 
-    def __init__(self, repository: Repository, *, run: str, incarnation: int, keep_last: int, keep_every: int, trace: Trace) -> None:
+    def __init__(
+        self, repository: Repository, *, run: str, incarnation: int, keep_last: int, keep_every: int, trace: Trace
+    ) -> None:
         self._repository, self._run, self._incarnation = repository, run, incarnation
         self._keep_last, self._keep_every, self._trace = keep_last, keep_every, trace
         self._manifests: dict[CheckpointName, Manifest] = {}
         self._is_swept = False
 
     def after_commit(self) -> RetentionReport:
-        """Do one round. Raises: FencedError, StorageError, IntegrityError; a failed round is repeated after the next commit."""
+        """Do one round.
+
+        Raises: FencedError, StorageError, IntegrityError; a failed round is repeated after the next commit.
+        """
         with self._trace.span("retention.list", incarnation=self._incarnation):
             refuse_if_fenced(self._repository, self._run, self._incarnation)
             links = self._lineage()
@@ -99,7 +105,9 @@ class Retention:
             del self._manifests[name]
 
     def _delete_condemned(self) -> int:
-        """Delete what an earlier round condemned, except what a manifest still names (a crash before the manifest's deletion)."""
+        """Delete what an earlier round condemned, except what a manifest still names (a crash before the manifest's
+        deletion).
+        """
         condemned = self._repository.read_victims(self._run, self._incarnation)
         victims = [key for key in condemned if key not in self._named()]
         self._delete(victims)
@@ -110,7 +118,8 @@ class Retention:
     def _sweep(self) -> int:
         """Delete what lives before this one left behind: objects that no manifest names, victim lists, temporary files.
 
-        Those lives are fenced: this one's record, which they look for before every commit, is older than this round by a whole save.
+        Those lives are fenced: this one's record, which they look for before every commit, is older than this round by
+        a whole save.
         """
         named = self._named()
         victims = []

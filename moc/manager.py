@@ -40,7 +40,8 @@ TERMINATION_DEADLINE_S = 300.0
 class CheckpointManager:
     """Makes one training job survive failures. One per engine and process. Thread: the training thread.
 
-    Use `attach`; then call `step()` at the end of every step of the loop, `save()` for an explicit checkpoint, `detach()` at the end.
+    Use `attach`; then call `step()` at the end of every step of the loop, `save()` for an explicit checkpoint,
+    `detach()` at the end.
     """
 
     def __init__(self, engine: DeepSpeedEngine, state: DeepSpeedState, world: TorchWorld, session: Session) -> None:
@@ -73,20 +74,23 @@ class CheckpointManager:
     ) -> CheckpointManager:
         """Attach to an engine: recover what there is, begin a new life, hook the engine. Collective.
 
-        storage: a path or any fsspec URL. stateful: objects with `state_dict`/`load_state_dict` that belong to the loop (the data loader).
-        restore: "auto" (newest on the lineage, or a fresh start), "never", "weights" (weights only), or a step. fingerprint: further
-        values that must be equal to resume. on_mismatch: fingerprint keys that may differ. take_over: use another run's repository.
-        runtime_dir: where the node's agents live (two "nodes" on one machine need two). trace_dir: write spans as JSON lines.
+        storage: a path or any fsspec URL. stateful: objects with `state_dict`/`load_state_dict` that belong to the loop
+        (the data loader). restore: "auto" (newest on the lineage, or a fresh start), "never", "weights" (weights only),
+        or a step. fingerprint: further values that must be equal to resume. on_mismatch: fingerprint keys that may
+        differ. take_over: use another run's repository. runtime_dir: where the node's agents live (two "nodes" on one
+        machine need two). trace_dir: write spans as JSON lines.
 
-        Blocks: for recovery. Raises: MocError, the same on every rank; the engine is then not hooked, and unusable only if the error came
-        from a restore under way.
+        Blocks: for recovery. Raises: MocError, the same on every rank; the engine is then not hooked, and unusable only
+        if the error came from a restore under way.
         """
         settings = Config() if config is None else config
         world = TorchWorld(timeout_s=settings.timeout_s)
         try:
             state = agree(world, lambda: DeepSpeedState(engine, stateful or {}, extra_fingerprint=fingerprint or {}))
             if not stateful and world.rank == 0:
-                log.warning("no data loader is registered in stateful: after a recovery the order of the data is not restored")
+                log.warning(
+                    "no data loader is registered in stateful: after a recovery the order of the data is not restored"
+                )
             request = agree(
                 world,
                 lambda: Request(
@@ -131,13 +135,19 @@ class CheckpointManager:
         return self._session.run
 
     def step(self) -> None:
-        """End a step of the user's loop, after everything that belongs to it. Called by all ranks. Never raises for a failed save."""
+        """End a step of the user's loop, after everything that belongs to it.
+
+        Called by all ranks. Never raises for a failed save.
+        """
         self._is_explicit = True
         self._session.boundary_name = "manager.step()"
         self._boundary()
 
     def save(self) -> SaveHandle:
-        """Have the present state committed; returns once it is copied. Called by all ranks. See `SaveHandle.wait_committed`."""
+        """Have the present state committed.
+
+        Returns once it is copied. Called by all ranks. See `SaveHandle.wait_committed`.
+        """
         return self._session.save()
 
     def status(self) -> Status:
@@ -145,7 +155,10 @@ class CheckpointManager:
         return self._session.status()
 
     def detach(self) -> None:
-        """Unhook, make the last step durable, leave the engine as it was. Collective. Blocks: until it is durable. Again is harmless."""
+        """Unhook, make the last step durable, leave the engine as it was.
+
+        Collective. Blocks: until it is durable. Again is harmless.
+        """
         self._unhook()
         try:
             self._session.close(is_collective=True)
@@ -157,8 +170,8 @@ class CheckpointManager:
     def _on_engine_step(self) -> None:
         """The boundary for loops that do not call `step()`.
 
-        The first engine step of a life is not snapshotted here: only its end shows whether the loop calls `step()`, and a snapshot taken
-        too early would miss what the loop does after `engine.step()`.
+        The first engine step of a life is not snapshotted here: only its end shows whether the loop calls `step()`, and
+        a snapshot taken too early would miss what the loop does after `engine.step()`.
         """
         self._hooked_steps += 1
         if not self._is_explicit and self._hooked_steps > 1:
@@ -191,7 +204,10 @@ class CheckpointManager:
             self._former_handler = None
 
     def _at_exit(self) -> None:
-        """Python is ending without `detach`: no collectives, other ranks may be dead. The agent keeps what is sealed."""
+        """Python is ending without `detach`:
+
+        no collectives, other ranks may be dead. The agent keeps what is sealed.
+        """
         self._unhook()
         self._session.close(is_collective=False)
 

@@ -68,7 +68,9 @@ def persist_rank(arena: Arena, record: SealRecord, repository: Repository, *, tr
     return Receipt(rank=record.rank, digest=record.digest, rows=tuple(rows), is_finite=is_finite)
 
 
-def _compose(arena: Arena, record: SealRecord, piece: str, units: tuple[int, ...]) -> tuple[ObjectHeader, list[memoryview]]:
+def _compose(
+    arena: Arena, record: SealRecord, piece: str, units: tuple[int, ...]
+) -> tuple[ObjectHeader, list[memoryview]]:
     """Return the header and the data segments of one object made of these units' slots."""
     layout, shards = arena.rank_layout(record.rank), arena.catalog(record.rank).shards
     stored: list[StoredShard] = []

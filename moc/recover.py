@@ -1,7 +1,8 @@
 """Recovery: choose a state along the lineage (pure, see `moc.plan.lineage`) and copy its bytes into the training state.
 
-A *source* knows where the shards of one candidate lie and can read them. Whatever it reads is checked against a crc32c that was computed
-when the snapshot was sealed, before a byte of it reaches the training state; a mismatch rejects the whole candidate.
+A *source* knows where the shards of one candidate lie and can read them. Whatever it reads is checked against a crc32c
+that was computed when the snapshot was sealed, before a byte of it reaches the training state; a mismatch rejects the
+whole candidate.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class RecoveryReport:
         total = sum(self.bytes_per_rank)
         timing = " ".join(f"{phase}={seconds:.2f}s" for phase, seconds in self.seconds.items())
         lines = [
-            f"recovered step {self.step} from {self.source}: {total / 1e6:.1f} MB on {len(self.bytes_per_rank)} rank(s), {timing}",
+            f"recovered step {self.step} from {self.source}: {total / 1e6:.1f} MB, {len(self.bytes_per_rank)} ranks, {timing}",
             f"  run {self.run}, incarnation {self.incarnation}, grown from incarnation {self.parent_incarnation}",
         ]
         lines += [f"  rejected {r.candidate}: {r.reason}" for r in self.rejected]
@@ -154,7 +155,10 @@ class StorageSource:
         if row.key not in self._headers:
             header = self._repository.read_header(row)
             if header.name != self._manifest.name:
-                raise IntegrityError(f"object belongs to another attempt: key={row.key} header={header.name} manifest={self._manifest.name}")
+                raise IntegrityError(
+                    f"object belongs to another attempt: key={row.key} header={header.name} "
+                    f"manifest={self._manifest.name}"
+                )
             self._headers[row.key] = header
         return self._headers[row.key]
 
@@ -162,10 +166,13 @@ class StorageSource:
 def restore_shards(
     source: Source, state: TrainingState, candidate: Candidate, *, parts: Sequence[str] | None, trace: Trace
 ) -> int:
-    """Copy every needed shard (of these parts only, where given) from the source into the training state; return the bytes read.
+    """Copy every needed shard (of these parts only, where given) from the source into the training state.
 
-    Nothing is written to the state unless the whole plan covers it; a shard is written after its checksum was found right. When this
-    raises (IntegrityError, MismatchError, StorageError) the state is partly overwritten: restore another candidate or stop.
+    Return the bytes read.
+
+    Nothing is written to the state unless the whole plan covers it; a shard is written after its checksum was found
+    right. When this raises (IntegrityError, MismatchError, StorageError) the state is partly overwritten: restore
+    another candidate or stop.
     """
     targets = [i for i, shard in enumerate(state.needed) if parts is None or shard.part in parts]
     needed = [state.needed[i] for i in targets]
@@ -176,17 +183,20 @@ def restore_shards(
 
     def fill(job: tuple[int, tuple[Piece, ...]]) -> int:
         row = placed[job[0]]
-        with budget.take(row.shard.size_bytes), trace.span("recover.read", shard=row.shard.name, bytes=row.shard.size_bytes):
-            with source.read(row) as view:
-                actual = crc32c(view)
-                if actual != row.crc32c:
-                    raise ShardCorruptError(
-                        f"shard checksum mismatch: shard={row.shard.name} holder={row.holder} candidate={candidate} "
-                        f"expected={row.crc32c} actual={actual}"
-                    )
-                for piece in job[1]:
-                    with view[piece.source_offset : piece.source_offset + piece.length_bytes] as part:
-                        state.write_shard(targets[piece.target], piece.target_offset, part)
+        with (
+            budget.take(row.shard.size_bytes),
+            trace.span("recover.read", shard=row.shard.name, bytes=row.shard.size_bytes),
+            source.read(row) as view,
+        ):
+            actual = crc32c(view)
+            if actual != row.crc32c:
+                raise ShardCorruptError(
+                    f"shard checksum mismatch: shard={row.shard.name} holder={row.holder} candidate={candidate} "
+                    f"expected={row.crc32c} actual={actual}"
+                )
+            for piece in job[1]:
+                with view[piece.source_offset : piece.source_offset + piece.length_bytes] as part:
+                    state.write_shard(targets[piece.target], piece.target_offset, part)
         return row.shard.size_bytes
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="moc-read") as pool:

@@ -1,7 +1,8 @@
 """Typed operations over a store and the format: what can be listed, read and written in a repository.
 
-Invariants kept here: a manifest is put only through `put_manifest` (after its objects, see `moc.commit`); records are read back only
-through their self-checksums; every object key that a manifest names is parsed, so no path can leave its folder.
+Invariants kept here: a manifest is put only through `put_manifest` (after its objects, see `moc.commit`); records are
+read back only through their self-checksums; every object key that a manifest names is parsed, so no path can leave its
+folder.
 """
 
 from __future__ import annotations
@@ -82,13 +83,17 @@ class Repository:
         return self.store.properties.url
 
     def exists(self) -> bool:
-        """Return whether there is a repository that this version can use; raises FormatUnsupportedError if there is another kind."""
+        """Return whether there is a repository that this version can use.
+
+        Raises FormatUnsupportedError if there is another kind.
+        """
         try:
             content = self.store.read(FORMAT_KEY, limit_bytes=4096)
         except ObjectMissingError:
             if self.store.list(MANIFESTS) or self.store.list(INCARNATIONS):
                 raise FormatUnsupportedError(
-                    f"repository has manifests but no {FORMAT_KEY}: url={self.url} allowed=the file {FORMAT_KEY!r} as written at creation"
+                    f"repository has manifests but no {FORMAT_KEY}: url={self.url} allowed=the file {FORMAT_KEY!r} as "
+                    "written at creation"
                 ) from None
             return False
         decode_format(content, url=self.url)
@@ -115,7 +120,10 @@ class Repository:
             try:
                 record = decode_incarnation(self.store.read(entry.key, limit_bytes=RECORD_LIMIT_BYTES), name=entry.key)
                 if (record.run, record.number) != parsed:
-                    raise MismatchError(f"record names another life than its key: key={entry.key} run={record.run} number={record.number}")
+                    raise MismatchError(
+                        f"record names another life than its key: key={entry.key} run={record.run} "
+                        f"number={record.number}"
+                    )
                 records.append(record)
             except (IntegrityError, MismatchError, ObjectMissingError) as error:
                 findings.append(Finding(key=entry.key, error=error))
@@ -127,7 +135,10 @@ class Repository:
         return tuple(sorted((p for p in parsed if p is not None), key=lambda p: (p[1], p[0])))
 
     def put_incarnation(self, record: Incarnation) -> None:
-        """Write an incarnation record; raises FencedError where the store enforces create-only and another life has the number."""
+        """Write an incarnation record.
+
+        Raises FencedError where the store enforces create-only and another life has the number.
+        """
         self.store.put(
             incarnation_key(record.run, record.number), [memoryview(encode_incarnation(record))], create_only=True
         )
@@ -171,7 +182,10 @@ class Repository:
         self.store.put(key, segments)
 
     def read_header(self, row: ObjectRow) -> ObjectHeader:
-        """Read and check an object's header against its manifest row; raises ShardCorruptError naming key and what differs."""
+        """Read and check an object's header against its manifest row.
+
+        Raises ShardCorruptError naming key and what differs.
+        """
         size = self.store.size_bytes(row.key)
         if size != row.size_bytes:
             raise ShardCorruptError(f"object has a wrong size: key={row.key} expected={row.size_bytes} actual={size}")
@@ -181,7 +195,9 @@ class Repository:
         self.store.read_into(row.key, 0, memoryview(encoded))
         actual = crc32c(encoded)
         if actual != row.header_crc32c:
-            raise ShardCorruptError(f"object header checksum mismatch: key={row.key} expected={row.header_crc32c} actual={actual}")
+            raise ShardCorruptError(
+                f"object header checksum mismatch: key={row.key} expected={row.header_crc32c} actual={actual}"
+            )
         if header_length(bytes(encoded[:8]), key=row.key) != row.header_bytes:
             raise ShardCorruptError(f"object header has a wrong length: key={row.key} expected={row.header_bytes}")
         header = parse_header(bytes(encoded), key=row.key)
@@ -209,7 +225,10 @@ class Repository:
         return tuple(sorted(str(victim) for victim in fields.rows("victims")))
 
     def put_victims(self, run: str, incarnation: int, victims: Sequence[str]) -> None:
-        """Replace the victim list; the one key that is re-written, by its own life only, because it is not part of any checkpoint."""
+        """Replace the victim list.
+
+        The one key that is re-written, by its own life only, because it is not part of any checkpoint.
+        """
         self.store.put(victims_key(run, incarnation), [memoryview(seal_record({"victims": sorted(victims)}))])
 
     def victim_lists(self) -> list[Entry]:

@@ -1,7 +1,8 @@
 """One rank's part in the job's lives: from attach to detach, without torch.
 
-A session holds what belongs to the present life (arena mapping, snapshotter, link to the agent) and decides at every boundary whether to
-take a snapshot and whether it becomes a checkpoint. `moc.manager` puts an engine in front of it, the crash tests plain memory.
+A session holds what belongs to the present life (arena mapping, snapshotter, link to the agent) and decides at every
+boundary whether to take a snapshot and whether it becomes a checkpoint. `moc.manager` puts an engine in front of it,
+the crash tests plain memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from moc.agent.runtime import node_identity, runtime_folder
 from moc.agreement import agree, decide, exchange
 from moc.attach import Origin, Recovered, Request, recover_life, write_life
 from moc.clock import Clock
-from moc.errors import ClosedError, MocError, SaveFailedError, StoreUnavailableError, TopologyError, UsageError, WaitTimeoutError
+from moc.errors import (
+    ClosedError,
+    MocError,
+    SaveFailedError,
+    StoreUnavailableError,
+    TopologyError,
+    UsageError,
+    WaitTimeoutError,
+)
 from moc.format.manifest import Incarnation, encode_incarnation
 from moc.plan.freeing import attempt_id
 from moc.plan.layout import arrange_arena
@@ -77,7 +86,9 @@ class SaveHandle:
         while True:
             left_s = deadline_s - self.clock.now_s()
             if left_s <= 0:
-                raise WaitTimeoutError(f"save did not end in time: step={self.step} attempt={self.attempt} timeout_s={timeout_s}")
+                raise WaitTimeoutError(
+                    f"save did not end in time: step={self.step} attempt={self.attempt} timeout_s={timeout_s}"
+                )
             reply = self._ask(min(left_s, WAIT_SLICE_S))
             if reply["state"] == "committed":
                 return
@@ -122,10 +133,20 @@ class Session:
     """Thread: the training thread. Collective methods say so."""
 
     def __init__(
-        self, state: TrainingState, world: World, request: Request, *, ep_sizes: tuple[tuple[str, int], ...], software: Mapping[str, str],
-        clock: Clock, trace: Trace,
+        self,
+        state: TrainingState,
+        world: World,
+        request: Request,
+        *,
+        ep_sizes: tuple[tuple[str, int], ...],
+        software: Mapping[str, str],
+        clock: Clock,
+        trace: Trace,
     ) -> None:
-        """Recover and begin a life. Collective. Blocks: for recovery and the creation of the arena. Raises: MocError, the same everywhere."""
+        """Recover and begin a life.
+
+        Collective. Blocks: for recovery and the creation of the arena. Raises: MocError, the same everywhere.
+        """
         self._state, self._world, self._request = state, world, request
         self._clock, self._trace, self._software = clock, trace, dict(software)
         self._closed = False
@@ -176,7 +197,10 @@ class Session:
             self._life.snapshotter.wait_copied()
 
     def boundary(self) -> bool:
-        """End a step: heartbeat, snapshot, agreement. Collective, without waiting. Returns True if the ranks agreed to terminate."""
+        """End a step:
+
+        heartbeat, snapshot, agreement. Collective, without waiting. Returns True if the ranks agreed to terminate.
+        """
         self._refuse_closed()
         step, config, life = self._state.step, self._request.config, self._life
         now_ns = int(self._clock.now_s() * 1e9)
@@ -207,7 +231,10 @@ class Session:
         return SaveHandle(step=step, attempt=attempt, problem=problem, link=life.link, clock=self._clock)
 
     def ask_to_terminate(self) -> None:
-        """Ask for a durable save at the next boundary on which all ranks agree. Thread: any, signal handlers included."""
+        """Ask for a durable save at the next boundary on which all ranks agree.
+
+        Thread: any, signal handlers included.
+        """
         self._terminate.set()
 
     def begin_life(self, reason: str) -> None:
@@ -223,7 +250,11 @@ class Session:
         self._life = self._begin(record, origin)
 
     def close(self, *, is_collective: bool) -> None:
-        """Leave. Collective: all ranks seal, then the agent persists the newest snapshot and exits. Otherwise: just stop, the agent stays."""
+        """Leave.
+
+        Collective: all ranks seal, then the agent persists the newest snapshot and exits. Otherwise: just stop, the
+        agent stays.
+        """
         if self._closed:
             return
         self._closed = True
@@ -248,7 +279,10 @@ class Session:
     # Inside
 
     def _drain(self, life: _Life) -> None:
-        """Have the agent persist and leave; while the arena is mapped here, an agent that dies meanwhile is replaced."""
+        """Have the agent persist and leave.
+
+        While the arena is mapped here, an agent that dies meanwhile is replaced.
+        """
         timeout_s = self._request.config.timeout_s
         for attempt in range(1, DRAIN_ATTEMPTS + 1):
             life.link.wait_connected(timeout_s)
@@ -306,13 +340,17 @@ class Session:
         first = {node: min(rank for rank, fact in enumerate(facts) if fact["node"] == node) for node in nodes}
         order = sorted(nodes, key=lambda node: first[node])
         self._topology = Topology(
-            world_size=self._world.size, node_of_rank=tuple(order.index(fact["node"]) for fact in facts), ep_sizes=ep_sizes
+            world_size=self._world.size,
+            node_of_rank=tuple(order.index(fact["node"]) for fact in facts),
+            ep_sizes=ep_sizes,
         )
         if self._topology.node_count > 1:
             raise TopologyError(f"this version serves one node: nodes={self._topology.node_count} allowed=1")
         differing = [r for r, fact in enumerate(facts) if fact["fingerprint"] != facts[0]["fingerprint"]]
         if differing:
-            raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
+            raise TopologyError(
+                f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's"
+            )
         self._catalogs = [fact["catalog"] for fact in facts]
         self._tensors = agree(self._world, lambda: check_coverage(s for c in self._rank_catalogs() for s in c.shards))
         agree(self._world, self._refuse_over_budget)
@@ -323,7 +361,9 @@ class Session:
         budget = self._request.config.memory_budget_bytes
         arena = arrange_arena(tuple(self._rank_catalogs()), versions=self._versions, descriptor_bytes=0)
         if budget is not None and arena.size_bytes > budget:
-            raise UsageError(f"snapshots do not fit: arena_bytes={arena.size_bytes} allowed=memory_budget_bytes={budget}")
+            raise UsageError(
+                f"snapshots do not fit: arena_bytes={arena.size_bytes} allowed=memory_budget_bytes={budget}"
+            )
 
     @property
     def _versions(self) -> int:
@@ -342,7 +382,13 @@ class Session:
             repository.close()
         number = max(newest, former.record.number) + 1
         return replace(
-            self._recovered.origin, number=number, token=os.urandom(4).hex(), lineage=former.lineage, links=(), candidates=(), is_stored=True
+            self._recovered.origin,
+            number=number,
+            token=os.urandom(4).hex(),
+            lineage=former.lineage,
+            links=(),
+            candidates=(),
+            is_stored=True,
         )
 
     def _begin(self, record: Incarnation, origin: Origin) -> _Life:
@@ -361,7 +407,9 @@ class Session:
                 client = AgentClient.connect(folder, timeout_s=config.timeout_s)
                 try:
                     descriptor = self._descriptor(record, lineage)
-                    client.request("begin", {"incarnation": record.number, "descriptor": descriptor}, timeout_s=config.timeout_s)
+                    client.request(
+                        "begin", {"incarnation": record.number, "descriptor": descriptor}, timeout_s=config.timeout_s
+                    )
                 finally:
                     client.close()
 

@@ -1,8 +1,9 @@
 """The training state as values: tensors, experts, shards, and which rank holds what.
 
-A *tensor* is logical and whole, named by parameter name and part (`master`, `exp_avg`, `exp_avg_sq`, `weight`, ...). An expert's
-parameters are named with the expert's *global* index, as an engine with expert-parallel size 1 would name them. A *shard* is a
-contiguous flat range of one tensor: the unit of planning, I/O and checksum. Everything here is pure.
+A *tensor* is logical and whole, named by parameter name and part (`master`, `exp_avg`, `exp_avg_sq`, `weight`, ...). An
+expert's parameters are named with the expert's *global* index, as an engine with expert-parallel size 1 would name
+them. A *shard* is a contiguous flat range of one tensor: the unit of planning, I/O and checksum. Everything here is
+pure.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class Expert:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A contiguous flat range of one logical tensor; `offset` and `length` count elements, `shape` is the whole tensor's."""
+    """A contiguous flat range of one logical tensor.
+
+    `offset` and `length` count elements, `shape` is the whole tensor's.
+    """
 
     tensor: str
     part: str
@@ -142,14 +146,20 @@ def shard_order(shard: Shard) -> tuple[bool, tuple[int, int], str, str, int]:
 
 
 def catalog_digest(catalogs: Iterable[RankCatalog]) -> str:
-    """Return 16 hex digits over who holds which shard; equal catalogs give equal digests on every rank and hash seed."""
+    """Return 16 hex digits over who holds which shard.
+
+    Equal catalogs give equal digests on every rank and hash seed.
+    """
     rows = [[c.rank, [s.to_json() for s in c.shards]] for c in sorted(catalogs, key=lambda c: c.rank)]
     encoded = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
     return hashlib.sha256(encoded).hexdigest()[:16]
 
 
 def check_coverage(shards: Iterable[Shard]) -> int:
-    """Raise CoverageError unless the shards cover every element of every tensor exactly once; return the number of tensors."""
+    """Raise CoverageError unless the shards cover every element of every tensor exactly once.
+
+    Return the number of tensors.
+    """
     by_tensor: dict[tuple[str, str], list[Shard]] = {}
     for shard in shards:
         by_tensor.setdefault((shard.tensor, shard.part), []).append(shard)
@@ -161,7 +171,9 @@ def check_coverage(shards: Iterable[Shard]) -> int:
                 raise CoverageError(f"shards of one tensor disagree: tensor={tensor} part={part} {first} {piece}")
             if piece.offset != reached:
                 what = "gap" if piece.offset > reached else "overlap"
-                raise CoverageError(f"{what} in tensor={tensor} part={part} expected_offset={reached} offset={piece.offset}")
+                raise CoverageError(
+                    f"{what} in tensor={tensor} part={part} expected_offset={reached} offset={piece.offset}"
+                )
             reached += piece.length
         if reached != prod(first.shape):
             raise CoverageError(f"gap in tensor={tensor} part={part} covered={reached} elements={prod(first.shape)}")

@@ -14,7 +14,8 @@ class Topology:
     """Who runs where, and how experts are spread.
 
     `node_of_rank[r]` is the node index of global rank r, nodes counted from 0 in the order of their lowest rank.
-    `ep_sizes` maps each DeepSpeed expert group name to its expert-parallel size, sorted by name; empty for dense models.
+    `ep_sizes` maps each DeepSpeed expert group name to its expert-parallel size, sorted by name; empty for dense
+    models.
     """
 
     world_size: int
@@ -29,7 +30,8 @@ class Topology:
         for name, size in self.ep_sizes:
             if size < 1 or self.world_size % size:
                 raise TopologyError(
-                    f"expert-parallel size must divide the world size: group={name} ep_size={size} world_size={self.world_size}"
+                    f"expert-parallel size must divide the world size: group={name} ep_size={size} "
+                    f"world_size={self.world_size}"
                 )
 
     @property

@@ -1,7 +1,7 @@
 """Spans around every step of a workflow: timings, a per-process trace file, and the kill points of the crash tests.
 
-A span is named ``area.verb``. A `Trace` calls its sinks at the beginning and at the end of each span; a test passes a sink
-that kills the process at a chosen span, which is why production code contains no test hooks.
+A span is named ``area.verb``. A `Trace` calls its sinks at the beginning and at the end of each span; a test passes a
+sink that kills the process at a chosen span, which is why production code contains no test hooks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from pathlib import Path
 __all__ = ["JsonLinesSink", "Sink", "Trace"]
 
 Sink = Callable[[str, str, dict[str, object]], None]
-"""Called as ``sink(event, span, fields)`` with event ``"begin"``, ``"end"`` or ``"error"``; thread: any; must not block for long."""
+"""Called as ``sink(event, span, fields)`` with event ``"begin"``, ``"end"`` or ``"error"``;
+
+thread: any; must not block for long.
+"""
 
 
 class Trace:
@@ -45,7 +48,8 @@ class Trace:
 class JsonLinesSink:
     """Append one JSON line per event to a file. Thread: any. Blocks: for one buffered line write.
 
-    A line that cannot be written is dropped and counted in `dropped`: a full disk under the traces must not stop training.
+    A line that cannot be written is dropped and counted in `dropped`: a full disk under the traces must not stop
+    training.
     """
 
     def __init__(self, path: Path) -> None:

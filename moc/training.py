@@ -1,6 +1,7 @@
 """The port between the torch-free core and whatever trains: what a snapshot reads and what a restore writes.
 
-`moc.adapters.deepspeed` implements it for a DeepSpeed engine; the crash tests implement it over plain memory. One object per rank.
+`moc.adapters.deepspeed` implements it for a DeepSpeed engine; the crash tests implement it over plain memory. One
+object per rank.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ class TrainingState(Protocol):
 
     @property
     def needed(self) -> tuple[Shard, ...]:
-        """Return the shards this rank must receive at a restore, sorted; a superset of the catalog where others hold a part."""
+        """Return the shards this rank must receive at a restore, sorted.
+
+        A superset of the catalog where others hold a part.
+        """
 
     @property
     def fingerprint(self) -> Mapping[str, object]:
@@ -36,38 +40,53 @@ class TrainingState(Protocol):
     def copy_shards(self, targets: array[int], crcs: array[int]) -> None:
         """Copy every catalog shard i to address `targets[i]` ('Q') and put its crc32c into `crcs[i]` ('I').
 
-        Thread: the snapshot thread, while forward and backward passes run. The memory read here must not change before the next
-        weight update. Blocks: until all bytes are in place.
+        Thread: the snapshot thread, while forward and backward passes run. The memory read here must not change before
+        the next weight update. Blocks: until all bytes are in place.
         """
 
     def capture(self) -> dict[str, object]:
         """Return what the next forward pass or the loop may change: counters, RNG, scalers, buffers, stateful objects.
 
-        The result is a tree of None, bool, int, float, str, bytes, list, tuple, dict and `moc.format.tagged.ArrayValue`; arrays may alias
-        live memory, so the caller must encode the tree before it returns to the training loop.
+        The result is a tree of None, bool, int, float, str, bytes, list, tuple, dict and
+        `moc.format.tagged.ArrayValue`; arrays may alias live memory, so the caller must encode the tree before it
+        returns to the training loop.
         """
 
     def begin_restore(self) -> None:
-        """Create what a fresh engine does not have yet (optimizer moments), so that every needed shard has memory to receive it."""
+        """Create what a fresh engine does not have yet (optimizer moments), so that every needed shard has memory to
+        receive it.
+        """
 
     def write_shard(self, index: int, offset: int, view: memoryview) -> None:
-        """Copy `view` into needed shard `index`, starting at element `offset` of that shard. Thread: any; distinct ranges in parallel."""
+        """Copy `view` into needed shard `index`, starting at element `offset` of that shard.
+
+        Thread: any; distinct ranges in parallel.
+        """
 
     def apply(self, tree: Mapping[str, object]) -> None:
-        """Apply a captured tree's counters, hyper-parameters and buffers. Not collective: it may raise on one rank alone."""
+        """Apply a captured tree's counters, hyper-parameters and buffers.
+
+        Not collective: it may raise on one rank alone.
+        """
 
     def derive_weights(self) -> None:
-        """Derive from the shards what follows from them (low-precision weights, running optimizer powers). Collective."""
+        """Derive from the shards what follows from them (low-precision weights, running optimizer powers).
+
+        Collective.
+        """
 
     def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
         """Load the stateful objects, and the RNG last, so that nothing draws from it afterwards. Not collective.
 
-        `exact_rank` is False when the tree was captured by another rank (the world size changed): per-rank items are then derived.
+        `exact_rank` is False when the tree was captured by another rank (the world size changed): per-rank items are
+        then derived.
         """
 
 
 class World(Protocol):
-    """The few collectives that the workflows need, on a side channel of their own. Thread: the training thread. Blocks: with a timeout.
+    """The few collectives that the workflows need, on a side channel of their own.
+
+    Thread: the training thread. Blocks: with a timeout.
 
     Every method is called by all ranks in the same order.
     """

@@ -1,6 +1,7 @@
 """A trainer's or the command line's connection to the node agent.
 
-The verbs `hello` and `drain` keep their meaning in every version, so that a new trainer can talk an old agent into leaving.
+The verbs `hello` and `drain` keep their meaning in every version, so that a new trainer can talk an old agent into
+leaving.
 """
 
 from __future__ import annotations
@@ -39,11 +40,17 @@ class AgentClient:
         return cls(wire.connect(str(folder / SOCKET_NAME), timeout_s), folder)
 
     def request(
-        self, verb: str, fields: Mapping[str, object] | None = None, descriptors: Sequence[int] = (), *, timeout_s: float | None = None
+        self,
+        verb: str,
+        fields: Mapping[str, object] | None = None,
+        descriptors: Sequence[int] = (),
+        *,
+        timeout_s: float | None = None,
     ) -> tuple[wire.Message, list[int]]:
         """Send a request and return the reply and its descriptors.
 
-        Raises: UsageError or CoordinationError with the words of an agent that refuses, WaitTimeoutError, StoreUnavailableError if it is gone.
+        Raises: UsageError or CoordinationError with the words of an agent that refuses, WaitTimeoutError,
+        StoreUnavailableError if it is gone.
         """
         with self._lock:
             before = self._sock.gettimeout()
@@ -54,7 +61,9 @@ class AgentClient:
                 reply, received = wire.receive(self._sock)
             except TimeoutError as error:
                 self._sock.close()  # the late reply must not answer the next request
-                raise WaitTimeoutError(f"agent did not answer in time: verb={verb} timeout_s={timeout_s or before}") from error
+                raise WaitTimeoutError(
+                    f"agent did not answer in time: verb={verb} timeout_s={timeout_s or before}"
+                ) from error
             except (OSError, ValueError) as error:
                 raise StoreUnavailableError(f"agent is gone: verb={verb} reason={error}") from error
             if timeout_s is not None:
@@ -67,7 +76,10 @@ class AgentClient:
         return reply, received
 
     def ring(self) -> None:
-        """Tell the agent that there is something to see; never blocks, and a lost bell costs the agent's polling interval."""
+        """Tell the agent that there is something to see.
+
+        Never blocks, and a lost bell costs the agent's polling interval.
+        """
         try:
             self._sock.setblocking(False)
             wire.send(self._sock, {"verb": "bell"})
@@ -78,7 +90,10 @@ class AgentClient:
         """Return whether the agent has closed this connection; never blocks."""
         poller = select.poll()
         poller.register(self._sock, select.POLLRDHUP)
-        return any(event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poller.poll(0))
+        return any(
+            event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL)
+            for _, event in poller.poll(0)
+        )
 
     def hello(self, *, rank: int | None, incarnation: int | None) -> wire.Message:
         """Introduce this process, with a pidfd of it; the agent watches the pidfd of a trainer."""
@@ -94,7 +109,10 @@ class AgentClient:
         return self.request("status")[0]
 
     def drain(self, timeout_s: float = DRAIN_TIMEOUT_S) -> wire.Message:
-        """Have the agent persist the newest global snapshot and leave; returns once it is persisted and its lock is free."""
+        """Have the agent persist the newest global snapshot and leave.
+
+        Returns once it is persisted and its lock is free.
+        """
         reply, _ = self.request("drain", timeout_s=timeout_s)
         self.close()
         _wait_unlocked(self.folder)
@@ -105,12 +123,17 @@ class AgentClient:
 
 
 def ensure_agent(
-    folder: Path, *, run: str, idle_s: float, timeout_s: float, before_drain: Callable[[AgentClient], None] | None = None
+    folder: Path,
+    *,
+    run: str,
+    idle_s: float,
+    timeout_s: float,
+    before_drain: Callable[[AgentClient], None] | None = None,
 ) -> AgentClient:
     """Return a connection to this version's agent, starting one if need be and draining one of another version.
 
-    `before_drain` may refuse, by raising, to drain an agent whose job is alive. Called by one trainer per node. Blocks: about 0.3 s for a
-    start, longer for a drain.
+    `before_drain` may refuse, by raising, to drain an agent whose job is alive. Called by one trainer per node. Blocks:
+    about 0.3 s for a start, longer for a drain.
     """
     for _ in range(3):  # connect; replace an old version; start
         try:
@@ -145,7 +168,9 @@ def _start(folder: Path, *, run: str, idle_s: float) -> None:
             )
         os.close(ready_child)
         ready_child = -1
-        starter.wait(START_TIMEOUT_S)  # it forks the agent and leaves, so that nobody finds the agent among our children
+        starter.wait(
+            START_TIMEOUT_S
+        )  # it forks the agent and leaves, so that nobody finds the agent among our children
         with os.fdopen(ready, "rb") as stream:
             ready = -1
             stream.read()  # ends when the agent listens, or has died

@@ -63,7 +63,9 @@ class Custody:
     def create(cls, descriptor: Mapping[str, Any], *, earlier: Custody | None) -> Custody:
         """Create an arena for a life. Blocks: about 0.7 s per GB. Raises: UsageError if it does not fit."""
         layout = arrange_arena(
-            tuple(RankCatalog.from_json(row) for row in descriptor["catalogs"]), versions=descriptor["versions"], descriptor_bytes=descriptor_room(descriptor)
+            tuple(RankCatalog.from_json(row) for row in descriptor["catalogs"]),
+            versions=descriptor["versions"],
+            descriptor_bytes=descriptor_room(descriptor),
         )
         held_bytes = 0 if earlier is None else earlier.arena.size_bytes
         _refuse_if_too_large(layout.size_bytes, descriptor["memory_budget_bytes"], held_bytes)
@@ -132,7 +134,10 @@ class Custody:
             return set(self._pins)
 
     def scan(self) -> list[Moment]:
-        """Look at all records, free what nothing needs; return the complete saves of this life that have not ended, ascending."""
+        """Look at all records, free what nothing needs.
+
+        Return the complete saves of this life that have not ended, ascending.
+        """
         self._refresh()
         ranks, incarnation = self.life.ranks, self.life.record.number
         seals = self._seals()
@@ -149,9 +154,7 @@ class Custody:
             self.earlier = None
         wanted = self.unfinished_saves()
         pinned = self.pinned() | {(incarnation, moment) for moment in wanted}
-        for seal in freeable(
-            seals, ranks, incarnation, pinned=pinned, source=self._source, hopeless=self.hopeless
-        ):
+        for seal in freeable(seals, ranks, incarnation, pinned=pinned, source=self._source, hopeless=self.hopeless):
             self._free(seal.rank, seal.record)
         return [moment for moment in complete if moment in wanted]
 
@@ -164,9 +167,16 @@ class Custody:
         }
 
     def recovery_source(self, parent: Parent | None) -> dict[int, SealRecord]:
-        """Return the seals that the present life was recovered from, by rank; empty if memory does not hold all of them."""
+        """Return the seals that the present life was recovered from, by rank.
+
+        Empty if memory does not hold all of them.
+        """
         self._refresh()
-        steps = [] if parent is None else [r for r in self._records.values() if (r.incarnation, r.step) == (parent.incarnation, parent.step)]
+        steps = (
+            []
+            if parent is None
+            else [r for r in self._records.values() if (r.incarnation, r.step) == (parent.incarnation, parent.step)]
+        )
         for attempt in sorted({record.attempt for record in steps}, reverse=True):
             records = self.records_of(steps[0].incarnation, (steps[0].step, attempt))
             if set(records) == set(self.life.ranks):
@@ -188,7 +198,10 @@ class Custody:
         }
 
     def source(self) -> Custody:
-        """Return the custody that a recovery reads from: the earlier life's until a life on this memory has had a global step."""
+        """Return the custody that a recovery reads from:
+
+        the earlier life's until a life on this memory has had a global step.
+        """
         return self.earlier if self.earlier is not None and self._is_source_earlier else self
 
     def inventory(self) -> dict[str, object]:
@@ -266,8 +279,13 @@ def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: 
         raise UsageError(f"snapshots do not fit: arena_bytes={size_bytes} allowed=memory_budget_bytes={budget_bytes}")
     free = available_memory_bytes() - RESERVE_BYTES
     if size_bytes > free:
-        hint = f"; {held_bytes} bytes are held for the earlier life, `moc agent stop` persists and frees them" if held_bytes else ""
+        hint = (
+            f"; {held_bytes} bytes are held for the earlier life, `moc agent stop` persists and frees them"
+            if held_bytes
+            else ""
+        )
         raise UsageError(
-            f"snapshots do not fit: arena_bytes={size_bytes} allowed={free} (free memory less a reserve); fewer versions or ranks per "
+            f"snapshots do not fit: arena_bytes={size_bytes} allowed={free} (free memory less a reserve); fewer "
+            "versions or ranks per "
             f"node make it smaller{hint}"
         )

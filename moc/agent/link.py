@@ -1,7 +1,7 @@
 """A trainer's standing relation to its agent: the bell, and a new agent when the old one has died.
 
-Nothing here blocks the training thread: reconnecting happens on a thread of its own, and while there is no agent snapshots go on until
-the arena has no free record.
+Nothing here blocks the training thread: reconnecting happens on a thread of its own, and while there is no agent
+snapshots go on until the arena has no free record.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ RECONNECT_ATTEMPTS = 150  # 30 s; after that the next boundary starts over
 class AgentLink:
     """Thread: `ring` from the copy thread, the rest from the training thread."""
 
-    def __init__(self, folder: Path, *, run: str, rank: int, is_leader: bool, incarnation: int, idle_s: float, arena: Arena) -> None:
+    def __init__(
+        self, folder: Path, *, run: str, rank: int, is_leader: bool, incarnation: int, idle_s: float, arena: Arena
+    ) -> None:
         """`is_leader` marks the one trainer of the node that starts agents."""
         self.folder, self._run, self._rank, self._is_leader = folder, run, rank, is_leader
         self._incarnation, self._idle_s, self._arena = incarnation, idle_s, arena

@@ -38,7 +38,8 @@ WRITERS = 4  # ranks persisted at once
 class SaveJob:
     """One save: the seals of all ranks at one moment, pinned until `on_end`, and the life whose checkpoint they become.
 
-    Without records the job only looks up what the life has committed. `descriptor` is that of the arena the seals are in.
+    Without records the job only looks up what the life has committed. `descriptor` is that of the arena the seals are
+    in.
     """
 
     arena: Arena
@@ -65,7 +66,9 @@ class Outcome:
 class Persister:
     """Owns the persist thread. Thread: public methods from any; `on_end` is called on the persist thread."""
 
-    def __init__(self, *, on_end: Callable[[SaveJob, list[Outcome]], None], now_s: Callable[[], float], trace: Trace) -> None:
+    def __init__(
+        self, *, on_end: Callable[[SaveJob, list[Outcome]], None], now_s: Callable[[], float], trace: Trace
+    ) -> None:
         self._on_end, self._now_s, self._trace = on_end, now_s, trace
         self._jobs: queue.Queue[SaveJob | None] = queue.Queue(QUEUE_LIMIT)
         self._repository: Repository | None = None
@@ -119,13 +122,15 @@ class Persister:
 
     def _save(self, job: SaveJob) -> int:
         repository = self._prepare(job)
-        if job.name in self._commits:  # by an agent that died before it could say so; a key is written with one content only
+        if job.name in self._commits:
+            # By an agent that died before it could say so; a key is written with one content only.
             return repository.read_manifest(job.name).size_bytes
-        with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
-            with ThreadPoolExecutor(WRITERS, thread_name_prefix="moc-write") as pool:
-                receipts = list(
-                    pool.map(lambda r: persist_rank(job.arena, r, repository, trace=self._trace), job.records.values())
-                )
+        with (
+            self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt),
+            ThreadPoolExecutor(WRITERS, thread_name_prefix="moc-write") as pool,
+        ):
+            writes = pool.map(lambda r: persist_rank(job.arena, r, repository, trace=self._trace), job.records.values())
+            receipts = list(writes)
         manifest = build_manifest(_commit_plan(job.descriptor), job.name, self._parent(job), receipts)
         commit(repository, manifest, trace=self._trace)
         self._commits.append(job.name)
@@ -179,7 +184,10 @@ class Persister:
         return Parent(incarnation=earlier.incarnation, step=earlier.step, attempt=earlier.attempt)
 
     def _put_life(self, repository: Repository, life: Incarnation) -> None:
-        """Write the life's record if a recovery without storage could not; raises FencedError if its number was taken meanwhile."""
+        """Write the life's record if a recovery without storage could not.
+
+        Raises FencedError if its number was taken meanwhile.
+        """
         if (life.run, life.number) not in repository.incarnation_numbers():
             repository.put_incarnation(life)
             return
@@ -187,9 +195,13 @@ class Persister:
         held = [record for record in records if record.number == life.number]
         if not held:
             listed = "; ".join(map(str, findings))
-            raise ManifestCorruptError(f"the record of this life is unreadable: run={life.run} incarnation={life.number} {listed}")
+            raise ManifestCorruptError(
+                f"the record of this life is unreadable: run={life.run} incarnation={life.number} {listed}"
+            )
         if held[-1].token != life.token:
-            raise FencedError(f"another life has this number: run={life.run} incarnation={life.number} token={held[-1].token}")
+            raise FencedError(
+                f"another life has this number: run={life.run} incarnation={life.number} token={held[-1].token}"
+            )
 
 
 def _commit_plan(descriptor: Mapping[str, Any]) -> CommitPlan:

@@ -9,7 +9,17 @@ from pathlib import Path
 from moc.errors import UsageError
 from moc.format.keys import check_run_id
 
-__all__ = ["LOCK_NAME", "LOG_NAME", "SOCKET_NAME", "default_root", "live_agents", "node_identity", "remember_run", "remembered_run", "runtime_folder"]
+__all__ = [
+    "LOCK_NAME",
+    "LOG_NAME",
+    "SOCKET_NAME",
+    "default_root",
+    "live_agents",
+    "node_identity",
+    "remember_run",
+    "remembered_run",
+    "runtime_folder",
+]
 
 SOCKET_NAME = "agent.sock"
 LOCK_NAME = "agent.lock"
@@ -27,7 +37,9 @@ def runtime_folder(run: str, root: Path | None) -> Path:
     base = default_root() if root is None else root
     folder = base.absolute() / check_run_id(run)
     if len(str(folder / SOCKET_NAME)) > SOCKET_PATH_LIMIT:
-        raise UsageError(f"runtime folder is too long for a socket: path={folder} allowed={SOCKET_PATH_LIMIT} characters")
+        raise UsageError(
+            f"runtime folder is too long for a socket: path={folder} allowed={SOCKET_PATH_LIMIT} characters"
+        )
     for path in (base, folder):
         _make_private(path)
     return folder
@@ -73,4 +85,7 @@ def _make_private(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or path.is_symlink():
-        raise UsageError(f"runtime folder is not private: path={path} owner={status.st_uid} mode={status.st_mode & 0o777:o} allowed=own, 700")
+        raise UsageError(
+            f"runtime folder is not private: path={path} owner={status.st_uid} mode={status.st_mode & 0o777:o} "
+            "allowed=own, 700"
+        )

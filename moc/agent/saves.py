@@ -41,7 +41,9 @@ class Waiter:
 class Saves:
     """Starts saves of sealed moments and remembers how they ended."""
 
-    def __init__(self, *, clock: Clock, trace: Trace, reply: Callable[[socket.socket, wire.Message], None], wake_fd: int) -> None:
+    def __init__(
+        self, *, clock: Clock, trace: Trace, reply: Callable[[socket.socket, wire.Message], None], wake_fd: int
+    ) -> None:
         """`wake_fd` is written to when a save has ended on the persist thread."""
         self._clock, self._reply, self._wake_fd = clock, reply, wake_fd
         self._persister = Persister(on_end=self.note_end, now_s=clock.now_s, trace=trace)
@@ -75,8 +77,20 @@ class Saves:
         self._first_seen_s.clear()
 
     def recall(self, custody: Custody) -> None:
-        """Have the persist thread look up what this life has committed already; for an agent that has adopted an arena."""
-        self._queue(custody, SaveJob(arena=custody.arena, records={}, life=custody.life.record, descriptor=custody.life.descriptor, pinned=None))
+        """Have the persist thread look up what this life has committed already.
+
+        For an agent that has adopted an arena.
+        """
+        self._queue(
+            custody,
+            SaveJob(
+                arena=custody.arena,
+                records={},
+                life=custody.life.record,
+                descriptor=custody.life.descriptor,
+                pinned=None,
+            ),
+        )
 
     def look(self, custody: Custody, *, may_start: bool) -> None:
         """Start what is complete, give up what cannot become complete."""
@@ -103,7 +117,10 @@ class Saves:
         self._remember(Outcome(name=name, size_bytes=0, seconds=0.0, error=f"save skipped: {reason}"))
 
     def persist_newest(self, custody: Custody) -> None:
-        """Save the newest global moment unless it is committed; of a life without one, what it was recovered from, as its own."""
+        """Save the newest global moment unless it is committed.
+
+        Of a life without one, what it was recovered from, as its own.
+        """
         custody.scan()
         life = custody.life.record
         if custody.newest is not None:
@@ -115,7 +132,9 @@ class Saves:
         records = source.recovery_source(life.parent)
         if not records:
             return
-        log.info("persisting the snapshot that this life was recovered from: step=%d", min(r.step for r in records.values()))
+        log.info(
+            "persisting the snapshot that this life was recovered from: step=%d", min(r.step for r in records.values())
+        )
         record = next(iter(records.values()))
         key = (record.incarnation, (record.step, record.attempt))
         job = SaveJob(
@@ -143,7 +162,12 @@ class Saves:
             outcome = None if incarnation is None else self._outcomes.get((incarnation, waiter.moment))
             if outcome is not None:
                 state = "failed" if outcome.error else "committed"
-                body = {"state": state, "reason": outcome.error, "bytes": outcome.size_bytes, "seconds": outcome.seconds}
+                body = {
+                    "state": state,
+                    "reason": outcome.error,
+                    "bytes": outcome.size_bytes,
+                    "seconds": outcome.seconds,
+                }
                 self._reply(waiter.connection, body)
             elif self._clock.now_s() >= waiter.deadline_s:
                 self._reply(waiter.connection, {"state": "pending"})

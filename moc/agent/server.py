@@ -205,12 +205,18 @@ class Agent:
         self._reply(connection, {"has_arena": True, "live": live, **self._custody.inventory()})
 
     def _fence(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        """Kill and reap trainers of earlier lives; what cannot be reaped is named, and its memory never written again."""
+        """Kill and reap trainers of earlier lives.
+
+        What cannot be reaped is named, and its memory never written again.
+        """
         killed, quarantined = self._trainers.fence(message["spare_pids"])
         self._reply(connection, {"killed": killed, "quarantined": quarantined})
 
     def _begin(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        """Begin a life: on the same memory if the layout is the same and nobody of an earlier life can still write to it."""
+        """Begin a life:
+
+        on the same memory if the layout is the same and nobody of an earlier life can still write to it.
+        """
         descriptor, held = message["descriptor"], self._custody
         if self._is_leaving:
             raise UsageError("the agent is leaving: attach again")
@@ -231,7 +237,11 @@ class Agent:
         if self._custody is None:
             self._custody = Custody(Arena.attach(descriptors.pop(0)))
             self._saves.recall(self._custody)
-            log.info("adopted an arena: incarnation=%d bytes=%d", self._custody.life.record.number, self._custody.arena.size_bytes)
+            log.info(
+                "adopted an arena: incarnation=%d bytes=%d",
+                self._custody.life.record.number,
+                self._custody.arena.size_bytes,
+            )
         self._reply(connection, {})
 
     def _arena(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
@@ -267,7 +277,13 @@ class Agent:
         for row in ranks:
             beat_ns = row.get("beat_ns")
             row["beat_age_s"] = (now_ns - beat_ns) / 1e9 if isinstance(beat_ns, int) and beat_ns else None
-        facts = {"run": self._run, "pid": os.getpid(), "version": moc.__version__, "leaving": self._is_leaving, "ranks": ranks}
+        facts = {
+            "run": self._run,
+            "pid": os.getpid(),
+            "version": moc.__version__,
+            "leaving": self._is_leaving,
+            "ranks": ranks,
+        }
         life = {
             "incarnation": None if custody is None else custody.life.record.number,
             "storage": None if custody is None else custody.life.descriptor["storage"],

@@ -48,7 +48,8 @@ class Trainers:
         if newest_incarnation is not None and trainer.incarnation < newest_incarnation:
             os.close(trainer.pidfd)
             raise UsageError(
-                f"a newer life has begun: rank={trainer.rank} incarnation={trainer.incarnation} newest={newest_incarnation}"
+                f"a newer life has begun: rank={trainer.rank} incarnation={trainer.incarnation} "
+                f"newest={newest_incarnation}"
             )
         held = self._by_rank.get(trainer.rank)
         if held is not None and held.is_alive and held.pid != trainer.pid:
@@ -67,7 +68,10 @@ class Trainers:
         return [t.pid for t in self.living() if t.incarnation != incarnation or t in self._displaced]
 
     def fence(self, spare_pids: list[int]) -> tuple[list[int], list[int]]:
-        """SIGKILL all but the spared, wait for their end; return the killed and those that would not die. Blocks: 10 s for each of those."""
+        """SIGKILL all but the spared, wait for their end.
+
+        Return the killed and those that would not die. Blocks: 10 s for each of those.
+        """
         killed, immortal = [], []
         for trainer in self.living():
             if trainer.pid not in spare_pids:
@@ -86,7 +90,10 @@ class Trainers:
         return [trainer.pid for trainer in killed], immortal
 
     def rows(self, arena: Arena | None) -> list[dict[str, object]]:
-        """Return one row per trainer: rank, pid, alive, incarnation and, where the arena has it, steps and heartbeat."""
+        """Return one row per trainer:
+
+        rank, pid, alive, incarnation and, where the arena has it, steps and heartbeat.
+        """
         rows: list[dict[str, object]] = []
         for trainer in sorted(self._all(), key=lambda t: (t.rank, t.incarnation)):
             row: dict[str, object] = {

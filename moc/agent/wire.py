@@ -39,7 +39,10 @@ def send(sock: socket.socket, message: Mapping[str, object], descriptors: Sequen
 
 
 def receive(sock: socket.socket) -> tuple[Message, list[int]]:
-    """Return the next message and its descriptors, which the caller closes; raises ConnectionError at the end, OSError, ValueError."""
+    """Return the next message and its descriptors, which the caller closes.
+
+    Raises ConnectionError at the end, OSError, ValueError.
+    """
     text, descriptors, flags, _ = socket.recv_fds(
         sock, PACKET_LIMIT_BYTES + 1, DESCRIPTOR_LIMIT, socket.MSG_CMSG_CLOEXEC
     )
@@ -74,7 +77,10 @@ def peer_is_me(sock: socket.socket) -> bool:
 
 
 def connect(path: str, timeout_s: float) -> socket.socket:
-    """Return a connection to an agent; raises UsageError for somebody else's socket, StoreUnavailableError where nobody listens."""
+    """Return a connection to an agent.
+
+    Raises UsageError for somebody else's socket, StoreUnavailableError where nobody listens.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.settimeout(timeout_s)
     try:

@@ -37,10 +37,14 @@ def read_catalogue(repository: Repository) -> Catalogue:
     """List a repository's checkpoints by what they are to recovery."""
     links = repository.lineage()
     by_candidate = {
-        Candidate(source=STORAGE, run=c.name.run, incarnation=c.name.incarnation, step=c.name.step, attempt=c.name.attempt): c
+        Candidate(
+            source=STORAGE, run=c.name.run, incarnation=c.name.incarnation, step=c.name.step, attempt=c.name.attempt
+        ): c
         for c in repository.checkpoints()
     }
-    others = [c for c in by_candidate.values() if not is_on_chain(links, c.name.incarnation, c.name.step, c.name.attempt)]
+    others = [
+        c for c in by_candidate.values() if not is_on_chain(links, c.name.incarnation, c.name.step, c.name.attempt)
+    ]
     return Catalogue(
         url=repository.url,
         links=links,

@@ -1,7 +1,8 @@
 """Canonical JSON with a self-checksum: the envelope of every small record in a repository.
 
-A record is one line of UTF-8 JSON, keys sorted, no spaces, ending in a newline: ``{"body":{...},"crc32c":N}`` where N is the crc32c of the
-canonical encoding of ``body``. Equal values give equal bytes, so two committers of one checkpoint write the same object.
+A record is one line of UTF-8 JSON, keys sorted, no spaces, ending in a newline: ``{"body":{...},"crc32c":N}`` where N
+is the crc32c of the canonical encoding of ``body``. Equal values give equal bytes, so two committers of one checkpoint
+write the same object.
 """
 
 from __future__ import annotations
@@ -106,4 +107,6 @@ class Fields:
 
     def _wrong(self, key: str, expected: str) -> ManifestCorruptError:
         given = repr(self.body.get(key))[:80]
-        return ManifestCorruptError(f"record field is wrong: name={self.name} field={key} given={given} expected={expected}")
+        return ManifestCorruptError(
+            f"record field is wrong: name={self.name} field={key} given={given} expected={expected}"
+        )

@@ -102,7 +102,10 @@ def parse_manifest_key(key: str) -> CheckpointName | None:
 
 
 def parse_object_key(key: str) -> tuple[CheckpointName, int, str]:
-    """Return (checkpoint, rank, piece); raises ManifestCorruptError, so that a hostile manifest cannot name other paths."""
+    """Return (checkpoint, rank, piece).
+
+    Raises ManifestCorruptError, so that a hostile manifest cannot name other paths.
+    """
     match = _OBJECT_KEY.fullmatch(key)
     if match is None:
         raise ManifestCorruptError(f"not an object key: key={key!r}")

@@ -69,7 +69,10 @@ class ObjectRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """One checkpoint. `tensors` is the number of (tensor, part) pairs its objects cover; `plt` counts lost and routed tokens per layer."""
+    """One checkpoint.
+
+    `tensors` is the number of (tensor, part) pairs its objects cover; `plt` counts lost and routed tokens per layer.
+    """
 
     name: CheckpointName
     parent: Parent | None
@@ -100,10 +103,14 @@ def decode_format(content: bytes, *, url: str) -> None:
     if match is None:
         raise FormatUnsupportedError(f"not a moc repository: url={url} first_line={(lines or [''])[0][:60]!r}")
     if int(match[1]) != FORMAT_VERSION:
-        raise FormatUnsupportedError(f"repository has another format version: url={url} version={match[1]} allowed={FORMAT_VERSION}")
+        raise FormatUnsupportedError(
+            f"repository has another format version: url={url} version={match[1]} allowed={FORMAT_VERSION}"
+        )
     for line in lines[1:]:
         if not line.startswith("requires ") or line.removeprefix("requires ") not in FEATURES:
-            raise FormatUnsupportedError(f"repository needs an unknown feature: url={url} line={line[:60]!r} allowed={list(FEATURES)}")
+            raise FormatUnsupportedError(
+                f"repository needs an unknown feature: url={url} line={line[:60]!r} allowed={list(FEATURES)}"
+            )
 
 
 def encode_incarnation(record: Incarnation) -> bytes:
@@ -198,7 +205,9 @@ def decode_manifest(encoded: bytes, *, name: str) -> Manifest:
 def _check_version(fields: Fields) -> None:
     version = fields.integer("version")
     if version != FORMAT_VERSION:
-        raise FormatUnsupportedError(f"record has another format version: name={fields.name} version={version} allowed={FORMAT_VERSION}")
+        raise FormatUnsupportedError(
+            f"record has another format version: name={fields.name} version={version} allowed={FORMAT_VERSION}"
+        )
 
 
 def _run(fields: Fields) -> str:

@@ -1,8 +1,11 @@
-"""Objects: valid safetensors files whose tensors start at 4096-byte boundaries and whose header carries every shard's checksum.
+"""Objects:
 
-Bytes: 8 bytes little-endian header length, header JSON padded with spaces so that the data starts at a multiple of 4096, then the
-data. Gaps between tensors are explicit U8 tensors named ``__pad__/<n>`` because safetensors readers refuse holes. The reserved entry
-``__metadata__`` holds one string ``moc``: JSON with run, incarnation, step, attempt, rank, piece and one row per shard.
+valid safetensors files whose tensors start at 4096-byte boundaries and whose header carries every shard's checksum.
+
+Bytes: 8 bytes little-endian header length, header JSON padded with spaces so that the data starts at a multiple of
+4096, then the data. Gaps between tensors are explicit U8 tensors named ``__pad__/<n>`` because safetensors readers
+refuse holes. The reserved entry ``__metadata__`` holds one string ``moc``: JSON with run, incarnation, step, attempt,
+rank, piece and one row per shard.
 """
 
 from __future__ import annotations
@@ -41,7 +44,10 @@ class StoredShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectHeader:
-    """Everything about one object but its data. `state` is (position, length, crc32c) of the state blob, None in expert objects."""
+    """Everything about one object but its data.
+
+    `state` is (position, length, crc32c) of the state blob, None in expert objects.
+    """
 
     name: CheckpointName
     rank: int
@@ -71,19 +77,26 @@ def header_length(prefix: bytes, *, key: str) -> int:
     """Return the size of the whole header from an object's first 8 bytes."""
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
     if not 0 < length <= HEADER_LIMIT_BYTES or (8 + length) % ALIGNMENT:
-        raise ShardCorruptError(f"object header length is impossible: key={key} length={length} allowed=1..{HEADER_LIMIT_BYTES}")
+        raise ShardCorruptError(
+            f"object header length is impossible: key={key} length={length} allowed=1..{HEADER_LIMIT_BYTES}"
+        )
     return 8 + length
 
 
 def parse_header(encoded: bytes, *, key: str) -> ObjectHeader:
-    """Parse header bytes; raises ShardCorruptError naming the key for anything a writer of this format cannot have written."""
+    """Parse header bytes.
+
+    Raises ShardCorruptError naming the key for anything a writer of this format cannot have written.
+    """
     try:
         tensors = json.loads(encoded[8:])
         body = json.loads(tensors["__metadata__"]["moc"])
         header = _from_body(body)
         is_canonical = encode_header(header) == encoded
     except Exception as error:  # hostile bytes can fail anywhere in the parser; each failure means the same
-        raise ShardCorruptError(f"object header is malformed: key={key} reason={type(error).__name__}: {error}") from error
+        raise ShardCorruptError(
+            f"object header is malformed: key={key} reason={type(error).__name__}: {error}"
+        ) from error
     if not is_canonical:
         raise ShardCorruptError(f"object header is not what its metadata describe: key={key}")
     return header
@@ -155,7 +168,9 @@ def _check_positions(header: ObjectHeader) -> None:
     reached = 0
     for name, dtype, shape, position, length in _entries(header):
         if position % ALIGNMENT or position < reached or prod(shape) * DTYPE_BYTES[dtype] != length:
-            raise ValueError(f"tensor is misplaced: name={name} position={position} expected>={reached} length={length}")
+            raise ValueError(
+                f"tensor is misplaced: name={name} position={position} expected>={reached} length={length}"
+            )
         reached = position + length
     if reached > header.data_bytes:
         raise ValueError(f"tensors end after the data: end={reached} data_bytes={header.data_bytes}")

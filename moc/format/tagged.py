@@ -1,12 +1,12 @@
 """Tagged JSON for state that is not a shard: any tree of plain values and arrays, without pickle.
 
-A *state blob* is the encoding of one tree: 8 bytes little-endian length of the JSON text, the JSON text, then each array's bytes at
-the next multiple of 64. JSON null, true, false, strings and lists stand for themselves, as do integers; every other value is an object
-with a single tag:
+A *state blob* is the encoding of one tree: 8 bytes little-endian length of the JSON text, the JSON text, then each
+array's bytes at the next multiple of 64. JSON null, true, false, strings and lists stand for themselves, as do
+integers; every other value is an object with a single tag:
 
-    {"f": "0x1.8p+1"} float, by `float.hex` ("nan", "inf", "-inf" included)   {"b": "<base64>"} bytes
-    {"t": [...]} tuple                                                     {"d": [[key, value], ...]} dict, in insertion order
-    {"a": [dtype, [shape], kind, offset, length]} array; offset and length in bytes from the start of the array area
+    {"f": "0x1.8p+1"} float, by `float.hex` ("nan", "inf", "-inf" included)   {"b": "<base64>"} bytes {"t": [...]} tuple
+    {"d": [[key, value], ...]} dict, in insertion order {"a": [dtype, [shape], kind, offset, length]} array; offset and
+    length in bytes from the start of the array area
 
 Limits: 64 levels, 1,000,000 values, 1 GiB of JSON text.
 """
@@ -73,7 +73,9 @@ class EncodedState:
 def encode_state(tree: object) -> EncodedState:
     """Encode a tree; raises UsageError that names the path of a value it cannot store."""
     encoder = _Encoder()
-    text = json.dumps(encoder.encode(tree, "state", 0), separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(
+        encoder.encode(tree, "state", 0), separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
     if len(text) > TEXT_LIMIT_BYTES:
         raise UsageError(f"state is too large: json_bytes={len(text)} allowed={TEXT_LIMIT_BYTES}")
     size = _array_base(len(text)) + encoder.array_bytes
@@ -131,7 +133,10 @@ class _Encoder:
         if type(value) is dict:
             return {
                 "d": [
-                    [self.encode(key, f"{path} key {key!r}", depth + 1), self.encode(item, f"{path}[{key!r}]", depth + 1)]
+                    [
+                        self.encode(key, f"{path} key {key!r}", depth + 1),
+                        self.encode(item, f"{path}[{key!r}]", depth + 1),
+                    ]
                     for key, item in value.items()
                 ]
             }

@@ -30,7 +30,10 @@ class Seal:
 
 
 def attempt_id(run: str, incarnation: int, token: str, step: int, ordinal: int) -> str:
-    """Return the 8 hex digits of the ordinal-th snapshot of a step in a life: the ordinal, then a digest; equal on every rank."""
+    """Return the 8 hex digits of the ordinal-th snapshot of a step in a life:
+
+    the ordinal, then a digest; equal on every rank.
+    """
     digest = hashlib.sha256(f"{run}/{incarnation}/{token}/{step}/{ordinal}".encode()).hexdigest()
     return f"{ordinal % 256:02x}{digest[:6]}"
 
@@ -58,8 +61,8 @@ def hopeless_moments(
 ) -> dict[Moment, tuple[int, ...]]:
     """Return the moments that some ranks hold and others never will, with those others.
 
-    A rank seals in ascending order, so a rank that has `passed` a moment without holding it has skipped it. `passed` must have been read
-    before `seals`: a rank may seal between the reading of two of its records.
+    A rank seals in ascending order, so a rank that has `passed` a moment without holding it has skipped it. `passed`
+    must have been read before `seals`: a rank may seal between the reading of two of its records.
     """
     holders: dict[Moment, set[int]] = {}
     for seal in seals:
@@ -84,9 +87,10 @@ def freeable(
 ) -> tuple[Seal, ...]:
     """Return the seals that nothing needs any more.
 
-    A seal is free when a newer moment is global, or its own moment never will be, and nothing pins it: `pinned` holds (incarnation,
-    moment) of saves under way, `source` the (incarnation, step) that the present life was recovered from. Seals of earlier lives stay
-    until this one has a global moment. Without the `hopeless`, ranks that skip different steps would fill their records for good.
+    A seal is free when a newer moment is global, or its own moment never will be, and nothing pins it: `pinned` holds
+    (incarnation, moment) of saves under way, `source` the (incarnation, step) that the present life was recovered from.
+    Seals of earlier lives stay until this one has a global moment. Without the `hopeless`, ranks that skip different
+    steps would fill their records for good.
     """
     complete = complete_moments(seals, ranks, incarnation)
     held, lost = set(pinned), set(hopeless)

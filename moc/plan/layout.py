@@ -1,9 +1,11 @@
 """Where everything lies: units and slots of one rank, and the arena of a node.
 
-A *unit* is what is saved or not saved together: the dense part with the state blob, or one expert. Each unit has one slot per version;
-inside a slot every shard starts at a multiple of 4096 bytes and the gaps stay zero, so that a slot can go to an object as it is.
+A *unit* is what is saved or not saved together: the dense part with the state blob, or one expert. Each unit has one
+slot per version; inside a slot every shard starts at a multiple of 4096 bytes and the gaps stay zero, so that a slot
+can go to an object as it is.
 
-Arena: prologue and descriptor (`descriptor_bytes`), then one page of words per rank, then each rank's seal records, then slots.
+Arena: prologue and descriptor (`descriptor_bytes`), then one page of words per rank, then each rank's seal records,
+then slots.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ WORDS_BYTES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """Shards `first` .. `first + count` of the catalog; `positions` are bytes from the slot's start, `state_position` follows them."""
+    """Shards `first` ..
+
+    `first + count` of the catalog; `positions` are bytes from the slot's start, `state_position` follows them.
+    """
 
     expert: Expert | None
     first: int
@@ -34,7 +39,10 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLayout:
-    """Units of one rank; `offsets[u]` is unit u's first slot in bytes from the rank's slot area, version v lies v * size further."""
+    """Units of one rank.
+
+    `offsets[u]` is unit u's first slot in bytes from the rank's slot area, version v lies v * size further.
+    """
 
     rank: int
     units: tuple[Unit, ...]
@@ -63,7 +71,10 @@ class ArenaLayout:
 
 
 def arrange_rank(catalog: RankCatalog, *, versions: int) -> RankLayout:
-    """Return the units of a rank: the dense part first (it always exists and carries the state), then experts in catalog order."""
+    """Return the units of a rank:
+
+    the dense part first (it always exists and carries the state), then experts in catalog order.
+    """
     numbered = list(enumerate(catalog.shards))
     groups = [(expert, [i for i, _ in members]) for expert, members in groupby(numbered, key=lambda row: row[1].expert)]
     if not groups or groups[0][0] is not None:

@@ -1,7 +1,7 @@
 """Lineage: which snapshots and checkpoints led to the present state, and in which order recovery tries them.
 
-The *chain* starts at the newest incarnation and follows parents; of each ancestor only steps up to the fork count. Whatever is off the
-chain (an abandoned future after a rewind, a late commit of a zombie) is never a candidate.
+The *chain* starts at the newest incarnation and follows parents; of each ancestor only steps up to the fork count.
+Whatever is off the chain (an abandoned future after a rewind, a late commit of a zombie) is never a candidate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ STORAGE = "storage"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One incarnation of the chain; moments after the fork (`last_step`, `last_attempt`) are not part of it (None: no limit).
+    """One incarnation of the chain.
+
+    Moments after the fork (`last_step`, `last_attempt`) are not part of it (None: no limit).
 
     `is_known` is False when the incarnation's record is missing or unreadable: what it grew from cannot be told.
     """
@@ -47,14 +49,19 @@ class Candidate:
     attempt: str
 
     def as_parent(self) -> Parent:
-        return Parent(incarnation=self.incarnation, step=self.step, attempt=self.attempt if self.source == STORAGE else None)
+        return Parent(
+            incarnation=self.incarnation, step=self.step, attempt=self.attempt if self.source == STORAGE else None
+        )
 
     def __str__(self) -> str:
         return f"{self.source} step={self.step} incarnation={self.incarnation} attempt={self.attempt}"
 
 
 def merge_incarnations(stored: Iterable[Incarnation], in_memory: Iterable[Incarnation]) -> dict[int, Incarnation]:
-    """Return the records by number. A stored record outranks one of the same number that only memory knows (a rewind wins)."""
+    """Return the records by number.
+
+    A stored record outranks one of the same number that only memory knows (a rewind wins).
+    """
     merged = {record.number: record for record in in_memory}
     merged.update({record.number: record for record in stored})
     return dict(sorted(merged.items()))
@@ -90,10 +97,15 @@ def is_on_chain(links: Sequence[Link], incarnation: int, step: int, attempt: str
 
 
 def candidates(links: Sequence[Link], known: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Return the admissible candidates in the order of preference: nearest link, newest step, latest attempt, memory before storage."""
+    """Return the admissible candidates in the order of preference:
+
+    nearest link, newest step, latest attempt, memory before storage.
+    """
 
     def preference(candidate: Candidate) -> tuple[int, int, bool]:
-        depth = next(i for i, link in enumerate(links) if link.admits(candidate.incarnation, candidate.step, candidate.attempt))
+        depth = next(
+            i for i, link in enumerate(links) if link.admits(candidate.incarnation, candidate.step, candidate.attempt)
+        )
         return (depth, -candidate.step, candidate.source != MEMORY)
 
     admitted = [c for c in known if is_on_chain(links, c.incarnation, c.step, c.attempt)]

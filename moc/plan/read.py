@@ -23,7 +23,9 @@ class Placed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Copy `length_bytes` from byte `source_offset` of placed shard `source` to element `target_offset` of needed shard `target`."""
+    """Copy `length_bytes` from byte `source_offset` of placed shard `source` to element `target_offset` of needed shard
+    `target`.
+    """
 
     source: int
     source_offset: int
@@ -35,7 +37,8 @@ class Piece:
 def plan_read(needed: Sequence[Shard], placed: Sequence[Placed]) -> tuple[Piece, ...]:
     """Return the pieces that fill every element of every needed shard exactly once, in the order of `placed`.
 
-    Raises MismatchError where stored and needed tensor differ in shape or dtype, CoverageError where elements are missing.
+    Raises MismatchError where stored and needed tensor differ in shape or dtype, CoverageError where elements are
+    missing.
     """
     by_tensor: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(placed):
@@ -48,7 +51,8 @@ def plan_read(needed: Sequence[Shard], placed: Sequence[Placed]) -> tuple[Piece,
             stored = placed[source].shard
             if (stored.shape, stored.dtype) != (shard.shape, shard.dtype):
                 raise MismatchError(
-                    f"stored tensor differs: tensor={shard.tensor} part={shard.part} stored={stored.dtype}{list(stored.shape)} "
+                    f"stored tensor differs: tensor={shard.tensor} part={shard.part} "
+                    f"stored={stored.dtype}{list(stored.shape)} "
                     f"needed={shard.dtype}{list(shard.shape)}"
                 )
             first = max(reached, stored.offset)
@@ -67,5 +71,7 @@ def plan_read(needed: Sequence[Shard], placed: Sequence[Placed]) -> tuple[Piece,
             )
             reached = last
         if reached != shard.offset + shard.length:
-            raise CoverageError(f"elements are missing: tensor={shard.tensor} part={shard.part} offset={reached} needed={shard}")
+            raise CoverageError(
+                f"elements are missing: tensor={shard.tensor} part={shard.part} offset={reached} needed={shard}"
+            )
     return tuple(sorted(pieces, key=lambda p: (p.source, p.source_offset, p.target)))

@@ -22,9 +22,9 @@ class CheckpointFact:
 def dropped(facts: Iterable[CheckpointFact], *, keep_last: int, keep_every: int) -> tuple[CheckpointName, ...]:
     """Return the checkpoints to drop, oldest first.
 
-    Kept are, of those on the chain: the newest `keep_last`, every one whose step is a multiple of `keep_every` (0: none), and the
-    newest whose values are all finite. Those off the chain go once the chain itself has `keep_last` newer ones: until then somebody who
-    rewound by mistake can rewind again.
+    Kept are, of those on the chain: the newest `keep_last`, every one whose step is a multiple of `keep_every` (0:
+    none), and the newest whose values are all finite. Those off the chain go once the chain itself has `keep_last`
+    newer ones: until then somebody who rewound by mistake can rewind again.
     """
     ordered = sorted(facts, key=lambda fact: (fact.name.incarnation, fact.name.step, fact.name.attempt))
     chain = [fact for fact in ordered if fact.is_on_chain]

@@ -1,11 +1,11 @@
 """The arena: one memfd per node that the agent owns and every trainer of the node maps.
 
-Layout (see `moc.plan.layout`): a prologue page, two descriptor areas used in turn, one page of words per rank, seal records, slots.
-The descriptor makes the arena self-describing: a new agent that receives only the descriptor can go on. Multi-byte values are
-little-endian; a word is 64 bits, loaded with acquire and stored with release order.
+Layout (see `moc.plan.layout`): a prologue page, two descriptor areas used in turn, one page of words per rank, seal
+records, slots. The descriptor makes the arena self-describing: a new agent that receives only the descriptor can go on.
+Multi-byte values are little-endian; a word is 64 bits, loaded with acquire and stored with release order.
 
-Who writes what: the agent writes prologue and descriptors, and turns a record's state word to FREE; a trainer writes its rank's words,
-slots and records, and turns a state word from FREE to SEALED. Nobody else writes anything.
+Who writes what: the agent writes prologue and descriptors, and turns a record's state word to FREE; a trainer writes
+its rank's words, slots and records, and turns a state word from FREE to SEALED. Nobody else writes anything.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class CorruptSeal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWords:
-    """A rank's words: newest sealed step (None before the first) and its heartbeat; times are CLOCK_MONOTONIC nanoseconds."""
+    """A rank's words:
+
+    newest sealed step (None before the first) and its heartbeat; times are CLOCK_MONOTONIC nanoseconds.
+    """
 
     sealed_step: int | None
     beat_step: int
@@ -103,7 +106,10 @@ class Arena:
 
     @classmethod
     def attach(cls, fd: int) -> Arena:
-        """Map an existing arena and read its descriptor; raises IntegrityError if it is not one. Owns `fd`, also when it raises."""
+        """Map an existing arena and read its descriptor.
+
+        Raises IntegrityError if it is not one. Owns `fd`, also when it raises.
+        """
         size = os.fstat(fd).st_size
         if size < 2 * mmap.PAGESIZE:
             os.close(fd)
@@ -153,7 +159,9 @@ class Arena:
             catalogs, versions=descriptor["versions"], descriptor_bytes=mmap.PAGESIZE + 2 * self._room()
         )
         if layout.size_bytes != self.size_bytes:
-            raise IntegrityError(f"arena size does not fit its descriptor: expected={layout.size_bytes} actual={self.size_bytes}")
+            raise IntegrityError(
+                f"arena size does not fit its descriptor: expected={layout.size_bytes} actual={self.size_bytes}"
+            )
         self.descriptor, self.layout, self.catalogs = descriptor, layout, catalogs
 
     def _room(self) -> int:
@@ -269,7 +277,7 @@ class Arena:
         return self.layout.slots[index] + self.layout.ranks[index].slot_offset(unit, version)
 
     def shard_offsets(self, rank: int, slots: array[int]) -> array[int]:
-        """Return where every shard of the rank lies for these slots, in bytes from the arena's start, in catalog order."""
+        """Return where every shard of the rank lies for these slots, in bytes from its start, in catalog order."""
         offsets = array("Q")
         for number, unit in enumerate(self.rank_layout(rank).units):
             base = self.slot_offset(rank, number, slots[number])
@@ -288,7 +296,10 @@ class Arena:
         return self._view[offset : offset + length]
 
     def check(self, record: SealRecord) -> None:
-        """Raise ShardCorruptError naming the first shard (or the state) whose bytes do not match the seal. Blocks: reads all of it."""
+        """Raise ShardCorruptError naming the first shard (or the state) whose bytes do not match the seal.
+
+        Blocks: reads all of it.
+        """
         shards = self.catalog(record.rank).shards
         offsets = self.shard_offsets(record.rank, record.slots)
         addresses = array("Q", (self.address + offset for offset in offsets))
@@ -298,7 +309,9 @@ class Arena:
         where = f"source=memory rank={record.rank} step={record.step} incarnation={record.incarnation}"
         for shard, expected, found in zip(shards, record.crcs, actual, strict=True):
             if expected != found:
-                raise ShardCorruptError(f"shard checksum mismatch: shard={shard.name} {where} expected={expected} actual={found}")
+                raise ShardCorruptError(
+                    f"shard checksum mismatch: shard={shard.name} {where} expected={expected} actual={found}"
+                )
         state = crc32c(self.view(self.state_offset(record.rank, record.slots), record.state_bytes))
         if state != record.state_crc32c:
             raise ShardCorruptError(f"state checksum mismatch: {where} expected={record.state_crc32c} actual={state}")

@@ -1,7 +1,7 @@
 """The seal record: what makes a rank's snapshot real, in 256 fixed bytes and three arrays.
 
-The record lies in the arena's header area. Its state word is separate and published last with release order, so a trainer that dies
-while writing has written nothing. The record's crc32c covers everything but the state word.
+The record lies in the arena's header area. Its state word is separate and published last with release order, so a
+trainer that dies while writing has written nothing. The record's crc32c covers everything but the state word.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _CRC_POSITION = RECORD_FIXED_BYTES - 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealRecord:
-    """One rank's sealed snapshot: for unit u its slot (version) and the step of its bytes, for shard i its crc32c, and the state blob's."""
+    """One rank's sealed snapshot:
+
+    for unit u its slot (version) and the step of its bytes, for shard i its crc32c, and the state blob's.
+    """
 
     run: str
     incarnation: int

@@ -1,7 +1,10 @@
-"""One rank's snapshots: claim slots, capture what will change, copy the rest behind the next forward and backward, seal.
+"""One rank's snapshots:
 
-Claiming never waits: without a free record and slots, or after any error, this snapshot is skipped and counted. The copy runs in one
-thread; `wait_copied` is called before the next weight update and is the only place where training waits for a snapshot.
+claim slots, capture what will change, copy the rest behind the next forward and backward, seal.
+
+Claiming never waits: without a free record and slots, or after any error, this snapshot is skipped and counted. The
+copy runs in one thread; `wait_copied` is called before the next weight update and is the only place where training
+waits for a snapshot.
 """
 
 from __future__ import annotations
@@ -44,7 +47,10 @@ class SnapshotCounters:
 
 @dataclass(slots=True, kw_only=True)
 class _Filling:
-    """A snapshot between claim and seal; `copied` ends the stall, `finished` says that its record is published or given up."""
+    """A snapshot between claim and seal.
+
+    `copied` ends the stall, `finished` says that its record is published or given up.
+    """
 
     step: int
     record_index: int
@@ -107,7 +113,7 @@ class Snapshotter:
                     self._skip(step, "no free slots: the previous snapshots are still needed")
                     return Begun.NO_SLOT
                 self._capture(filling)
-        except Exception as error:  # a failed save never stops training: counted, reported, skipped
+        except Exception as error:  # noqa: BLE001  # a failed save never stops training: counted, reported, skipped
             self._skip(step, f"{type(error).__name__}: {error}")
             return Begun.FAILED
         self._filling = filling
@@ -116,7 +122,10 @@ class Snapshotter:
         return Begun.STARTED
 
     def wait_copied(self) -> float:
-        """Wait until nothing reads the training state any more; return the milliseconds waited. Call before the weight update."""
+        """Wait until nothing reads the training state any more.
+
+        Return the milliseconds waited. Call before the weight update.
+        """
         filling = self._filling
         if filling is None or filling.copied.is_set():
             self._stall_last = 0.0
@@ -238,7 +247,9 @@ class Snapshotter:
             self._failed += 1
             self._problem = f"{type(error).__name__}: {error}"
             is_defect = not isinstance(error, MocError)
-            log.warning("snapshot failed: step=%d rank=%d %s", filling.step, self._rank, self._problem, exc_info=is_defect)
+            log.warning(
+                "snapshot failed: step=%d rank=%d %s", filling.step, self._rank, self._problem, exc_info=is_defect
+            )
         finally:
             filling.copied.set()
             filling.finished.set()
