@@ -17,13 +17,14 @@ import moc
 from moc.adapters.deepspeed import DeepSpeedState, Hooks
 from moc.adapters.world import TorchWorld
 from moc.agreement import agree
-from moc.attach import Request
 from moc.clock import SystemClock
 from moc.config import Config
 from moc.errors import MocError
+from moc.handle import SaveHandle
 from moc.recover import RecoveryReport
-from moc.session import SaveHandle, Session, Status
+from moc.session import Session, Status
 from moc.store.open import absolute_url
+from moc.survey import Request
 from moc.trace import JsonLinesSink, Trace
 
 if TYPE_CHECKING:

@@ -62,7 +62,7 @@ class RecoveryReport:
         total = sum(self.bytes_per_rank)
         timing = " ".join(f"{phase}={seconds:.2f}s" for phase, seconds in self.seconds.items())
         lines = [
-            f"recovered step {self.step} from {self.source}: {total / 1e6:.1f} MB, {len(self.bytes_per_rank)} ranks, {timing}",
+            f"recovered step {self.step} from {self.source}: {total / 1e6:.1f} MB, {timing}",
             f"  run {self.run}, incarnation {self.incarnation}, grown from incarnation {self.parent_incarnation}",
         ]
         lines += [f"  rejected {r.candidate}: {r.reason}" for r in self.rejected]

@@ -19,18 +19,17 @@ from moc.agent.client import AgentClient
 from moc.agent.link import AgentLink
 from moc.agent.runtime import node_identity, runtime_folder
 from moc.agreement import agree, decide, exchange
-from moc.attach import Origin, Recovered, Request, recover_life, write_life
+from moc.attach import Recovered, recover_life, write_life
 from moc.clock import Clock
 from moc.errors import (
     ClosedError,
     MocError,
-    SaveFailedError,
     StoreUnavailableError,
     TopologyError,
     UsageError,
-    WaitTimeoutError,
 )
 from moc.format.manifest import Incarnation, encode_incarnation
+from moc.handle import SaveHandle
 from moc.plan.freeing import attempt_id
 from moc.plan.layout import arrange_arena
 from moc.recover import RecoveryReport
@@ -40,15 +39,15 @@ from moc.snapshot.seal import EXPLICIT, PERSIST
 from moc.snapshot.snapshotter import Begun, SnapshotCounters, Snapshotter
 from moc.state import RankCatalog, catalog_digest, check_coverage
 from moc.store.open import open_store
+from moc.survey import Origin, Request
 from moc.topology import Topology
 from moc.trace import Trace
 from moc.training import TrainingState, World
 
-__all__ = ["SaveHandle", "Session", "Status"]
+__all__ = ["Session", "Status"]
 
 log = logging.getLogger(__name__)
 
-WAIT_SLICE_S = 5.0
 SLOT_WAIT_S = 0.01
 DRAIN_ATTEMPTS = 3
 TERMINATE = 0  # index in the vector that ranks agree on at every boundary
@@ -66,51 +65,6 @@ class Status:
     snapshots: SnapshotCounters
     agents_replaced: int
     boundary: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveHandle:
-    """One explicit save, as this rank sees it."""
-
-    step: int
-    attempt: str
-    problem: str | None
-    link: AgentLink
-    clock: Clock
-
-    def wait_committed(self, timeout_s: float = 600.0) -> None:
-        """Wait until the checkpoint is committed. Raises: SaveFailedError with the reason, WaitTimeoutError."""
-        if self.problem is not None:
-            raise SaveFailedError(f"save failed: step={self.step} reason={self.problem}")
-        deadline_s = self.clock.now_s() + timeout_s
-        while True:
-            left_s = deadline_s - self.clock.now_s()
-            if left_s <= 0:
-                raise WaitTimeoutError(
-                    f"save did not end in time: step={self.step} attempt={self.attempt} timeout_s={timeout_s}"
-                )
-            reply = self._ask(min(left_s, WAIT_SLICE_S))
-            if reply["state"] == "committed":
-                return
-            if reply["state"] == "failed":
-                raise SaveFailedError(f"save failed: step={self.step} attempt={self.attempt} reason={reply['reason']}")
-
-    def _ask(self, slice_s: float) -> Mapping[str, Any]:
-        """Ask the agent; while there is none, a new one is on its way and will find the seal."""
-        try:
-            client = AgentClient.connect(self.link.folder, timeout_s=WAIT_SLICE_S)
-        except MocError:
-            self.link.look()
-            self.clock.sleep(min(slice_s, 0.1))
-            return {"state": "pending"}
-        try:
-            fields = {"step": self.step, "attempt": self.attempt, "timeout_s": slice_s}
-            return client.request("wait", fields, timeout_s=slice_s + WAIT_SLICE_S)[0]
-        except MocError as error:
-            log.info("agent did not answer a wait: %s", error)
-            return {"state": "pending"}
-        finally:
-            client.close()
 
 
 @dataclass(slots=True, kw_only=True)

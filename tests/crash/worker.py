@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from moc.attach import Request
+from moc.survey import Request
 from moc.clock import SystemClock
 from moc.config import Config
 from moc.errors import MocError, SaveFailedError

@@ -19,7 +19,12 @@ pytestmark = pytest.mark.world
 
 def run(arguments: list[str], folder: Path) -> str:
     """Run a program of this environment in `folder`, one thread per rank; return what it printed."""
-    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -32,7 +37,14 @@ def test_a_killed_native_moe_job_goes_on_bit_for_bit_from_memory_and_from_storag
 
 
 def test_a_dense_job_is_saved_without_touching_its_loop_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    script = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29611", str(ROOT / "examples/attach_dense.py")]
+    script = [
+        str(BIN / "deepspeed"),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        "29611",
+        str(ROOT / "examples/attach_dense.py"),
+    ]
 
     first = LOSS.findall(run([*script, "--steps", "12", "--storage", str(tmp_path / "ck")], tmp_path))
     second = LOSS.findall(run([*script, "--steps", "15", "--storage", str(tmp_path / "ck")], tmp_path))
