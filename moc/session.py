@@ -13,11 +13,10 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moc.agent.client import AgentClient
 from moc.agent.link import AgentLink
-from moc.agent.runtime import node_identity, runtime_folder
+from moc.agent.runtime import runtime_folder
 from moc.agreement import agree, decide, exchange
 from moc.attach import Recovered, recover_life, write_life
 from moc.clock import Clock
@@ -25,22 +24,18 @@ from moc.errors import (
     ClosedError,
     MocError,
     StoreUnavailableError,
-    TopologyError,
-    UsageError,
 )
-from moc.format.manifest import Incarnation, encode_incarnation
+from moc.facts import describe_life, gather_facts
+from moc.format.manifest import Incarnation
 from moc.handle import SaveHandle
 from moc.plan.freeing import attempt_id
-from moc.plan.layout import arrange_arena
 from moc.recover import RecoveryReport
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT, PERSIST
 from moc.snapshot.snapshotter import Begun, SnapshotCounters, Snapshotter
-from moc.state import RankCatalog, catalog_digest, check_coverage
 from moc.store.open import open_store
 from moc.survey import Origin, Request
-from moc.topology import Topology
 from moc.trace import Trace
 from moc.training import TrainingState, World
 
@@ -107,9 +102,8 @@ class Session:
         self._terminate = threading.Event()
         self._ordinal: tuple[int, int] = (-1, 0)
         self.boundary_name = "hook"
-        facts = self._gather_facts(ep_sizes)
-        pids = [int(str(fact["pid"])) for fact in facts]
-        self._recovered = recover_life(request, state, world, pids, clock=clock, trace=trace)
+        self._facts = gather_facts(state, world, request, ep_sizes=ep_sizes)
+        self._recovered = recover_life(request, state, world, self._facts.pids, clock=clock, trace=trace)
         record = write_life(request, self._recovered, world, trace=trace)
         self._life = self._begin(record, self._recovered.origin)
 
@@ -278,56 +272,6 @@ class Session:
         snapshotter.wait_finished(max(deadline_s - self._clock.now_s(), 0.0))
         return snapshotter.counters.last_problem if snapshotter.counters.failed > failed else None
 
-    def _gather_facts(self, ep_sizes: tuple[tuple[str, int], ...]) -> list[dict[str, Any]]:
-        """Tell all ranks who is where and holds what; refuse what cannot be served."""
-        mine = agree(
-            self._world,
-            lambda: {
-                "node": node_identity(self._request.runtime_root),
-                "pid": os.getpid(),
-                "catalog": self._state.catalog.to_json(),
-                "fingerprint": dict(self._request.fingerprint),
-            },
-        )
-        facts: list[dict[str, Any]] = exchange(self._world, mine)  # type: ignore[assignment]  # our own dicts come back
-        nodes = sorted({fact["node"] for fact in facts})
-        first = {node: min(rank for rank, fact in enumerate(facts) if fact["node"] == node) for node in nodes}
-        order = sorted(nodes, key=lambda node: first[node])
-        self._topology = Topology(
-            world_size=self._world.size,
-            node_of_rank=tuple(order.index(fact["node"]) for fact in facts),
-            ep_sizes=ep_sizes,
-        )
-        if self._topology.node_count > 1:
-            raise TopologyError(f"this version serves one node: nodes={self._topology.node_count} allowed=1")
-        differing = [r for r, fact in enumerate(facts) if fact["fingerprint"] != facts[0]["fingerprint"]]
-        if differing:
-            raise TopologyError(
-                f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's"
-            )
-        self._catalogs = [fact["catalog"] for fact in facts]
-        self._tensors = agree(self._world, lambda: check_coverage(s for c in self._rank_catalogs() for s in c.shards))
-        agree(self._world, self._refuse_over_budget)
-        return facts
-
-    def _refuse_over_budget(self) -> None:
-        """Raise UsageError, before anything is created, if the slots alone are larger than the budget."""
-        budget = self._request.config.memory_budget_bytes
-        arena = arrange_arena(tuple(self._rank_catalogs()), versions=self._versions, descriptor_bytes=0)
-        if budget is not None and arena.size_bytes > budget:
-            raise UsageError(
-                f"snapshots do not fit: arena_bytes={arena.size_bytes} allowed=memory_budget_bytes={budget}"
-            )
-
-    @property
-    def _versions(self) -> int:
-        # One more while something is being persisted, so that a save does not cost snapshots.
-        config = self._request.config
-        return config.versions + (1 if config.persist_every else 0)
-
-    def _rank_catalogs(self) -> list[RankCatalog]:
-        return [RankCatalog.from_json(row) for row in self._catalogs]
-
     def _next_origin(self, former: _Life) -> Origin:
         repository = Repository(open_store(self._request.storage, trace=self._trace))
         try:
@@ -360,7 +304,7 @@ class Session:
             if rank == 0:
                 client = AgentClient.connect(folder, timeout_s=config.timeout_s)
                 try:
-                    descriptor = self._descriptor(record, lineage)
+                    descriptor = describe_life(self._facts, self._request, self._software, lineage)
                     client.request(
                         "begin", {"incarnation": record.number, "descriptor": descriptor}, timeout_s=config.timeout_s
                     )
@@ -396,26 +340,6 @@ class Session:
         )
         arena.beat(rank, incarnation=record.number, step=self._state.step, now_ns=int(self._clock.now_s() * 1e9))
         return _Life(record=record, lineage=lineage, arena=arena, link=link, snapshotter=snapshotter)
-
-    def _descriptor(self, record: Incarnation, lineage: tuple[Incarnation, ...]) -> dict[str, object]:
-        config = self._request.config
-        return {
-            "run": record.run,
-            "versions": self._versions,
-            "catalogs": self._catalogs,
-            "digest": catalog_digest(self._rank_catalogs()),
-            "tensors": self._tensors,
-            "topology": self._topology.to_json(),
-            "fingerprint": dict(self._request.fingerprint),
-            "software": self._software,
-            "storage": self._request.storage,
-            "keep_last": config.keep_last,
-            "keep_every": config.keep_every,
-            "timeout_s": config.timeout_s,
-            "memory_budget_bytes": config.memory_budget_bytes,
-            # The newest life's fingerprint stands above; the others' would make the descriptor grow with every life.
-            "lineage": [encode_incarnation(replace(life, fingerprint={})).decode() for life in lineage],
-        }
 
 
 def _map_arena(folder: Path, rank: int, timeout_s: float) -> Arena:

@@ -1,0 +1,82 @@
+"""What all ranks know of each other before a life begins, and the descriptor that tells the agent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moc.agent.runtime import node_identity
+from moc.agreement import agree, exchange
+from moc.errors import TopologyError
+from moc.format.manifest import Incarnation, encode_incarnation
+from moc.state import RankCatalog, catalog_digest, check_coverage
+from moc.survey import Request
+from moc.topology import Topology
+from moc.training import TrainingState, World
+
+__all__ = ["Facts", "describe_life", "gather_facts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Who is where and holds what: by rank, the pids and catalogs; `tensors` counts the (tensor, part) pairs they cover."""
+
+    topology: Topology
+    pids: tuple[int, ...]
+    catalogs: tuple[RankCatalog, ...]
+    tensors: int
+
+
+def gather_facts(
+    state: TrainingState, world: World, request: Request, *, ep_sizes: tuple[tuple[str, int], ...]
+) -> Facts:
+    """Tell all ranks who is where and holds what. Collective. Raises: TopologyError, CoverageError for what cannot be served."""
+    mine = agree(
+        world,
+        lambda: {
+            "node": node_identity(request.runtime_root),
+            "pid": os.getpid(),
+            "catalog": state.catalog.to_json(),
+            "fingerprint": dict(request.fingerprint),
+        },
+    )
+    rows: list[dict[str, Any]] = exchange(world, mine)  # type: ignore[assignment]  # our own dicts come back
+    nodes = list(dict.fromkeys(row["node"] for row in rows))  # in the order of their lowest rank
+    topology = Topology(
+        world_size=world.size, node_of_rank=tuple(nodes.index(row["node"]) for row in rows), ep_sizes=ep_sizes
+    )
+    if topology.node_count > 1:
+        raise TopologyError(f"this version serves one node: nodes={topology.node_count} allowed=1")
+    differing = [rank for rank, row in enumerate(rows) if row["fingerprint"] != rows[0]["fingerprint"]]
+    if differing:
+        raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
+    catalogs = tuple(RankCatalog.from_json(row["catalog"]) for row in rows)
+    tensors = agree(world, lambda: check_coverage(shard for catalog in catalogs for shard in catalog.shards))
+    return Facts(topology=topology, pids=tuple(row["pid"] for row in rows), catalogs=catalogs, tensors=tensors)
+
+
+def describe_life(
+    facts: Facts, request: Request, software: Mapping[str, str], lineage: Sequence[Incarnation]
+) -> dict[str, object]:
+    """Return the arena's descriptor for the life that `lineage` ends with. Pure."""
+    config = request.config
+    return {
+        "run": lineage[-1].run,
+        # One more while something is being persisted, so that a save does not cost snapshots.
+        "versions": config.versions + (1 if config.persist_every else 0),
+        "catalogs": [catalog.to_json() for catalog in facts.catalogs],
+        "digest": catalog_digest(facts.catalogs),
+        "tensors": facts.tensors,
+        "topology": facts.topology.to_json(),
+        "fingerprint": dict(request.fingerprint),
+        "software": dict(software),
+        "storage": request.storage,
+        "keep_last": config.keep_last,
+        "keep_every": config.keep_every,
+        "timeout_s": config.timeout_s,
+        "memory_budget_bytes": config.memory_budget_bytes,
+        # The newest life's fingerprint stands above; the others' would make the descriptor grow with every life.
+        "lineage": [encode_incarnation(replace(life, fingerprint={})).decode() for life in lineage],
+    }
