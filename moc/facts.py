@@ -21,7 +21,10 @@ __all__ = ["Facts", "describe_life", "gather_facts"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Who is where and holds what: by rank, the pids and catalogs; `tensors` counts the (tensor, part) pairs they cover."""
+    """Who is where and holds what:
+
+    by rank, the pids and catalogs; `tensors` counts the (tensor, part) pairs they cover.
+    """
 
     topology: Topology
     pids: tuple[int, ...]
@@ -32,7 +35,10 @@ class Facts:
 def gather_facts(
     state: TrainingState, world: World, request: Request, *, ep_sizes: tuple[tuple[str, int], ...]
 ) -> Facts:
-    """Tell all ranks who is where and holds what. Collective. Raises: TopologyError, CoverageError for what cannot be served."""
+    """Tell all ranks who is where and holds what.
+
+    Collective. Raises: TopologyError, CoverageError for what cannot be served.
+    """
     mine = agree(
         world,
         lambda: {
