@@ -99,6 +99,7 @@ class Session:
         self._state, self._world, self._request = state, world, request
         self._clock, self._trace, self._software = clock, trace, dict(software)
         self._closed = False
+        self._last_status: Status | None = None
         self._terminate = threading.Event()
         self._ordinal: tuple[int, int] = (-1, 0)
         self.boundary_name = "hook"
@@ -123,7 +124,9 @@ class Session:
         return self._life.record.run
 
     def status(self) -> Status:
-        """Return what this rank knows. Never blocks."""
+        """Return what this rank knows; after `close`, what it knew last. Never blocks."""
+        if self._last_status is not None:
+            return self._last_status
         global_step, committed_step = self._life.arena.published()
         counters = self._life.snapshotter.counters
         return Status(
@@ -145,9 +148,9 @@ class Session:
             self._life.snapshotter.wait_copied()
 
     def boundary(self) -> bool:
-        """End a step:
+        """End a step and return True if the ranks agreed to terminate.
 
-        heartbeat, snapshot, agreement. Collective, without waiting. Returns True if the ranks agreed to terminate.
+        Heartbeat, snapshot, agreement: collective, without waiting for the present step's.
         """
         self._refuse_closed()
         step, config, life = self._state.step, self._request.config, self._life
@@ -206,6 +209,7 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        self._last_status = self.status()  # the arena is unmapped below
         life, rank = self._life, self._world.rank
         if not is_collective:
             life.snapshotter.close()
@@ -241,8 +245,9 @@ class Session:
                     raise
                 log.warning("agent died while it drained: attempt=%d", attempt)
                 continue
-            if reply.get("last_error"):
-                log.warning("last problem of the agent: %s", reply["last_error"])
+            committed = reply.get("last_committed_step")
+            if self._state.step and committed != self._state.step:
+                log.warning("the last step is not stored: committed=%s reason=%s", committed, reply.get("last_error"))
             return
 
     def _refuse_closed(self) -> None:
