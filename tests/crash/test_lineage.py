@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import secrets
@@ -213,6 +214,7 @@ def _arenas(pid: int | None) -> int:
     """Return how many arenas a process holds; each mapping has a second descriptor of its own."""
     held = set()
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        if "memfd:moc-" in os.readlink(path):
-            held.add(path.stat().st_ino)
+        with contextlib.suppress(FileNotFoundError):  # descriptors of connections come and go
+            if "memfd:moc-" in os.readlink(path):
+                held.add(path.stat().st_ino)
     return len(held)

@@ -6,6 +6,7 @@ production one. Every wait ends with an event or with an AssertionError that sho
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -144,7 +145,8 @@ class Life:
         """SIGKILL these trainers (default: all) and wait until they are gone."""
         for rank in ranks or range(self.size):
             if self.processes[rank].is_alive():
-                os.kill(self.pid(rank), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(self.pid(rank), signal.SIGKILL)
         for rank in ranks or range(self.size):
             self.processes[rank].join(DEADLINE_S)
 
