@@ -1,6 +1,5 @@
-"""The beginning of a life:
-
-find the run, fence earlier lives, choose a state along the lineage, restore it, write the life's record.
+"""The beginning of a life: find the run, fence earlier lives, choose a state along the lineage, restore it, write the
+life's record.
 
 Order matters. The agent kills what is left of earlier lives before anything is chosen; the incarnation record is
 written before the new life may write anything else; the recovery source stays pinned until the new life has a global

@@ -21,9 +21,8 @@ __all__ = ["Facts", "describe_life", "gather_facts"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Who is where and holds what:
-
-    by rank, the pids and catalogs; `tensors` counts the (tensor, part) pairs they cover.
+    """Who is where and holds what: by rank, the pids and catalogs; `tensors` counts the (tensor, part) pairs they
+    cover.
     """
 
     topology: Topology

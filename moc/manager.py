@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moc
-from moc.adapters.deepspeed import DeepSpeedState, Hooks
+from moc.adapters.deepspeed import DeepSpeedState, Hooks, refuse_attached
 from moc.adapters.world import TorchWorld
 from moc.agreement import agree
 from moc.clock import SystemClock
@@ -87,6 +87,7 @@ class CheckpointManager:
         settings = Config() if config is None else config
         world = TorchWorld(timeout_s=settings.timeout_s)
         try:
+            agree(world, lambda: refuse_attached(engine))  # before a new life fences the one of the other manager
             state = agree(world, lambda: DeepSpeedState(engine, stateful or {}, extra_fingerprint=fingerprint or {}))
             if not stateful and world.rank == 0:
                 log.warning(
@@ -205,10 +206,7 @@ class CheckpointManager:
             self._former_handler = None
 
     def _at_exit(self) -> None:
-        """Python is ending without `detach`:
-
-        no collectives, other ranks may be dead. The agent keeps what is sealed.
-        """
+        """Python is ending without `detach`: no collectives, other ranks may be dead. The agent keeps what is sealed."""
         self._unhook()
         self._session.close(is_collective=False)
 

@@ -61,9 +61,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What rank 0 decided for all:
-
-    the run, the new life's number, the chain, the candidates in order, and what to tell the user.
+    """What rank 0 decided for all: the run, the new life's number, the chain, the candidates in order, and what to
+    tell the user.
     """
 
     run: str

@@ -198,9 +198,8 @@ class Custody:
         }
 
     def source(self) -> Custody:
-        """Return the custody that a recovery reads from:
-
-        the earlier life's until a life on this memory has had a global step.
+        """Return the custody that a recovery reads from: the earlier life's until a life on this memory has had a
+        global step.
         """
         return self.earlier if self.earlier is not None and self._is_source_earlier else self
 

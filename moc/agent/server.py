@@ -213,9 +213,8 @@ class Agent:
         self._reply(connection, {"killed": killed, "quarantined": quarantined})
 
     def _begin(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        """Begin a life:
-
-        on the same memory if the layout is the same and nobody of an earlier life can still write to it.
+        """Begin a life: on the same memory if the layout is the same and nobody of an earlier life can still write to
+        it.
         """
         descriptor, held = message["descriptor"], self._custody
         if self._is_leaving:

@@ -1,6 +1,5 @@
-"""Objects:
-
-valid safetensors files whose tensors start at 4096-byte boundaries and whose header carries every shard's checksum.
+"""Objects: valid safetensors files whose tensors start at 4096-byte boundaries and whose header carries every shard's
+checksum.
 
 Bytes: 8 bytes little-endian header length, header JSON padded with spaces so that the data starts at a multiple of
 4096, then the data. Gaps between tensors are explicit U8 tensors named ``__pad__/<n>`` because safetensors readers

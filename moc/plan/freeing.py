@@ -30,9 +30,8 @@ class Seal:
 
 
 def attempt_id(run: str, incarnation: int, token: str, step: int, ordinal: int) -> str:
-    """Return the 8 hex digits of the ordinal-th snapshot of a step in a life:
-
-    the ordinal, then a digest; equal on every rank.
+    """Return the 8 hex digits of the ordinal-th snapshot of a step in a life: the ordinal, then a digest; equal on
+    every rank.
     """
     digest = hashlib.sha256(f"{run}/{incarnation}/{token}/{step}/{ordinal}".encode()).hexdigest()
     return f"{ordinal % 256:02x}{digest[:6]}"

@@ -71,9 +71,8 @@ class ArenaLayout:
 
 
 def arrange_rank(catalog: RankCatalog, *, versions: int) -> RankLayout:
-    """Return the units of a rank:
-
-    the dense part first (it always exists and carries the state), then experts in catalog order.
+    """Return the units of a rank: the dense part first (it always exists and carries the state), then experts in
+    catalog order.
     """
     numbered = list(enumerate(catalog.shards))
     groups = [(expert, [i for i, _ in members]) for expert, members in groupby(numbered, key=lambda row: row[1].expert)]

@@ -97,9 +97,8 @@ def is_on_chain(links: Sequence[Link], incarnation: int, step: int, attempt: str
 
 
 def candidates(links: Sequence[Link], known: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Return the admissible candidates in the order of preference:
-
-    nearest link, newest step, latest attempt, memory before storage.
+    """Return the admissible candidates in the order of preference: nearest link, newest step, latest attempt, memory
+    before storage.
     """
 
     def preference(candidate: Candidate) -> tuple[int, int, bool]:

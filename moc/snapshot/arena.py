@@ -49,9 +49,8 @@ class CorruptSeal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWords:
-    """A rank's words:
-
-    newest sealed step (None before the first) and its heartbeat; times are CLOCK_MONOTONIC nanoseconds.
+    """A rank's words: newest sealed step (None before the first) and its heartbeat; times are CLOCK_MONOTONIC
+    nanoseconds.
     """
 
     sealed_step: int | None

@@ -29,9 +29,8 @@ _CRC_POSITION = RECORD_FIXED_BYTES - 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealRecord:
-    """One rank's sealed snapshot:
-
-    for unit u its slot (version) and the step of its bytes, for shard i its crc32c, and the state blob's.
+    """One rank's sealed snapshot: for unit u its slot (version) and the step of its bytes, for shard i its crc32c, and
+    the state blob's.
     """
 
     run: str

@@ -1,6 +1,5 @@
-"""One rank's snapshots:
-
-claim slots, capture what will change, copy the rest behind the next forward and backward, seal.
+"""One rank's snapshots: claim slots, capture what will change, copy the rest behind the next forward and backward,
+seal.
 
 Claiming never waits: without a free record and slots, or after any error, this snapshot is skipped and counted. The
 copy runs in one thread; `wait_copied` is called before the next weight update and is the only place where training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moc.adapters.deepspeed.hooks import Hooks
+from moc.adapters.deepspeed.hooks import Hooks, refuse_attached
 from moc.adapters.deepspeed.state import DeepSpeedState, Stateful
 
-__all__ = ["DeepSpeedState", "Hooks", "Stateful"]
+__all__ = ["DeepSpeedState", "Hooks", "Stateful", "refuse_attached"]

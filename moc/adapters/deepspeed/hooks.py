@@ -15,9 +15,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from moc.errors import UsageError
 
-__all__ = ["Hooks"]
+__all__ = ["Hooks", "refuse_attached"]
 
 MARK = "__moc_hooks__"
+
+
+def refuse_attached(engine: DeepSpeedEngine) -> None:
+    """Raise UsageError if a manager is attached already."""
+    if hasattr(engine.__dict__.get("step"), MARK):
+        raise UsageError("engine is already attached: attached=1 allowed=1, detach the other manager first")
 
 
 class Hooks:
@@ -35,8 +41,7 @@ class Hooks:
         on_load: Callable[[], None],
         on_destroy: Callable[[], None],
     ) -> None:
-        if hasattr(engine.__dict__.get("step"), MARK):
-            raise UsageError("engine is already attached: attached=1 allowed=1, detach the other manager first")
+        refuse_attached(engine)
         self._engine: Any = engine
         self._before_update = before_update
         self._after_step = after_step
