@@ -32,6 +32,7 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Serve requests until the input ends."""
+    _end_with_parent()
     torch.set_num_threads(1)
     for builder in (CPUAdamBuilder, ShareMemCommBuilder):
         builder().load(verbose=False)  # children find them loaded: no compiler, no lock, no look at the processor
@@ -82,7 +83,7 @@ def _fork(request: Mapping[str, Any]) -> int:
         _become_rank(request, parent)
         worker.main(request["spec"])
         code = 0
-    except BaseException:  # the process's top: what went wrong is in its log, and what is registered for the exit runs
+    except BaseException:  # noqa: BLE001  the process's top: what went wrong is in its log, exit functions run
         traceback.print_exc()
         atexit._run_exitfuncs()
     finally:
@@ -91,8 +92,12 @@ def _fork(request: Mapping[str, Any]) -> int:
         os._exit(code)
 
 
-def _become_rank(request: Mapping[str, Any], parent: int) -> None:
+def _end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _become_rank(request: Mapping[str, Any], parent: int) -> None:
+    _end_with_parent()
     if os.getppid() != parent:
         os._exit(1)
     signal.set_wakeup_fd(-1)

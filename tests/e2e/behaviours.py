@@ -1,0 +1,353 @@
+"""What a manager promises beside exactness; every function runs on both ranks of one world and raises if something is wrong."""
+
+from __future__ import annotations
+
+import random
+import signal
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moc import CheckpointManager, Config
+from moc.errors import MismatchError, NoCheckpointError, StoreDeniedError, StoreUnavailableError, UsageError
+from moc.repository import Repository
+from moc.store.open import open_store
+from tests.adapters.cases import assembled, gathered, snapshot
+from tests.adapters.cases import attach as capture_state
+from tests.adapters.refusals import expect, plain
+from tests.e2e.matrix import Case
+from tests.e2e.worker import Note, Training
+
+__all__ = ["BEHAVIOURS", "run"]
+
+DENSE = Case(
+    model="dense", zero="1", dtype="fp32", ranks=2, accumulation=1, optimizer="adamw", skips=False, boundary="step",
+    killed="all", source="memory",
+)  # fmt: skip
+NATIVE = replace(DENSE, model="native", zero="2", dtype="bf16", accumulation=3)
+HOOKED = ("_take_model_step", "step", "load_checkpoint", "destroy")
+
+
+def run(spec: Mapping[str, Any], note: Note) -> None:
+    """Run the named behaviours one after the other. The first that fails ends the world: its ranks may be anywhere."""
+    for name in spec["behaviours"]:
+        folder = Path(spec["folder"]) / name
+        try:
+            BEHAVIOURS[name](Place(folder, Path(spec["runtime"])), note)
+        except BaseException:
+            note("behaviour", name=name, verdict=traceback.format_exc())
+            raise
+        note("behaviour", name=name, verdict="ok")
+
+
+class Place:
+    """A repository of its own for one behaviour."""
+
+    def __init__(self, folder: Path, runtime: Path) -> None:
+        self.folder, self.storage, self.runtime = folder, folder / "repository", runtime
+
+    def attach(self, training: Training, **options: Any) -> CheckpointManager:
+        """Attach as a user would, to this place unless told otherwise."""
+        return self.attach_engine(training.engine, **{"stateful": training.stateful, **options})
+
+    def attach_engine(self, engine: Any, **options: Any) -> CheckpointManager:
+        usual = {"storage": self.storage, "config": Config(persist_every=100, timeout_s=60.0), "runtime_dir": self.runtime}
+        return CheckpointManager.attach(engine, **{**usual, **options})
+
+    def refuse(self, kind: type, words: str, engine: Any, **options: Any) -> None:
+        """Expect an error on attach, and an engine that is as it was."""
+        before, handler = dict(engine.__dict__), signal.getsignal(signal.SIGTERM)
+        expect(kind, words, lambda: self.attach_engine(engine, **options))
+        assert engine.__dict__ == before
+        assert signal.getsignal(signal.SIGTERM) == handler
+
+    def incarnations(self) -> list[tuple[int, str]]:
+        """Return (number, reason) of every life in the repository."""
+        repository = Repository(open_store(str(self.storage)))
+        try:
+            return [(record.number, record.reason) for record in repository.incarnations()[0]]
+        finally:
+            repository.close()
+
+    def committed(self) -> list[int]:
+        repository = Repository(open_store(str(self.storage)))
+        try:
+            return sorted(checkpoint.name.step for checkpoint in repository.checkpoints())
+        finally:
+            repository.close()
+
+
+def attach_twice(place: Place, _: Note) -> None:
+    """A second manager is refused before it does anything, and the first goes on."""
+    training = Training(DENSE, seed=1)
+    manager = place.attach(training)
+    training.run(2, manager.step)
+
+    place.refuse(UsageError, "already attached", training.engine, stateful=training.stateful)
+
+    assert place.incarnations() == [(1, "start")]
+    training.run(4, manager.step)
+    handle = manager.save()
+    handle.wait_committed(60)
+    assert handle.step == 4
+    assert place.committed() == [4]
+    manager.detach()
+    manager.detach()
+    assert place.committed() == [4]
+
+
+def unsupported_engine(place: Place, _: Note) -> None:
+    """An engine that is not on the list is refused by name, before anything exists."""
+    for engine, words in (
+        (plain(optimizer=torch.optim.SGD), "SGD allowed=AdamW,Adam,"),
+        (plain(stage=3), "DeepSpeedZeroOptimizer_Stage3"),
+        (plain(stage=0), "unsupported zero optimizer"),
+    ):
+        place.refuse(UsageError, words, engine)
+        engine.destroy()
+    assert not place.storage.exists()
+
+
+def detached_engine(place: Place, _: Note) -> None:
+    """Losses with a manager, and after it has left, are those of a job that knows none; nothing of it stays on the engine."""
+    for case in (DENSE, NATIVE, replace(NATIVE, boundary="hook")):
+        undisturbed = Training(case, seed=1)
+        undisturbed.run(9)
+        training = Training(case, seed=1)
+        engine = training.engine
+        keys, handler = engine.__dict__.keys(), signal.getsignal(signal.SIGTERM)
+        before = {name: engine.__dict__[name] for name in keys}
+        inside = Place(place.folder / f"{case.model}-{case.boundary}", place.runtime)
+
+        manager = inside.attach(training)
+        assert all(name in engine.__dict__ for name in HOOKED)
+        assert signal.getsignal(signal.SIGTERM) != handler
+        training.run(5, manager.step if case.boundary == "step" else lambda: None)
+        assert manager.status().boundary == ("manager.step()" if case.boundary == "step" else "hook")
+        manager.detach()
+
+        assert engine.__dict__.keys() == before.keys()
+        assert all(engine.__dict__[name] is before[name] for name in before if callable(before[name]))
+        assert signal.getsignal(signal.SIGTERM) == handler
+        assert inside.committed() == [5]
+        training.run(9)
+        assert training.losses == undisturbed.losses
+        ours, theirs = training.digests(), undisturbed.digests()
+        differing = [name for name in theirs if ours[name] != theirs[name]]
+        assert not differing, differing
+
+
+def chosen_steps(place: Place, _: Note) -> None:
+    """`restore` takes the newest step, an earlier one, only the weights, or nothing."""
+    first = Training(NATIVE, seed=1)
+    manager = place.attach(first)
+    assert manager.recovery is None
+    assert manager.resume_step == 0
+    first.run(3, manager.step)
+    manager.save().wait_committed(60)
+    at_three = first.digests()
+    first.run(6, manager.step)
+    manager.detach()
+    assert place.committed() == [3, 6]
+
+    again = Training(NATIVE, seed=2)
+    expect(NoCheckpointError, "step=5 available=[3, 6]", lambda: place.attach(again, restore=5))
+    manager = place.attach(again, restore=3)
+    assert (manager.resume_step, manager.incarnation, manager.recovery.source) == (3, 2, "storage")
+    assert again.digests() == at_three
+    again.run(6, manager.step)
+    assert again.losses == first.losses[3:]
+    again.run(7, manager.step)
+    manager.detach()
+
+    newest = Training(NATIVE, seed=3)
+    manager = place.attach(newest)
+    assert manager.resume_step == 7
+    assert manager.recovery.parent_incarnation == 2
+    assert newest.digests() == again.digests()
+    manager.detach()
+
+    weights = Training(NATIVE, seed=4)
+    manager = place.attach(weights, restore="weights")
+    ours, theirs = weights.digests(), again.digests()
+    names = [name for name in theirs if name.startswith(("master", "module")) and "module module" not in name]
+    kept = [name for name in names if ours[name] != theirs[name]]
+    buffers = {f"module {name}" for name, _ in weights.engine.module.named_buffers()}
+    assert set(kept) <= buffers, kept
+    assert manager.resume_step == 0
+    assert weights.loader.used == 0
+    assert all(not moments.any() for moments in _moments(weights.engine))
+    weights.run(2, manager.step)
+    manager.detach()
+
+    fresh = Training(NATIVE, seed=5)
+    before = fresh.digests()
+    manager = place.attach(fresh, restore="never")
+    assert manager.recovery is None
+    assert manager.incarnation == 5
+    assert {k: v for k, v in fresh.digests().items() if k in before} == before
+    manager.detach()
+    assert [reason for _, reason in place.incarnations()] == ["start", "recover", "recover", "weights", "start"]
+
+
+def _moments(engine: Any) -> list[torch.Tensor]:
+    states = engine.optimizer.optimizer.state.values()
+    return [value for state in states for key, value in state.items() if key.startswith("exp_avg")]
+
+
+def loaded_checkpoint(place: Place, _: Note) -> None:
+    """A load of one of DeepSpeed's checkpoints begins a life of its own, which recovery follows."""
+    training = Training(DENSE, seed=1)
+    manager = place.attach(training)
+    training.run(3, manager.step)
+    training.engine.save_checkpoint(str(place.folder / "deepspeed"))
+    training.run(5, manager.step)
+
+    training.engine.load_checkpoint(str(place.folder / "deepspeed"))
+
+    assert manager.incarnation == 2
+    assert place.incarnations() == [(1, "start"), (2, "load_checkpoint")]
+    assert training.engine.global_steps == 3
+    training.run(4, manager.step)
+    manager.save().wait_committed(60)
+    state = training.digests()
+    manager.detach()
+    fresh = Training(DENSE, seed=2)
+    manager = place.attach(fresh)
+    assert (manager.resume_step, manager.recovery.parent_incarnation) == (4, 2)
+    assert fresh.digests() == state
+    manager.detach()
+
+
+def stepped_engine(place: Place, _: Note) -> None:
+    """An engine that has trained is not overwritten, unless the stored state is thrown away on purpose."""
+    first = Training(DENSE, seed=1)
+    manager = place.attach(first)
+    first.run(4, manager.step)
+    manager.detach()
+
+    other = Training(DENSE, seed=2)
+    other.run(2)
+    before = other.digests()
+    words = "the engine has already stepped: engine_step=2"
+    place.refuse(MismatchError, words, other.engine, stateful=other.stateful)
+    assert other.digests() == before
+    manager = place.attach(other, restore="never")
+    assert other.digests() == before
+    other.run(3, manager.step)
+    manager.detach()
+    assert place.committed() == [3, 4]
+
+
+def other_experiment(place: Place, _: Note) -> None:
+    """A repository of another experiment is refused with every differing key; keys are allowed by name."""
+    first = Training(DENSE, seed=1)
+    manager = place.attach(first, fingerprint={"data": "a", "tokens": 1, "same": [1, 2]})
+    first.run(2, manager.step)
+    manager.detach()
+    lives = place.incarnations()
+
+    other = Training(DENSE, seed=2)
+    given = {"stateful": other.stateful, "fingerprint": {"data": "b", "tokens": 2, "same": [1, 2]}}
+    place.refuse(MismatchError, "data: stored='a' given='b'; tokens: stored=1 given=2", other.engine, **given)
+    place.refuse(MismatchError, "; tokens: stored=1 given=2; allowed", other.engine, on_mismatch=["data"], **given)
+    wider = Training(NATIVE, seed=3)
+    place.refuse(MismatchError, "parameters", wider.engine, stateful=wider.stateful)
+    expect(UsageError, "run_id=else", lambda: place.attach(Training(DENSE, seed=4), run_id="else"))
+    assert place.incarnations() == lives
+
+    manager = place.attach_engine(other.engine, on_mismatch=["data", "tokens"], **given)
+    assert manager.resume_step == 2
+    manager.detach()
+
+
+class Strange:
+    """A stateful object whose state holds something that cannot be stored."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"a": {"b": [1, object()]}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("never asked for")
+
+
+def strange_objects(place: Place, _: Note) -> None:
+    """What cannot be stored is named by its path, before anything exists."""
+    training = Training(DENSE, seed=1)
+    path = "state['stateful']['loader']['a']['b'][1]"
+    place.refuse(UsageError, path, training.engine, stateful={"loader": Strange()})
+    place.refuse(UsageError, "stateful=clock type=object", training.engine, stateful={"clock": object()})
+    place.refuse(UsageError, "restore=-1", training.engine, restore=-1)
+    place.refuse(UsageError, "restore='newest'", training.engine, restore="newest")
+    assert not place.storage.exists()
+
+
+def bad_storage(place: Place, _: Note) -> None:
+    """A storage without rights, or that is no folder, is refused on every rank with one error."""
+    training = Training(DENSE, seed=1)
+    place.folder.mkdir(exist_ok=True)
+    occupied = place.folder / "file"
+    occupied.touch()
+    for storage in ("/sys/kernel/moc-test", "/proc/moc-test"):  # not writable even for root
+        place.refuse(StoreDeniedError, storage, training.engine, storage=storage)
+    place.refuse(StoreUnavailableError, "file", training.engine, storage=occupied / "repository")
+    place.refuse(UsageError, "nosuch", training.engine, storage="nosuch://bucket/run")
+    manager = place.attach(training)  # the engine is as good as new
+    training.run(2, manager.step)
+    manager.detach()
+    assert place.committed() == [2]
+
+
+def resharded(place: Place, note: Note) -> None:
+    """Train on, and tell the digests of the whole tensors before and after, whoever holds them."""
+    case = replace(NATIVE, model="grouped", accumulation=1)
+    random.seed(dist.get_rank())
+    training = Training(case, seed=1 + dist.get_world_size())
+    manager = place.attach(training)
+    report = manager.recovery
+    note(
+        "resharded",
+        resumed=manager.resume_step,
+        source=None if report is None else report.source,
+        notes=[] if report is None else list(report.notes),
+        used=training.loader.used,
+        before=_whole(training.engine),
+    )
+    last = manager.resume_step + 4
+    training.run(last, manager.step)
+    note("trained", step=last, used=training.loader.used, after=_whole(training.engine), weights=_weights(training.engine))
+    if dist.get_world_size() == 4:
+        manager.save().wait_committed(60)
+        signal.raise_signal(signal.SIGKILL)
+    manager.detach()
+
+
+def _whole(engine: Any) -> dict[str, str]:
+    tensors = assembled(gathered(snapshot(capture_state(engine))[0]))
+    return {"/".join(map(str, key)): data.hex() for key, data in sorted(tensors.items())}
+
+
+def _weights(engine: Any) -> dict[str, str]:
+    return {n: p.detach().float().numpy().tobytes().hex() for n, p in engine.module.named_parameters()}
+
+
+BEHAVIOURS: dict[str, Callable[[Place, Note], None]] = {
+    behaviour.__name__: behaviour
+    for behaviour in (
+        attach_twice,
+        unsupported_engine,
+        detached_engine,
+        chosen_steps,
+        loaded_checkpoint,
+        stepped_engine,
+        other_experiment,
+        strange_objects,
+        bad_storage,
+        resharded,
+    )
+}

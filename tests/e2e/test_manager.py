@@ -1,0 +1,145 @@
+"""Promises of `CheckpointManager` in real worlds: what is refused, what is left behind, what a signal or another world size does."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from moc import Config
+from moc.errors import ConfigError
+from tests.e2e.launch import Job, Life, Zygote
+from tests.e2e.matrix import Case
+
+pytestmark = [pytest.mark.world, pytest.mark.timeout(600)]
+
+SHARED = (
+    "attach_twice",
+    "unsupported_engine",
+    "detached_engine",
+    "chosen_steps",
+    "loaded_checkpoint",
+    "stepped_engine",
+    "other_experiment",
+    "strange_objects",
+    "bad_storage",
+)
+SIGTERM_CASE = Case(
+    model="grouped", zero="2", dtype="bf16", ranks=2, accumulation=1, optimizer="adamw", skips=True, boundary="step",
+    killed="all", source="storage",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared_world(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
+    """One world of two ranks in which all behaviours have run, or all up to the first that failed."""
+    with Job(zygote, tmp_path_factory.mktemp("shared")) as job:
+        life = job.start("shared", 2, {"behaviours": SHARED})
+        life.ended(deadline_s=240.0)
+        yield life
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_behaviour_holds(shared_world: Life, name: str) -> None:
+    for rank in range(2):
+        verdicts = {event["name"]: event["verdict"] for event in shared_world.events(rank, "behaviour")}
+
+        assert verdicts.get(name) == "ok", f"rank {rank}: {verdicts.get(name, 'not reached')}\n{shared_world.story()}"
+
+
+@pytest.mark.parametrize("case", [SIGTERM_CASE, replace(SIGTERM_CASE, model="dense", boundary="hook")], ids=["step", "hook"])
+def test_termination_saves_and_the_next_life_goes_on_from_there(case: Case, zygote: Zygote, tmp_path: Path) -> None:
+    steps = 40
+    common = {"case": asdict(case), "steps": steps, "persist_every": 1000}
+    with Job(zygote, tmp_path) as job:
+        plain = job.start("plain", 2, {**common, "is_attached": False, "seed": 1})
+        plain.finished()
+        lives = []
+        for name, resumed, ranks in (("first", 0, (0, 1)), ("second", 10, (1,))):  # of a node's ranks, and of one alone
+            life = job.start(name, 2, {**common, "is_attached": True, "seed": 1 + len(lives)})
+            lives.append(life)
+            assert life.event("attached")["step"] >= resumed, life.story()
+            life.event("step", step=resumed + 10)
+
+            life.signal(signal.SIGTERM, *ranks)
+
+            assert life.ended() == [-signal.SIGTERM] * 2, life.story()
+            job.kill_agents()
+        last = job.start("last", 2, {**common, "is_attached": True, "seed": 9})
+        last.finished()
+
+        attached = last.event("attached")
+        assert attached["source"] == "storage"
+        for rank in range(2):
+            lineage: list[dict] = []
+            for life in (*lives, last):
+                resumed = life.event("attached", rank)["step"]
+                assert resumed == (lineage[-1]["step"] if lineage else 0), "the step of the save is the step of the next life"
+                lineage += life.events(rank, "step")
+            expected = plain.events(rank, "step")
+            assert [(e["step"], e["losses"], e["ids"]) for e in lineage] == [
+                (e["step"], e["losses"], e["ids"]) for e in expected
+            ]
+            assert last.event("final", rank)["digests"] == plain.event("final", rank)["digests"]
+
+
+def test_other_world_sizes_take_over_every_tensor(zygote: Zygote, tmp_path: Path) -> None:
+    with Job(zygote, tmp_path) as job:
+        seen = []
+        for name, ranks in (("two", 2), ("four", 4), ("again", 2)):
+            life = job.start(name, ranks, {"behaviours": ["resharded"]})
+            if ranks == 4:
+                assert life.ended() == [-signal.SIGKILL] * 4, life.story()  # it kills itself, for a recovery from memory
+            else:
+                life.finished()
+            seen.append((life.event("resharded"), life.event("trained")))
+            assert life.event("resharded", ranks - 1)["before"] == seen[-1][0]["before"]
+
+    (two, two_trained), (four, four_trained), (again, _) = seen
+    assert (two["resumed"], four["resumed"], again["resumed"]) == (0, 4, 8)
+    assert (four["source"], again["source"]) == ("storage", "memory")
+    assert four["before"] == two_trained["after"]
+    assert again["before"] == four_trained["after"]
+    assert (four["used"], again["used"]) == (two_trained["used"], four_trained["used"])
+    assert any("/w1/" in key or "w1" in key for key in two["before"]), "expert weights are part of the comparison"
+    for report, sizes in ((four, ("2", "4")), (again, ("4", "2"))):
+        assert any("exact" in note and all(size in note for size in sizes) for note in report["notes"]), report["notes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("snapshot_every", 0),
+        ("persist_every", -1),
+        ("versions", 1),
+        ("versions", 9),
+        ("keep_last", 0),
+        ("keep_every", -1),
+        ("memory_budget_bytes", 0),
+        ("timeout_s", 0),
+        ("plt_limit", 0),
+        ("plt_limit", 1.5),
+        ("mode", "half"),
+        ("replicas", -1),
+        ("persist_every", "often"),
+        ("snapshot_every", True),
+        ("timeout_s", float("nan")),
+        ("timeout_s", float("inf")),
+    ],
+)
+def test_config_refuses_a_value_by_name_and_says_what_is_allowed(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}=.*allowed="):
+        Config(**{name: value})
+
+
+def test_config_refuses_unknown_settings_by_name() -> None:
+    with pytest.raises(TypeError, match="snapshot_evry"):
+        Config(snapshot_evry=1)  # type: ignore[call-arg]
+
+
+def test_config_refuses_settings_that_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"persist_every=5 allowed=a multiple of snapshot_every=2"):
+        Config(snapshot_every=2, persist_every=5)
