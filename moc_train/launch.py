@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks, as its launcher said: the only reader of the environment."""
+"""Where this process stands among the ranks, as its launcher said in the environment."""
 
 import os
 import socket

@@ -20,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
+from moc_train.build_locks import clear_dead_locks, extension_roots
 from moc_train.checkpointing import Checkpointing, attach
 from moc_train.config import ConfigError, FaultConfig, Resolved, TrainConfig, resolve
 from moc_train.data import SampleLoader, StepSamples, TokenFile, prepare
@@ -88,6 +89,8 @@ def start_torch(config: TrainConfig, place: Place) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and no result reads such memory
     torch.manual_seed(config.model.seed)
+    for lock in clear_dead_locks(extension_roots()) if place.local_rank == 0 else ():
+        deepspeed_logger.warning(f"removed the lock of a native build whose process is gone path={lock}")
     deepspeed.init_distributed()
 
 
