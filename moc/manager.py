@@ -206,7 +206,7 @@ class CheckpointManager:
             self._former_handler = None
 
     def _at_exit(self) -> None:
-        """Python is ending without `detach`: no collectives, other ranks may be dead. The agent keeps what is sealed."""
+        """Python ends without `detach`: no collectives, others may be dead. The agent keeps what is sealed."""
         self._unhook()
         self._session.close(is_collective=False)
 

@@ -90,7 +90,7 @@ class Trainers:
         return [trainer.pid for trainer in killed], immortal
 
     def rows(self, arena: Arena | None) -> list[dict[str, object]]:
-        """Return one row per trainer: rank, pid, alive, incarnation and, where the arena has it, steps and heartbeat."""
+        """Return one row per trainer: rank, pid, alive, incarnation; where there is an arena, steps and heartbeat."""
         rows: list[dict[str, object]] = []
         for trainer in sorted(self._all(), key=lambda t: (t.rank, t.incarnation)):
             row: dict[str, object] = {
