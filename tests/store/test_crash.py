@@ -64,7 +64,7 @@ def test_a_kill_at_any_span_leaves_the_old_or_the_new_state(tmp_path: Path, acti
         assert state in (before, after), json.dumps({"fatal": fatal, "keys": sorted(state)})
         seen.append(state == after)
         _repeat(store, action)
-        assert store.sweep_temporaries(0.0) <= 1
+        assert store.sweep(older_than_s=0.0) <= 1
         assert {entry.key for entry in store.list("")} == set(after)
         assert not list(root.rglob(".*~*"))
         if done.returncode == 0:

@@ -83,5 +83,5 @@ def _all_calls(store: LocalStore) -> list[Callable[[], object]]:
         lambda: store.list(""),
         lambda: store.delete("a"),
         store.free_bytes,
-        lambda: store.sweep_temporaries(0.0),
+        lambda: store.sweep(older_than_s=0.0),
     ]

@@ -320,10 +320,10 @@ def test_only_old_temporary_files_are_swept(tmp_path: Path) -> None:
     os.utime(folder / "b", (1000, 1000))
 
     assert [entry.key for entry in store.list("")] == ["a/.hidden", "a/b"]
-    assert store.sweep_temporaries(3600.0) == 1
+    assert store.sweep(older_than_s=3600.0) == 1
 
     assert sorted(os.listdir(folder)) == [".b~124-0a1b2c3e", ".b~other", ".hidden", "b"]
-    assert store.sweep_temporaries(0.0) == 1
+    assert store.sweep(older_than_s=0.0) == 1
 
 
 def test_a_listing_says_when_an_object_was_written(tmp_path: Path) -> None:
