@@ -8,7 +8,7 @@ integers; every other value is an object with a single tag:
     {"d": [[key, value], ...]} dict, in insertion order {"a": [dtype, [shape], kind, offset, length]} array; offset and
     length in bytes from the start of the array area
 
-Limits: 64 levels, 1,000,000 values, 1 GiB of JSON text.
+Limits: 64 levels, 1,000,000 values, integers of 4096 bits, 1 GiB of JSON text.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = ["ArrayValue", "EncodedState", "decode_state", "encode_state"]
 ARRAY_ALIGNMENT = 64
 DEPTH_LIMIT = 64
 VALUE_LIMIT = 1_000_000
+INTEGER_LIMIT_BITS = 4096  # Python reads no decimal number of more than 4300 digits
 TEXT_LIMIT_BYTES = 1 << 30
 KINDS = ("torch", "numpy")
 
@@ -118,9 +119,15 @@ class _Encoder:
         if depth > DEPTH_LIMIT or self._values > VALUE_LIMIT:
             raise UsageError(f"state is nested too deep or has too many values: path={path}")
         # Exact types: a subclass (an enum, a numpy scalar, a namedtuple) would come back as something else.
-        if value is None or type(value) in (bool, int):
+        if value is None or type(value) is bool:
+            return value
+        if type(value) is int:
+            if value.bit_length() > INTEGER_LIMIT_BITS:
+                raise UsageError(f"integer is too large: path={path} bits={value.bit_length()} allowed={INTEGER_LIMIT_BITS}")
             return value
         if type(value) is str:
+            if any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise UsageError(f"text is not unicode: path={path} text={value[:40]!r} allowed=no lone surrogates")
             return value
         if type(value) is float:
             return {"f": value.hex()}
