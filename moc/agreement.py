@@ -33,7 +33,7 @@ def agree(world: World, act: Callable[[], T]) -> T:
         return result  # type: ignore[return-value]  # act has returned a T here
     if failure is not None and not isinstance(failure, MocError):
         raise failure
-    raise _common_error(failures) from failure
+    raise _one_error(failures) from failure
 
 
 def decide(world: World, act: Callable[[], dict[str, object]]) -> dict[str, object]:
@@ -65,7 +65,7 @@ def _describe(failure: Exception | None) -> list[str] | None:
     return [kind, words]
 
 
-def _common_error(failures: dict[int, list[str]]) -> MocError:
+def _one_error(failures: dict[int, list[str]]) -> MocError:
     kinds = {kind for kind, _ in failures.values()}
     lowest = min(failures)
     kind, words = failures[lowest]

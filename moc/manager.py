@@ -23,7 +23,6 @@ from moc.errors import MocError
 from moc.handle import SaveHandle
 from moc.recover import RecoveryReport
 from moc.session import Session, Status
-from moc.store.open import absolute_url
 from moc.survey import Request
 from moc.trace import JsonLinesSink, Trace
 
@@ -36,6 +35,7 @@ log = logging.getLogger(__name__)
 
 AGENT_IDLE_S = 1800.0  # how long an agent keeps a dead job's memory before it persists it and leaves
 TERMINATION_DEADLINE_S = 300.0
+NO_LOADER = "no data loader is registered in stateful: after a recovery the order of the data is not restored"
 
 
 class CheckpointManager:
@@ -90,13 +90,11 @@ class CheckpointManager:
             agree(world, lambda: refuse_attached(engine))  # before a new life fences the one of the other manager
             state = agree(world, lambda: DeepSpeedState(engine, stateful or {}, extra_fingerprint=fingerprint or {}))
             if not stateful and world.rank == 0:
-                log.warning(
-                    "no data loader is registered in stateful: after a recovery the order of the data is not restored"
-                )
+                log.warning(NO_LOADER)
             request = agree(
                 world,
                 lambda: Request(
-                    storage=absolute_url(str(storage)),
+                    storage=str(storage),
                     config=settings,
                     restore=restore,
                     run_id=run_id,
@@ -107,15 +105,9 @@ class CheckpointManager:
                     fingerprint=_plain(state.fingerprint),
                 ),
             )
-            session = Session(
-                state,
-                world,
-                request,
-                ep_sizes=state.ep_sizes,
-                software=_software(),
-                clock=SystemClock(),
-                trace=_open_trace(trace_dir, world.rank),
-            )
+            trace = agree(world, lambda: _open_trace(trace_dir, world.rank))
+            grid, clock = state.ep_sizes, SystemClock()
+            session = Session(state, world, request, ep_sizes=grid, software=_software(), clock=clock, trace=trace)
         except BaseException:
             world.close()
             raise
