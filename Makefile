@@ -10,6 +10,9 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # The launcher and DeepSpeed's native operators look for `deepspeed` and `ninja` on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Native operators are built for this environment alone: two environments that share a cache rebuild each other's.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+
 .DELETE_ON_ERROR:
 .PHONY: setup train test test-all lint format clean help
 
@@ -25,6 +28,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch numpy
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -c 'from deepspeed.accelerator import get_accelerator as a; a().device_name() == "cpu" and a().create_op_builder("ShareMemCommBuilder").load(verbose=False)' >/dev/null
 	touch $@
 
 train: setup ## run the main job: train, lose a rank, recover, prove that nothing changed

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -41,7 +42,6 @@ def main() -> int:
         options,
         [str(BIN / "moc"), "run", "-r", str(storage), "--max-restarts", "2", "--"],
         [
-            f"checkpoint.storage={storage}",
             f"logging.folder={options.out / 'disturbed'}",
             "faults.kill_rank=1",
             f"faults.kill_step={options.kill_step}",
@@ -64,8 +64,25 @@ def main() -> int:
 
 def train(options: argparse.Namespace, supervisor: list[str], overrides: list[str]) -> None:
     """Run the trainer with DeepSpeed's launcher; raises CalledProcessError if it fails for good."""
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", str(ROOT / "moc_train/pretrain.py")]
-    run([*supervisor, *launcher, "--config", str(options.config), *options.overrides, *overrides])
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
+    run(
+        [
+            *supervisor,
+            *launcher,
+            str(ROOT / "moc_train/pretrain.py"),
+            "--config",
+            str(options.config),
+            *options.overrides,
+            *overrides,
+        ]
+    )
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def run(command: list[str], *, check: bool = True) -> int:

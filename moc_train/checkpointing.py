@@ -1,6 +1,7 @@
 """The one place that knows moc: attach, and the same small interface when checkpointing is switched off."""
 
 import dataclasses
+import os
 from typing import Any, Protocol
 
 from moc_train.config import CheckpointConfig
@@ -82,7 +83,7 @@ def attach(
     settings = {key: value for key, value in given.items() if key not in ATTACH_KEYS and value is not None}
     manager = CheckpointManager.attach(
         engine,
-        storage=config.storage,
+        storage=config.storage or os.environ.get("MOC_STORAGE") or "checkpoints",
         config=Config(**settings),
         stateful=stateful,
         restore=config.restore,

@@ -202,7 +202,7 @@ class CheckpointConfig:
     """What goes to moc; a null is moc's own default."""
 
     enabled: bool = True
-    storage: str = "checkpoints"
+    storage: str = ""  # empty: $MOC_STORAGE, which `moc run -r` sets, else checkpoints/
     restore: str | int = "auto"  # auto, never, weights or a step
     run_id: str | None = None
     snapshot_every: int | None = None

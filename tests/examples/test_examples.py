@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.main_job import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 LOSS = re.compile(r"rank (\d+) step (\d+) loss (\S+)")
@@ -37,14 +39,8 @@ def test_a_killed_native_moe_job_goes_on_bit_for_bit_from_memory_and_from_storag
 
 
 def test_a_dense_job_is_saved_without_touching_its_loop_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    script = [
-        str(BIN / "deepspeed"),
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        "29611",
-        str(ROOT / "examples/attach_dense.py"),
-    ]
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
+    script = [*launcher, str(ROOT / "examples/attach_dense.py")]
 
     first = LOSS.findall(run([*script, "--steps", "12", "--storage", str(tmp_path / "ck")], tmp_path))
     second = LOSS.findall(run([*script, "--steps", "15", "--storage", str(tmp_path / "ck")], tmp_path))
