@@ -1,0 +1,98 @@
+"""Hypothesis strategies for the core's values."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from moc.format.keys import CheckpointName
+from moc.format.manifest import Incarnation, Manifest, ObjectRow, Parent
+from moc.format.keys import object_key
+from moc.state import DTYPE_BYTES, Expert, RankCatalog, Shard, shard_order
+
+runs = st.from_regex(r"[a-z0-9][a-z0-9-]{0,31}", fullmatch=True)
+attempts = st.from_regex(r"[0-9a-f]{8}", fullmatch=True)
+numbers = st.integers(1, 999_999)
+steps = st.integers(0, 10**12 - 1)
+names = st.builds(CheckpointName, run=runs, incarnation=numbers, step=steps, attempt=attempts)
+parents = st.none() | st.builds(Parent, incarnation=numbers, step=steps, attempt=st.none() | attempts)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+mappings = st.dictionaries(st.text(max_size=6), plain, max_size=3)
+incarnations = st.builds(
+    Incarnation,
+    run=runs,
+    number=numbers,
+    token=st.text(max_size=8),
+    parent=parents,
+    reason=st.sampled_from(Incarnation.REASONS),
+    fingerprint=mappings,
+)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    name = draw(names)
+    rows = [
+        ObjectRow(
+            key=object_key(name, rank, piece),
+            size_bytes=draw(st.integers(0, 2**50)),
+            header_bytes=draw(st.integers(1, 2**28)),
+            header_crc32c=draw(st.integers(0, 2**32 - 1)),
+        )
+        for rank in range(draw(st.integers(1, 2)))
+        for piece in ("d", "e00")
+    ]
+    return Manifest(
+        name=name,
+        parent=draw(parents),
+        topology=draw(mappings),
+        catalog_digest=draw(st.text(max_size=16)),
+        tensors=draw(st.integers(0, 10**6)),
+        objects=tuple(rows),
+        fingerprint=draw(mappings),
+        versions=draw(mappings),
+        is_finite=draw(st.booleans()),
+        stale_experts=tuple(draw(st.lists(st.tuples(*[st.integers(0, 2**40)] * 3), max_size=3))),
+        plt=draw(mappings),
+    )
+
+
+@st.composite
+def splits(draw: st.DrawFn, elements: int, ranks: int) -> list[tuple[int, int]]:
+    """Return one (offset, length) per rank; together they cover 0..elements once."""
+    cuts = sorted(draw(st.lists(st.integers(0, elements), min_size=ranks - 1, max_size=ranks - 1)))
+    bounds = [0, *cuts, elements]
+    return [(first, last - first) for first, last in zip(bounds, bounds[1:], strict=False)]
+
+
+@st.composite
+def models(draw: st.DrawFn) -> list[tuple[str, str, str, tuple[int, ...], Expert | None]]:
+    """Return whole tensors: (tensor, part, dtype, shape, expert)."""
+    rows = []
+    for index in range(draw(st.integers(1, 4))):
+        expert = draw(st.none() | st.builds(Expert, layer=st.integers(0, 1), index=st.integers(0, 2)))
+        shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=2)))
+        for part in draw(st.sets(st.sampled_from(("master", "exp_avg")), min_size=1)):
+            rows.append((f"t{index}", part, draw(st.sampled_from(sorted(DTYPE_BYTES))), shape, expert))
+    return sorted(rows, key=lambda row: row[:2])
+
+
+@st.composite
+def catalogs(draw: st.DrawFn, model: list[tuple[str, str, str, tuple[int, ...], Expert | None]], ranks: int) -> tuple[RankCatalog, ...]:
+    """Return who holds what of a model on so many ranks: every tensor cut anywhere."""
+    held: list[list[Shard]] = [[] for _ in range(ranks)]
+    for tensor, part, dtype, shape, expert in model:
+        elements = 1
+        for extent in shape:
+            elements *= extent
+        for rank, (offset, length) in enumerate(draw(splits(elements, ranks))):
+            shard = Shard(tensor=tensor, part=part, dtype=dtype, shape=shape, offset=offset, length=length, expert=expert)
+            if length or draw(st.booleans()):
+                held[rank].append(shard)
+    return tuple(
+        RankCatalog(rank=rank, shards=tuple(sorted(shards, key=shard_order)), state_capacity_bytes=draw(st.integers(0, 9000)))
+        for rank, shards in enumerate(held)
+    )
