@@ -18,13 +18,13 @@ from typing import Any
 if not __package__:  # run as a file: the repository's root must be searched, not this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.launch import RUNTIME
 from moc_train.config import TrainConfig, resolve
 from moc_train.launch import Place, prepare_environment, read_place
 from moc_train.options import bind
 
 COPY_THREAD = "moc-copy"
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
-RUN_ROOT = "rt"  # folder of the node agent's socket, in the plan's folder
 
 
 class World:
@@ -66,9 +66,9 @@ class World:
             Config(snapshot_every=1, persist_every=plan["block"], keep_last=2, versions=plan["versions"]),
             stateful=stateful,
             restore="never",
-            runtime_dir=folder / RUN_ROOT,
+            runtime_dir=folder / RUNTIME,
         )
-        ((_, status),) = read_statuses(self.manager.run_id, folder / RUN_ROOT)
+        ((_, status),) = read_statuses(self.manager.run_id, folder / RUNTIME)
         self.agent_pid, self.arena_bytes = int(status["pid"]), int(status["arena_bytes"])
         self._copy_thread = next(t.native_id for t in threading.enumerate() if t.name == COPY_THREAD)
 
@@ -163,6 +163,7 @@ class World:
         copy_run, copy_wait = _schedule(self._copy_thread)
         return {
             "wall": 1e3 * time.perf_counter(),
+            "rank_run": 1e3 * time.process_time(),
             "train_run": train_run,
             "train_wait": train_wait,
             "copy_run": copy_run,

@@ -11,7 +11,6 @@ same run DeepSpeed's own `save_checkpoint` writes the same state to the same dis
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -27,31 +26,11 @@ if not __package__:  # run as a file: the repository's root must be searched, no
 
 import numpy as np
 
+from benchmarks.launch import RANKS, RUNTIME, SETTINGS, end_job, job_environment, torchrun
 from benchmarks.machine import machine_facts
 from moc_train.options import as_mapping, parse_arguments
 
-ROOT = Path(__file__).resolve().parent.parent
-RANKS = 2
-SETTINGS = (  # 49 M parameters; a rank's snapshot is 300 MB
-    "model.layers=4",
-    "model.width=512",
-    "model.heads=8",
-    "model.dense_hidden=1536",
-    "model.moe_layers=odd",
-    "model.experts=16",
-    "model.expert_hidden=768",
-    "model.ep_size=2",
-    "data.max_mb=4",
-    "data.sequence_length=128",
-    "training.micro_batch=2",
-    "training.threads=1",
-    "training.deterministic=false",
-    "training.steps=1000000",
-    "logging.tensorboard=false",
-    "logging.deepspeed=error",
-)
 DRAWS = 10_000  # of the bootstrap
-END_WAIT_S = 30.0
 
 
 def main() -> int:
@@ -98,37 +77,15 @@ def run_world(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]
     """Run the world and return what its ranks measured; nothing of it is left running."""
     plan = {**describe(options), "config": as_mapping(parse_arguments([*SETTINGS, *options.settings]))}
     (folder / "plan.json").write_text(json.dumps(plan))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--rdzv-backend", "c10d"]
-    script = [str(ROOT / "benchmarks/overhead_world.py"), str(folder / "plan.json")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
-    world = subprocess.Popen(
-        [*launcher, "--rdzv-endpoint", "127.0.0.1:0", *script], env=env, stdout=sys.stderr, start_new_session=True
-    )
+    command = torchrun("overhead_world.py", folder / "plan.json")
+    world = subprocess.Popen(command, env=job_environment(), stdout=sys.stderr, start_new_session=True)
     try:
         code = world.wait(options.timeout_s)
     finally:
-        end_world(world, folder)
+        end_job(world, folder / RUNTIME)
     if code:
         raise SystemExit(f"the world failed: exit code {code}")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
-
-
-def end_world(world: subprocess.Popen[bytes], folder: Path) -> None:
-    """End what is still running: the ranks, then their agent, which would keep the arena."""
-    from moc.cli.live import read_statuses
-
-    if world.poll() is None:
-        os.killpg(world.pid, signal.SIGTERM)  # the launcher passes it on to the ranks, which have sessions of their own
-        try:
-            world.wait(END_WAIT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(world.pid, signal.SIGKILL)
-    for _, status in read_statuses(None, folder / "rt"):
-        for row in status["ranks"]:
-            if row.get("alive"):
-                os.kill(int(row["pid"]), signal.SIGKILL)
-        os.kill(int(status["pid"]), signal.SIGKILL)
 
 
 # From measurements to figures
@@ -141,6 +98,7 @@ def summarise(ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[
         kind: np.array([[pair[kind]["spent_ms"]["wall"] for pair in rank["pairs"]] for rank in ranks]).max(0) / steps
         for kind in ("with", "without")
     }
+    cpu = {kind: cpu_ms(ranks, kind) / steps for kind in ("with", "without")}
     added_ms = wall["with"] - wall["without"]
     saving = [pair["with"] for rank in ranks for pair in rank["pairs"]]
     plain = [pair["without"] for rank in ranks for pair in rank["pairs"]]
@@ -149,6 +107,7 @@ def summarise(ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[
         "plain_step_ms": spread(wall["without"], options.seed),
         "added_ms_per_step": spread(added_ms, options.seed),
         "added_percent": spread(100 * added_ms / wall["without"], options.seed),
+        "added_cpu_ms_per_step": spread(cpu["with"] - cpu["without"], options.seed),
         "added_ms_by_position": positions(ranks, steps),
         "per_saving_step_ms": {
             "boundary": mean_of_steps(saving, "boundary_ms"),
@@ -158,7 +117,7 @@ def summarise(ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[
         },
         "threads_ms_per_step": {
             name: [statistics.fmean(b["spent_ms"][name] for b in blocks) / steps for blocks in (saving, plain)]
-            for name in ("train_run", "train_wait", "copy_run", "copy_wait", "agent_run")
+            for name in ("rank_run", "train_run", "train_wait", "copy_run", "copy_wait", "agent_run")
         },
         "snapshot_bytes_per_rank": [rank["snapshot_bytes"] for rank in ranks],
         "shards_per_rank": [rank["shards"] for rank in ranks],
@@ -194,6 +153,13 @@ def spread(values: Sequence[float], seed: int) -> dict[str, Any]:
     }
 
 
+def cpu_ms(ranks: list[dict[str, Any]], kind: str) -> Any:
+    """Return the CPU time of each block, of all ranks and the agent: it depends less than time on what else runs."""
+    spent = [[pair[kind]["spent_ms"] for pair in rank["pairs"]] for rank in ranks]
+    agent = np.array([row["agent_run"] for row in spent[0]])  # one agent, which every rank has seen
+    return np.array([[row["rank_run"] for row in rows] for rows in spent]).sum(0) + agent
+
+
 def positions(ranks: list[dict[str, Any]], steps: int) -> list[float]:
     """Return, for each position in a block, the median difference: the persist runs in the first positions."""
     series = {
@@ -225,13 +191,14 @@ def print_report(report: dict[str, Any]) -> None:
     print(line("step without moc, ms", report["plain_step_ms"]))
     print(line("added by moc, ms per step", report["added_ms_per_step"]))
     print(line("added by moc, percent", report["added_percent"]))
+    print(line("added CPU of all processes, ms per step", report["added_cpu_ms_per_step"]))
     places = " ".join(f"{value:.0f}" for value in report["added_ms_by_position"])
-    print(f"{'median added by position in block, ms':38s} {places}\n")
+    print(f"{'median added by position in block, ms':40s} {places}\n")
     for name, value in report["per_saving_step_ms"].items():
-        print(f"{name + ', ms per step':38s} {value:8.2f}")
-    print(f"\n{'thread, ms per step':38s} {'with':>8s} {'without':>8s}")
+        print(f"{name + ', ms per step':40s} {value:8.2f}")
+    print(f"\n{'thread, ms per step':40s} {'with':>8s} {'without':>8s}")
     for name, (saving, plain) in report["threads_ms_per_step"].items():
-        print(f"{name:38s} {saving:8.1f} {plain:8.1f}")
+        print(f"{name:40s} {saving:8.1f} {plain:8.1f}")
     counts, due = report["snapshots"], report["snapshots_due"]
     print(f"\nsnapshots: {due} due, " + ", ".join(f"{value} {name}" for name, value in counts.items()))
     for problem in report["problems"]:
@@ -251,7 +218,7 @@ def print_report(report: dict[str, Any]) -> None:
 def line(title: str, figure: dict[str, Any]) -> str:
     median, mean = figure["median_95"], figure["mean_95"]
     return (
-        f"{title:38s} median {figure['median']:8.2f} ({median[0]:.2f} .. {median[1]:.2f})"
+        f"{title:40s} median {figure['median']:8.2f} ({median[0]:.2f} .. {median[1]:.2f})"
         f"   mean {figure['mean']:8.2f} ({mean[0]:.2f} .. {mean[1]:.2f})   n={figure['n']}"
     )
 
