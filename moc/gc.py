@@ -3,8 +3,8 @@
 Retention works in two phases, by the committing agent only, serial with its commits. After commit n the objects that
 only dropped checkpoints reference go into the life's victim list, then the dropped manifests are deleted (from here on
 those checkpoints do not exist). After a later commit the listed objects are deleted and the list is emptied. A crash
-between any two actions leaves either the old checkpoints, or objects that no manifest references; the next round or
-`moc gc` removes those.
+between any two actions leaves either the old checkpoints, or objects that no manifest references; the next round of
+this life, or the first of the next one, removes those.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from pathlib import Path
 __all__ = ["JsonLinesSink", "Sink", "Trace"]
 
 Sink = Callable[[str, str, dict[str, object]], None]
-"""Called as ``sink(event, span, fields)`` with event ``"begin"``, ``"end"`` or ``"error"``;
+"""Called as ``sink(event, span, fields)`` with event ``"begin"``, ``"end"`` or ``"error"``.
 
-thread: any; must not block for long.
+Thread: any. Must not block for long.
 """
 
 

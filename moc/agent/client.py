@@ -19,12 +19,15 @@ from pathlib import Path
 import moc
 from moc.agent import wire
 from moc.agent.runtime import LOCK_NAME, LOG_NAME, SOCKET_NAME
+from moc.clock import Clock, SystemClock
 from moc.errors import CoordinationError, StoreUnavailableError, UsageError, WaitTimeoutError
 
 __all__ = ["AgentClient", "ensure_agent"]
 
 START_TIMEOUT_S = 20.0
 DRAIN_TIMEOUT_S = 600.0
+LEAVE_TIMEOUT_S = 60.0  # between an agent's last reply and its end
+LEAVE_WAIT_S = 0.01
 
 
 class AgentClient:
@@ -115,7 +118,7 @@ class AgentClient:
         """
         reply, _ = self.request("drain", timeout_s=timeout_s)
         self.close()
-        _wait_unlocked(self.folder)
+        _wait_unlocked(self.folder, SystemClock())
         return reply
 
     def close(self) -> None:
@@ -182,7 +185,18 @@ def _start(folder: Path, *, run: str, idle_s: float) -> None:
                 os.close(descriptor)
 
 
-def _wait_unlocked(folder: Path) -> None:
-    """Wait until the agent that is leaving has let go of its lock."""
+def _wait_unlocked(folder: Path, clock: Clock) -> None:
+    """Wait until the agent that is leaving has let go of its lock; raises WaitTimeoutError."""
+    deadline_s = clock.now_s() + LEAVE_TIMEOUT_S
     with (folder / LOCK_NAME).open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if clock.now_s() > deadline_s:
+                    raise WaitTimeoutError(
+                        f"agent does not leave: folder={folder} timeout_s={LEAVE_TIMEOUT_S}"
+                    ) from error
+                clock.sleep(LEAVE_WAIT_S)
+            else:
+                return

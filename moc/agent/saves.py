@@ -54,17 +54,14 @@ class Saves:
         self._first_seen_s: dict[Moment, float] = {}
         self._waiters: list[Waiter] = []
         self.last_committed_step: int | None = None
+        self.last_error: str | None = None
+        """Why the newest save failed; None again after a commit."""
 
     @property
     def is_busy(self) -> bool:
         """Return whether anything is being persisted, waits for it, or has ended unnoticed."""
         with self._lock:
             return bool(self._custody_of) or bool(self._ended)
-
-    @property
-    def last_error(self) -> str | None:
-        errors = [outcome.error for outcome in self._outcomes.values() if outcome.error]
-        return errors[-1] if errors else None
 
     def counters(self) -> dict[str, int]:
         """Return how many of the remembered saves there are and how many failed."""
@@ -234,6 +231,7 @@ class Saves:
         return False
 
     def _remember(self, outcome: Outcome) -> None:
+        self.last_error = outcome.error
         self._outcomes[outcome.name.incarnation, (outcome.name.step, outcome.name.attempt)] = outcome
         while len(self._outcomes) > OUTCOME_LIMIT:
             self._outcomes.popitem(last=False)

@@ -115,6 +115,7 @@ class Agent:
         self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
 
     def _note_activity(self, _: Trainer) -> None:
+        """The idle clock runs from the last time that a trainer came or went: asking for the status keeps nothing alive."""
         self._active_s = self._clock.now_s()
 
     def _leave(self) -> None:
@@ -152,7 +153,6 @@ class Agent:
                 log.warning("bad message: %s", error)
             self._hang_up(connection)
             return
-        self._active_s = self._clock.now_s()
         verb = message.get("verb")
         serve = self._verbs.get(verb) if isinstance(verb, str) else None
         try:
@@ -194,6 +194,7 @@ class Agent:
             pidfd = descriptors.pop(0)
             trainer = Trainer(rank=rank, pid=message["pid"], pidfd=pidfd, incarnation=message["incarnation"])
             self._trainers.enter(trainer, newest_incarnation=life)
+            self._active_s = self._clock.now_s()
         facts = {"pid": os.getpid(), "run": self._run, "incarnation": life, "leaving": self._is_leaving}
         self._reply(connection, {"version": moc.__version__, **facts})
 
@@ -229,6 +230,7 @@ class Agent:
                 self._custody = source
             self._custody = Custody.create(descriptor, earlier=source)
         self._saves.begin_life()
+        self._active_s = self._clock.now_s()
         self._reply(connection, {})
 
     def _adopt(self, connection: socket.socket, message: wire.Message, descriptors: Descriptors) -> None:

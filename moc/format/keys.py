@@ -38,7 +38,9 @@ _ATTEMPT = r"(?P<step>\d{12})-(?P<attempt>[0-9a-f]{8})"
 _INCARNATION_KEY = re.compile(rf"{INCARNATIONS}/{_LIFE}\.json", re.ASCII)
 _VICTIMS_KEY = re.compile(rf"{VICTIMS}/{_LIFE}\.json", re.ASCII)
 _MANIFEST_KEY = re.compile(rf"{MANIFESTS}/{_LIFE}/{_ATTEMPT}\.json", re.ASCII)
-_OBJECT_KEY = re.compile(rf"{OBJECTS}/{_LIFE}/{_ATTEMPT}/r(?P<rank>\d{{5}}|[1-9]\d{{5}})-(?P<piece>d|e\d\d)\.safetensors", re.ASCII)
+_OBJECT_KEY = re.compile(
+    rf"{OBJECTS}/{_LIFE}/{_ATTEMPT}/r(?P<rank>\d{{5}}|[1-9]\d{{5}})-(?P<piece>d|e\d\d)\.safetensors", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

@@ -4,9 +4,12 @@ A *state blob* is the encoding of one tree: 8 bytes little-endian length of the 
 array's bytes at the next multiple of 64. JSON null, true, false, strings and lists stand for themselves, as do
 integers; every other value is an object with a single tag:
 
-    {"f": "0x1.8p+1"} float, by `float.hex` ("nan", "inf", "-inf" included)   {"b": "<base64>"} bytes {"t": [...]} tuple
-    {"d": [[key, value], ...]} dict, in insertion order {"a": [dtype, [shape], kind, offset, length]} array; offset and
-    length in bytes from the start of the array area
+    {"f": "0x1.8p+1"}              float, by `float.hex` ("nan", "inf" and "-inf" included)
+    {"b": "<base64>"}              bytes
+    {"t": [...]}                   tuple
+    {"d": [[key, value], ...]}     dict, in insertion order
+    {"a": [dtype, [shape], kind, offset, length]}
+                                   array; offset and length in bytes from the start of the array area
 
 Limits: 64 levels, 1,000,000 values, integers of 4096 bits, 1 GiB of JSON text.
 """
@@ -123,7 +126,9 @@ class _Encoder:
             return value
         if type(value) is int:
             if value.bit_length() > INTEGER_LIMIT_BITS:
-                raise UsageError(f"integer is too large: path={path} bits={value.bit_length()} allowed={INTEGER_LIMIT_BITS}")
+                raise UsageError(
+                    f"integer is too large: path={path} bits={value.bit_length()} allowed={INTEGER_LIMIT_BITS}"
+                )
             return value
         if type(value) is str:
             if any("\ud800" <= letter <= "\udfff" for letter in value):

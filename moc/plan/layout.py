@@ -24,9 +24,9 @@ WORDS_BYTES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """Shards `first` ..
+    """The catalog's shards from `first` on, `count` of them; `positions` are in bytes from the slot's start.
 
-    `first + count` of the catalog; `positions` are bytes from the slot's start, `state_position` follows them.
+    The state blob, where there is one, lies at `state_position`, after the last shard.
     """
 
     expert: Expert | None
