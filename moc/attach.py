@@ -76,7 +76,7 @@ def recover_life(
     rejected: list[Rejection] = []
     for candidate in wanted:
         try:
-            sizes = _try_restore(request, origin, candidate, state, world, trace=trace)
+            sizes, notes = _try_restore(request, origin, candidate, state, world, trace=trace)
         except MocError as error:
             if not _is_rejection(error):
                 raise  # a storage that is away for a moment must not cost a checkpoint: let the supervisor try again
@@ -93,7 +93,7 @@ def recover_life(
             bytes_per_rank=tuple(sizes),
             seconds={"choose": surveyed_s - began_s, "restore": clock.now_s() - surveyed_s},
             rejected=tuple(rejected),
-            notes=origin.notes,
+            notes=origin.notes + notes,
         )
         is_weights = request.restore == "weights"
         parent = None if is_weights else candidate.as_parent()
@@ -169,22 +169,33 @@ def _wanted(request: Request, origin: Origin, state: TrainingState) -> tuple[Can
 
 def _try_restore(
     request: Request, origin: Origin, candidate: Candidate, state: TrainingState, world: World, *, trace: Trace
-) -> list[int]:
-    """Restore one candidate on all ranks; return bytes by rank. Raises one error on all ranks if any rank fails."""
+) -> tuple[list[int], tuple[str, ...]]:
+    """Restore one candidate on all ranks; return bytes by rank, and what the user should know.
 
-    def restore() -> tuple[int, Mapping[str, object], bool]:
+    Raises one error on all ranks if any rank fails.
+    """
+
+    def restore() -> tuple[int, Mapping[str, object], bool, tuple[str, ...]]:
         with trace.span("recover.restore", source=candidate.source, step=candidate.step, rank=world.rank):
             source, close = _open_source(request, origin, candidate, world.rank, trace=trace)
             try:
-                return _restore(request, source, candidate, state, world, trace=trace)
+                notes = () if request.restore == "weights" else _doubts(source.world_size, world.size)
+                return *_restore(request, source, candidate, state, world, trace=trace), notes
             finally:
                 close()
 
-    size, tree, is_exact = agree(world, restore)
+    size, tree, is_exact, notes = agree(world, restore)
     agree(world, lambda: state.apply(tree))  # agreed upon before the collective: a rank that failed would not take part
     agree(world, state.derive_weights)
     agree(world, lambda: state.finish_restore(tree, exact_rank=is_exact))
-    return [int(str(value)) for value in exchange(world, size)]
+    return [int(str(value)) for value in exchange(world, size)], notes
+
+
+def _doubts(stored_ranks: int, ranks: int) -> tuple[str, ...]:
+    """Return why the run will not go on bit-exactly, though every tensor is as it was."""
+    if stored_ranks == ranks:
+        return ()
+    return (f"the number of ranks has changed, so the run is not bit-exact: stored={stored_ranks} present={ranks}",)
 
 
 def _restore(

@@ -73,6 +73,10 @@ class RecoveryReport:
 class Source(Protocol):
     """Where one candidate's bytes are. Thread: `read` from any thread, the rest from one."""
 
+    @property
+    def world_size(self) -> int:
+        """Return the number of ranks of the life that the candidate was taken from."""
+
     def placed(self, needed: Sequence[Shard]) -> tuple[Placed, ...]:
         """Return stored shards that cover all of `needed`, as few as is easy to find."""
 
@@ -89,6 +93,10 @@ class MemorySource:
     def __init__(self, arena: Arena, records: Mapping[int, SealRecord]) -> None:
         """`records` holds the seal of every rank of the life that took the snapshot, by rank."""
         self._arena, self._records = arena, dict(sorted(records.items()))
+
+    @property
+    def world_size(self) -> int:
+        return len(self._records)
 
     def placed(self, needed: Sequence[Shard]) -> tuple[Placed, ...]:
         rows = []
@@ -117,6 +125,10 @@ class StorageSource:
         self._repository, self._manifest, self._rank = repository, manifest, rank
         self._rows = {row.key: row for row in manifest.objects}
         self._headers: dict[str, ObjectHeader] = {}
+
+    @property
+    def world_size(self) -> int:
+        return int(str(self._manifest.topology["world_size"]))
 
     def placed(self, needed: Sequence[Shard]) -> tuple[Placed, ...]:
         mine = [row for row in self._manifest.objects if parse_object_key(row.key)[1] == self._rank]

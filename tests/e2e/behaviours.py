@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moc import CheckpointManager, Config
-from moc.errors import MismatchError, NoCheckpointError, StoreDeniedError, StoreUnavailableError, UsageError
+from moc.errors import MismatchError, NoCheckpointError, StoreDeniedError, UsageError
 from moc.repository import Repository
 from moc.store.open import open_store
 from tests.adapters.cases import assembled, gathered, snapshot
@@ -56,7 +56,11 @@ class Place:
         return self.attach_engine(training.engine, **{"stateful": training.stateful, **options})
 
     def attach_engine(self, engine: Any, **options: Any) -> CheckpointManager:
-        usual = {"storage": self.storage, "config": Config(persist_every=100, timeout_s=60.0), "runtime_dir": self.runtime}
+        usual = {
+            "storage": self.storage,
+            "config": Config(persist_every=100, timeout_s=60.0),
+            "runtime_dir": self.runtime,
+        }
         return CheckpointManager.attach(engine, **{**usual, **options})
 
     def refuse(self, kind: type, words: str, engine: Any, **options: Any) -> None:
@@ -258,7 +262,7 @@ def other_experiment(place: Place, _: Note) -> None:
     place.refuse(MismatchError, "; tokens: stored=1 given=2; allowed", other.engine, on_mismatch=["data"], **given)
     wider = Training(NATIVE, seed=3)
     place.refuse(MismatchError, "parameters", wider.engine, stateful=wider.stateful)
-    expect(UsageError, "run_id=else", lambda: place.attach(Training(DENSE, seed=4), run_id="else"))
+    expect(MismatchError, "run_id=else", lambda: place.attach(Training(DENSE, seed=4), run_id="else"))
     assert place.incarnations() == lives
 
     manager = place.attach_engine(other.engine, on_mismatch=["data", "tokens"], **given)
@@ -293,9 +297,9 @@ def bad_storage(place: Place, _: Note) -> None:
     place.folder.mkdir(exist_ok=True)
     occupied = place.folder / "file"
     occupied.touch()
-    for storage in ("/sys/kernel/moc-test", "/proc/moc-test"):  # not writable even for root
-        place.refuse(StoreDeniedError, storage, training.engine, storage=storage)
-    place.refuse(StoreUnavailableError, "file", training.engine, storage=occupied / "repository")
+    denied = "/sys/kernel/moc-test"  # not writable even for root
+    place.refuse(StoreDeniedError, denied, training.engine, storage=denied)
+    place.refuse(UsageError, "not a folder above", training.engine, storage=occupied / "repository")
     place.refuse(UsageError, "nosuch", training.engine, storage="nosuch://bucket/run")
     manager = place.attach(training)  # the engine is as good as new
     training.run(2, manager.step)
@@ -320,7 +324,13 @@ def resharded(place: Place, note: Note) -> None:
     )
     last = manager.resume_step + 4
     training.run(last, manager.step)
-    note("trained", step=last, used=training.loader.used, after=_whole(training.engine), weights=_weights(training.engine))
+    note(
+        "trained",
+        step=last,
+        used=training.loader.used,
+        after=_whole(training.engine),
+        weights=_weights(training.engine),
+    )
     if dist.get_world_size() == 4:
         manager.save().wait_committed(60)
         signal.raise_signal(signal.SIGKILL)

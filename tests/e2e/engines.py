@@ -31,7 +31,9 @@ class Native(nn.Module):
     def __init__(self, ep_size: int, seed: int) -> None:
         super().__init__()
         expert = nn.Sequential(nn.Linear(WIDTH, 12), nn.GELU(), nn.Linear(12, WIDTH))
-        self.moe = MoE(WIDTH, expert, num_experts=EXPERTS, ep_size=ep_size, k=1, min_capacity=2, noisy_gate_policy="Jitter")
+        self.moe = MoE(
+            WIDTH, expert, num_experts=EXPERTS, ep_size=ep_size, k=1, min_capacity=2, noisy_gate_policy="Jitter"
+        )
         first = dist.get_rank() % ep_size * (EXPERTS // ep_size)
         for local, module in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts):
             generator = torch.Generator().manual_seed(100 * seed + first + local)
@@ -100,7 +102,9 @@ def build(case: Case, seed: int) -> Any:
             {"params": [p for p in net.parameters() if p.dim() <= 1], "name": "vectors", "weight_decay": 0.0},
         ]
     else:
-        groups = split_params_into_different_moe_groups_for_optimizer([{"params": list(net.parameters()), "name": "all"}])
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            [{"params": list(net.parameters()), "name": "all"}]
+        )
     zero: dict[str, Any] = {"stage": 2 if case.zero == "2" else 1}
     if case.optimizer == "cpu_adam" and case.zero != "bf16":
         zero["offload_optimizer"] = {"device": "cpu"}

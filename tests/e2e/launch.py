@@ -57,7 +57,9 @@ class Zygote:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._replies, selectors.EVENT_READ)
         self._is_ready = False
-        self._until(lambda: self._is_ready, START_DEADLINE_S, "imports; a stale lock of torch's extension builder makes it hang")
+        self._until(
+            lambda: self._is_ready, START_DEADLINE_S, "imports; a stale lock of torch's extension builder makes it hang"
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -134,7 +136,9 @@ class Life:
         """Return every rank's exit code, None for those that run."""
         return [self.zygote.code(pid) for pid in self.pids]
 
-    def until(self, condition: Callable[[], Any], what: str, *, may_end: bool = False, deadline_s: float = DEADLINE_S) -> Any:
+    def until(
+        self, condition: Callable[[], Any], what: str, *, may_end: bool = False, deadline_s: float = DEADLINE_S
+    ) -> Any:
         """Return the condition's first true value. Fails when time is over, or when a rank has ended (unless `may_end`)."""
         ends_s = time.monotonic() + deadline_s
         while True:
@@ -154,7 +158,9 @@ class Life:
         """Wait for a rank's event with fields that are at least these."""
 
         def found() -> Event | None:
-            return next((e for e in self.events(rank, kind) if all((e[k] or 0) >= v for k, v in at_least.items())), None)
+            return next(
+                (e for e in self.events(rank, kind) if all((e[k] or 0) >= v for k, v in at_least.items())), None
+            )
 
         event = self.until(found, f"event {kind!r} of rank {rank} with {at_least}")
         assert isinstance(event, dict)

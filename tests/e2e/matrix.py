@@ -71,7 +71,10 @@ def admissible_pairs() -> set[Pair]:
     """Return all pairs that some possible combination has."""
     names = list(FACTORS)
     return {
-        ((a, x), (b, y)) for a, b in combinations(names, 2) for x, y in product(FACTORS[a], FACTORS[b]) if is_possible({a: x, b: y})
+        ((a, x), (b, y))
+        for a, b in combinations(names, 2)
+        for x, y in product(FACTORS[a], FACTORS[b])
+        if is_possible({a: x, b: y})
     }
 
 

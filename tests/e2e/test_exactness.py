@@ -60,7 +60,9 @@ def test_killed_and_recovered_job_equals_the_undisturbed(
         plain = job.start("plain", case.ranks, {**common, "is_attached": False, "seed": 1})
         plain.finished()
         first = job.start("first", case.ranks, {**common, "is_attached": True, "seed": 1})
-        committed = first.event("step", step=kill.step, committed=PERSIST_EVERY if case.source == "storage" else 0)["committed"]
+        committed = first.event("step", step=kill.step, committed=PERSIST_EVERY if case.source == "storage" else 0)[
+            "committed"
+        ]
 
         disturb(job, first, kill, case)
         second = job.start("second", case.ranks, {**common, "is_attached": True, "seed": 99})

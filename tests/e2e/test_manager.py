@@ -50,7 +50,13 @@ def test_behaviour_holds(shared_world: Life, name: str) -> None:
         assert verdicts.get(name) == "ok", f"rank {rank}: {verdicts.get(name, 'not reached')}\n{shared_world.story()}"
 
 
-@pytest.mark.parametrize("case", [SIGTERM_CASE, replace(SIGTERM_CASE, model="dense", boundary="hook")], ids=["step", "hook"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(SIGTERM_CASE, id="step"),
+        pytest.param(replace(SIGTERM_CASE, model="dense", boundary="hook"), id="hook", marks=pytest.mark.slow),
+    ],
+)
 def test_termination_saves_and_the_next_life_goes_on_from_there(case: Case, zygote: Zygote, tmp_path: Path) -> None:
     steps = 40
     common = {"case": asdict(case), "steps": steps, "persist_every": 1000}
@@ -77,7 +83,9 @@ def test_termination_saves_and_the_next_life_goes_on_from_there(case: Case, zygo
             lineage: list[dict] = []
             for life in (*lives, last):
                 resumed = life.event("attached", rank)["step"]
-                assert resumed == (lineage[-1]["step"] if lineage else 0), "the step of the save is the step of the next life"
+                assert resumed == (lineage[-1]["step"] if lineage else 0), (
+                    "the step of the save is the step of the next life"
+                )
                 lineage += life.events(rank, "step")
             expected = plain.events(rank, "step")
             assert [(e["step"], e["losses"], e["ids"]) for e in lineage] == [
@@ -92,7 +100,9 @@ def test_other_world_sizes_take_over_every_tensor(zygote: Zygote, tmp_path: Path
         for name, ranks in (("two", 2), ("four", 4), ("again", 2)):
             life = job.start(name, ranks, {"behaviours": ["resharded"]})
             if ranks == 4:
-                assert life.ended() == [-signal.SIGKILL] * 4, life.story()  # it kills itself, for a recovery from memory
+                assert life.ended() == [-signal.SIGKILL] * 4, (
+                    life.story()
+                )  # it kills itself, for a recovery from memory
             else:
                 life.finished()
             seen.append((life.event("resharded"), life.event("trained")))
@@ -105,8 +115,8 @@ def test_other_world_sizes_take_over_every_tensor(zygote: Zygote, tmp_path: Path
     assert again["before"] == four_trained["after"]
     assert (four["used"], again["used"]) == (two_trained["used"], four_trained["used"])
     assert any("/w1/" in key or "w1" in key for key in two["before"]), "expert weights are part of the comparison"
-    for report, sizes in ((four, ("2", "4")), (again, ("4", "2"))):
-        assert any("exact" in note and all(size in note for size in sizes) for note in report["notes"]), report["notes"]
+    for report, sizes in ((four, "stored=2 present=4"), (again, "stored=4 present=2")):
+        assert any("not bit-exact" in note and sizes in note for note in report["notes"]), report["notes"]
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,12 @@ def main(spec: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
     deepspeed.logger.setLevel("ERROR")
     deepspeed.init_distributed(
-        dist_backend="gloo", auto_mpi_discovery=False, verbose=False, init_method=f"file://{spec['rendezvous']}",
-        rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+        dist_backend="gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        init_method=f"file://{spec['rendezvous']}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
     )
     if "behaviours" in spec:
         from tests.e2e import behaviours
@@ -69,7 +73,9 @@ class Training:
         average = {} if self.average is None else {"average": self.average}
         return {"loader": self.loader, **average}
 
-    def run(self, last_step: int, end_step: Callable[[], None] = lambda: None, status: Callable[[], Status] | None = None) -> None:
+    def run(
+        self, last_step: int, end_step: Callable[[], None] = lambda: None, status: Callable[[], Status] | None = None
+    ) -> None:
         """Train until this step; `end_step` is called at the end of each, after everything that belongs to it."""
         engine = self.engine
         while engine.global_steps < last_step:
