@@ -14,7 +14,15 @@ from typing import Any
 
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, decode_incarnation
-from moc.plan.freeing import Moment, Seal, complete_moments, freeable, hopeless_moments, newest_moments
+from moc.plan.freeing import (
+    Moment,
+    Seal,
+    complete_moments,
+    freeable,
+    hopeless_moments,
+    moment_after,
+    newest_moments,
+)
 from moc.plan.layout import arrange_arena
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
@@ -138,10 +146,11 @@ class Custody:
 
         Return the complete saves of this life that have not ended, ascending.
         """
+        passed = self._read_passed()  # before the records: what a rank has passed, it shows or will never have
         self._refresh()
         ranks, incarnation = self.life.ranks, self.life.record.number
         seals = self._seals()
-        self.hopeless = hopeless_moments(seals, ranks, incarnation, passed=self._passed)
+        self.hopeless = hopeless_moments(seals, ranks, incarnation, passed=passed)
         self._passed = newest_moments(seals, incarnation)
         complete = complete_moments(seals, ranks, incarnation)
         if complete and complete[-1] != self.newest:
@@ -157,6 +166,16 @@ class Custody:
         for seal in freeable(seals, ranks, incarnation, pinned=pinned, source=self._source, hopeless=self.hopeless):
             self._free(seal.rank, seal.record)
         return [moment for moment in complete if moment in wanted]
+
+    def _read_passed(self) -> dict[int, Moment]:
+        """Return how far each rank has come: what it has sealed by the last look, or what it says it has skipped."""
+        passed = dict(self._passed)
+        for rank in self.life.ranks:
+            skipped = self.arena.skipped(rank)
+            if skipped is not None:
+                moment = moment_after(*skipped)
+                passed[rank] = max(passed.get(rank, moment), moment)
+        return passed
 
     def records_of(self, incarnation: int, moment: Moment) -> dict[int, SealRecord]:
         """Return the seals of one moment by rank."""

@@ -9,7 +9,17 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Moment", "Seal", "attempt_id", "complete_moments", "freeable", "hopeless_moments", "newest_moments"]
+__all__ = [
+    "Moment",
+    "Seal",
+    "attempt_id",
+    "attempt_ordinal",
+    "complete_moments",
+    "freeable",
+    "hopeless_moments",
+    "moment_after",
+    "newest_moments",
+]
 
 Moment = tuple[int, str]
 
@@ -35,6 +45,16 @@ def attempt_id(run: str, incarnation: int, token: str, step: int, ordinal: int) 
     """
     digest = hashlib.sha256(f"{run}/{incarnation}/{token}/{step}/{ordinal}".encode()).hexdigest()
     return f"{ordinal % 256:02x}{digest[:6]}"
+
+
+def attempt_ordinal(attempt: str) -> int:
+    """Return the ordinal in an attempt id, modulo 256."""
+    return int(attempt[:2], 16)
+
+
+def moment_after(step: int, ordinal: int) -> Moment:
+    """Return a moment that sorts after the ordinal-th attempt of a step and before the next one."""
+    return (step, f"{ordinal:02x}~")
 
 
 def complete_moments(seals: Iterable[Seal], ranks: Sequence[int], incarnation: int) -> tuple[Moment, ...]:

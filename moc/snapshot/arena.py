@@ -35,7 +35,8 @@ _PROLOGUE = struct.Struct("<8sQQQ")  # magic, version, room of one descriptor ar
 _SELECTOR = 64  # offset of the word that names the valid descriptor area
 _GLOBAL_STEP, _COMMITTED_STEP = 128, 192  # offsets of the agent's words; 0 means none, else step + 1
 _AREA = struct.Struct("<QI")  # length, crc32c; in front of each descriptor
-_SEALED_STEP, _BEAT_STEP, _BEAT_NS, _BEAT_INTERVAL_NS, _BEAT_INCARNATION = range(5)
+_SEALED_STEP, _BEAT_STEP, _BEAT_NS, _BEAT_INTERVAL_NS, _BEAT_INCARNATION, _SKIPPED = range(6)
+_WORDS = 6
 WORD_BYTES = 64  # one cache line per word
 
 
@@ -180,7 +181,7 @@ class Arena:
 
     def words(self, rank: int) -> RankWords:
         """Return a rank's words."""
-        raw = [self._load_word(rank, word) for word in range(5)]
+        raw = [self._load_word(rank, word) for word in range(_WORDS)]
         return RankWords(
             sealed_step=raw[_SEALED_STEP] - 1 if raw[_SEALED_STEP] else None,
             beat_step=raw[_BEAT_STEP],
@@ -198,9 +199,18 @@ class Arena:
         self._store_word(rank, _BEAT_STEP, step)
         self._store_word(rank, _BEAT_NS, now_ns)
 
+    def note_skip(self, rank: int, step: int, ordinal: int) -> None:
+        """Publish that this rank will seal neither this snapshot of a step nor an earlier one. Its trainer only."""
+        self._store_word(rank, _SKIPPED, (step << 8 | ordinal) + 1)
+
+    def skipped(self, rank: int) -> tuple[int, int] | None:
+        """Return step and ordinal of the newest `note_skip`, None before the first."""
+        raw = self._load_word(rank, _SKIPPED)
+        return ((raw - 1) >> 8, (raw - 1) & 0xFF) if raw else None
+
     def clear_words(self, rank: int) -> None:
         """Forget sealed step and heartbeat. Agent only, when no trainer of the rank lives."""
-        for word in range(5):
+        for word in range(_WORDS):
             self._store_word(rank, word, 0)
 
     def _load_word(self, rank: int, word: int) -> int:

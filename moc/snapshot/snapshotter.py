@@ -20,8 +20,9 @@ from moc.clock import Clock
 from moc.errors import MocError, UsageError
 from moc.format.object import ALIGNMENT, align
 from moc.format.tagged import encode_state
+from moc.plan.freeing import attempt_ordinal
 from moc.snapshot.arena import Arena, CorruptSeal
-from moc.snapshot.seal import SealRecord
+from moc.snapshot.seal import EXPLICIT, SealRecord
 from moc.trace import Trace
 from moc.training import TrainingState
 
@@ -110,10 +111,12 @@ class Snapshotter:
                 filling = self._claim(step, flags=flags, attempt=attempt)
                 if filling is None:
                     self._skip(step, "no free slots: the previous snapshots are still needed")
+                    self._tell_skip(step, flags=flags, attempt=attempt)
                     return Begun.NO_SLOT
                 self._capture(filling)
         except Exception as error:  # noqa: BLE001  # a failed save never stops training: counted, reported, skipped
             self._skip(step, f"{type(error).__name__}: {error}")
+            self._tell_skip(step, flags=flags, attempt=attempt)
             return Begun.FAILED
         self._filling = filling
         self._work.release()
@@ -218,6 +221,15 @@ class Snapshotter:
         if problem != self._problem:
             log.warning("snapshot skipped: step=%d rank=%d problem=%s", step, self._rank, problem)
         self._problem = problem
+
+    def _tell_skip(self, step: int, *, flags: int, attempt: str) -> None:
+        """Let the agent free what other ranks hold of this step.
+
+        Not while an earlier one is under way, and not for a save that tries again.
+        """
+        is_idle = self._filling is None or self._filling.finished.is_set()
+        if is_idle and not flags & EXPLICIT:
+            self._arena.note_skip(self._rank, step, attempt_ordinal(attempt))
 
     # Copy and seal: copy thread
 
