@@ -130,3 +130,18 @@ def test_a_commit_that_a_dead_agent_has_made_is_not_made_again_with_other_bytes(
         life.kill()
         assert manifest.read_bytes() == before
         job.sound()
+
+
+@pytest.mark.parametrize("versions", [2, 3])
+def test_ranks_that_skip_different_steps_still_come_to_global_snapshots(versions: int) -> None:
+    # Steps are much shorter than the agent's look: each rank finds its records full at steps of its own.
+    with Job(size=3, versions=versions, persist_every=0) as job:
+        life = job.start()
+        for _ in range(5):
+            step = life.newest_step("step") or 0
+            life.event("global", step=step + 1)
+        life.kill()
+        second = job.start(steps=life.newest_step("step") + 3)
+        assert second.attached()["step"] >= life.newest_step("global")
+        second.finished()
+        second.exact()
