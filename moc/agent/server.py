@@ -115,7 +115,10 @@ class Agent:
         self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
 
     def _note_activity(self, _: Trainer) -> None:
-        """The idle clock runs from the last time that a trainer came or went: asking for the status keeps nothing alive."""
+        """The idle clock runs from the last time that a trainer came or went:
+
+        asking for the status keeps nothing alive.
+        """
         self._active_s = self._clock.now_s()
 
     def _leave(self) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from moc.errors import UsageError
 from moc.state import Expert
 
-__all__ = ["Extent", "NamedParameter", "name_parameters", "require_contiguous"]
+__all__ = ["Extent", "NamedParameter", "name_parameters", "name_state", "require_contiguous"]
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 LOCAL_INDEX = re.compile(re.escape(EXPERTS) + r"(\d+)\.(.+)")
@@ -171,3 +171,17 @@ def require_contiguous(named: NamedParameter) -> torch.Tensor:
     if not named.parameter.data.is_contiguous():
         raise UsageError(f"parameter is not contiguous in memory: parameter={named.fqn} allowed=contiguous")
     return named.parameter.data
+
+
+def name_state(module: nn.Module) -> dict[str, object]:
+    """Return what an export needs beside tensors:
+
+    which buffers a state dict has, and which parameters are tied to which.
+    """
+    keys = module.state_dict().keys()
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    again = module.named_parameters(remove_duplicate=False)
+    return {
+        "persistent_buffers": sorted({name for name, _ in module.named_buffers()} & keys),
+        "tied": {name: first[id(parameter)] for name, parameter in again if first[id(parameter)] != name},
+    }

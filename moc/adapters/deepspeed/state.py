@@ -15,7 +15,7 @@ from moc.adapters.deepspeed.allow import check_engine
 from moc.adapters.deepspeed.identity import build_fingerprint
 from moc.adapters.deepspeed.layout import build_layout
 from moc.adapters.deepspeed.memory import ShardMemory
-from moc.adapters.deepspeed.names import name_parameters
+from moc.adapters.deepspeed.names import name_parameters, name_state
 from moc.adapters.deepspeed.rng import capture_rng, derive_rng, restore_rng
 from moc.adapters.deepspeed.scalars import (
     capture_buffers,
@@ -66,6 +66,7 @@ class DeepSpeedState:
         self._stateful = _checked_stateful(stateful)
         self._zero = ZeroOptimizer(engine.optimizer)
         self._named = name_parameters(engine.module)
+        self._state_names = name_state(engine.module)
         self._fingerprint = build_fingerprint(engine, self._zero, self._named, extra_fingerprint)
         build_layout(self._zero, self._named)  # refuses before the moments are created
         capacity = _state_capacity(encode_state(self._tree()).size_bytes)  # names a value it cannot store
@@ -164,6 +165,7 @@ class DeepSpeedState:
             **capture_engine(self._engine, self._zero),
             "groups": capture_groups(self._zero, self._named),
             "buffers": capture_buffers(self._engine.module),
+            **self._state_names,
             "stateful": {
                 name: plain_of(item.state_dict(), f"stateful[{name!r}]", is_lenient=False)
                 for name, item in self._stateful.items()
