@@ -174,10 +174,7 @@ def require_contiguous(named: NamedParameter) -> torch.Tensor:
 
 
 def name_state(module: nn.Module) -> dict[str, object]:
-    """Return what an export needs beside tensors:
-
-    which buffers a state dict has, and which parameters are tied to which.
-    """
+    """Return what an export needs beside tensors: which buffers persist, and which parameters are tied to which."""
     keys = module.state_dict().keys()
     first = {id(parameter): name for name, parameter in module.named_parameters()}
     again = module.named_parameters(remove_duplicate=False)
