@@ -9,8 +9,10 @@ from typing import Any
 
 from moc.agent.runtime import node_identity
 from moc.agreement import agree, exchange
-from moc.errors import TopologyError
+from moc.config import Config
+from moc.errors import TopologyError, UsageError
 from moc.format.manifest import Incarnation, encode_incarnation
+from moc.plan.layout import arrange_arena
 from moc.state import RankCatalog, catalog_digest, check_coverage
 from moc.survey import Request
 from moc.topology import Topology
@@ -59,7 +61,21 @@ def gather_facts(
         raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
     catalogs = tuple(RankCatalog.from_json(row["catalog"]) for row in rows)
     tensors = agree(world, lambda: check_coverage(shard for catalog in catalogs for shard in catalog.shards))
+    _refuse_over_budget(catalogs, request.config)
     return Facts(topology=topology, pids=tuple(row["pid"] for row in rows), catalogs=catalogs, tensors=tensors)
+
+
+def _refuse_over_budget(catalogs: tuple[RankCatalog, ...], config: Config) -> None:
+    """Raise UsageError, on all ranks and before anything is created, if the slots alone are larger than the budget."""
+    arena = arrange_arena(catalogs, versions=_versions(config), descriptor_bytes=0)
+    budget = config.memory_budget_bytes
+    if budget is not None and arena.size_bytes > budget:
+        raise UsageError(f"snapshots do not fit: arena_bytes={arena.size_bytes} allowed=memory_budget_bytes={budget}")
+
+
+def _versions(config: Config) -> int:
+    # One more while something is being persisted, so that a save does not cost snapshots.
+    return config.versions + (1 if config.persist_every else 0)
 
 
 def describe_life(
@@ -69,8 +85,7 @@ def describe_life(
     config = request.config
     return {
         "run": lineage[-1].run,
-        # One more while something is being persisted, so that a save does not cost snapshots.
-        "versions": config.versions + (1 if config.persist_every else 0),
+        "versions": _versions(config),
         "catalogs": [catalog.to_json() for catalog in facts.catalogs],
         "digest": catalog_digest(facts.catalogs),
         "tensors": facts.tensors,
