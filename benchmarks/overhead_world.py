@@ -39,7 +39,8 @@ class World:
         from moc_train import training
         from moc_train.data import SampleLoader
 
-        self.plan, self.folder, self.place, self._barrier = plan, folder, place, dist.barrier
+        self.plan, self.folder, self.place = plan, folder, place
+        self._barrier, self._broadcast = dist.barrier, dist.broadcast_object_list
         config: TrainConfig = bind(TrainConfig, plan["config"])
         sizes = resolve(config, place.world_size)
         training.start_torch(config, place)
@@ -145,6 +146,12 @@ class World:
             "bytes": size_bytes,
         }
 
+    def is_agreed(self, opinion: bool) -> bool:
+        """Return rank 0's opinion; collective."""
+        held = [opinion]
+        self._broadcast(held)
+        return held[0]
+
     def committed_bytes(self) -> int:
         """Return the size of the newest checkpoint in the repository, all ranks together."""
         from moc.repository import Repository
@@ -181,12 +188,15 @@ def main() -> None:
     for is_saving in (True, False) * plan["warmup_pairs"]:
         world.measure_block(is_saving=is_saving)
     pairs: list[dict[str, Any]] = []
+    ends_s = time.monotonic() + 60 * plan["minutes"]
     for number in range(plan["pairs"]):
         order = rng.sample((True, False), k=2)
         blocks = [world.measure_block(is_saving=is_saving) for is_saving in order]
         pairs.append({"with": blocks[order.index(True)], "without": blocks[order.index(False)]})
         if place.rank == 0:
             print(f"pair {number + 1} of {plan['pairs']}", file=sys.stderr, flush=True)
+        if world.is_agreed(time.monotonic() > ends_s):
+            break
     saves = [world.measure_save(number) for number in range(plan["saves"] + 1)][1:]  # the first is warm-up
     result = {
         "pairs": pairs,

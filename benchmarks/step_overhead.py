@@ -53,6 +53,9 @@ def main() -> int:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="what moc adds to a training step")
     parser.add_argument("--pairs", type=int, default=40, help="pairs of blocks (default: 40)")
+    parser.add_argument(
+        "--minutes", type=float, default=12.0, help="begin no pair after that, however few (default: 12)"
+    )
     parser.add_argument("--block", type=int, default=10, help="steps of a block, and between checkpoints (default: 10)")
     parser.add_argument("--warmup-pairs", type=int, default=1, help="pairs that are not counted (default: 1)")
     parser.add_argument("--saves", type=int, default=5, help="runs of DeepSpeed's save_checkpoint (default: 5)")
@@ -103,6 +106,7 @@ def summarise(ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[
     saving = [pair["with"] for rank in ranks for pair in rank["pairs"]]
     plain = [pair["without"] for rank in ranks for pair in rank["pairs"]]
     return {
+        "pairs": len(added_ms),
         "parameters": ranks[0]["parameters"],
         "plain_step_ms": spread(wall["without"], options.seed),
         "added_ms_per_step": spread(added_ms, options.seed),
@@ -187,7 +191,7 @@ def print_report(report: dict[str, Any]) -> None:
         f" {report['shards_per_rank'][0]} shards, checkpoint {report['checkpoint_bytes'] / 1e6:.0f} MB,"
         f" arena {report['arena_bytes'] / 1e6:.0f} MB"
     )
-    print(f"{options['pairs']} pairs of blocks of {options['block']} steps: a snapshot a step, a checkpoint a block\n")
+    print(f"{report['pairs']} pairs of blocks of {options['block']} steps: a snapshot a step, a checkpoint a block\n")
     print(line("step without moc, ms", report["plain_step_ms"]))
     print(line("added by moc, ms per step", report["added_ms_per_step"]))
     print(line("added by moc, percent", report["added_percent"]))
@@ -203,7 +207,7 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"\nsnapshots: {due} due, " + ", ".join(f"{value} {name}" for name, value in counts.items()))
     for problem in report["problems"]:
         print(f"  {problem}")
-    print(f"checkpoints committed within their block: {report['blocks_committed_in_time']} of {options['pairs']}")
+    print(f"checkpoints committed within their block: {report['blocks_committed_in_time']} of {report['pairs']}")
     print(f"agent: {report['agent_cpu_s']:.1f} s of CPU in all counted blocks\n")
     print(f"DeepSpeed's save_checkpoint, {report['deepspeed_save_bytes'] / 1e6:.0f} MB")
     print(line("until it returns, ms", report["deepspeed_save"]["save_ms"]))
