@@ -106,7 +106,7 @@ def test_seals_come_back(record: SealRecord) -> None:
 @settings(max_examples=30, deadline=None)
 @given(records, records, st.data())
 def test_a_torn_seal_is_none(old: SealRecord, new: SealRecord, data: st.DataObject) -> None:
-    """Any prefix of the new record over the old one, in whatever order memory was written: the old, the new, or nothing."""
+    """Any prefix of the new record over the old one, in any order of the writes: the old, the new, or nothing."""
     before, after = encode_seal(old).ljust(512, b"\0"), encode_seal(new).ljust(512, b"\0")
     cut = data.draw(st.integers(8, 512))
     for torn in (after[:cut] + before[cut:], before[:cut] + after[cut:]):
@@ -238,5 +238,3 @@ def test_no_bit_of_the_valid_descriptor_is_trusted_blindly(arena: Arena) -> None
         changed[position] ^= 4
         with pytest.raises(IntegrityError, match="arena"):
             Arena.attach(_copy(arena, changed))
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -52,8 +53,8 @@ def test_every_flipped_bit_of_a_manifest_is_seen(manifest: Manifest) -> None:
 
 
 @settings(max_examples=4, deadline=None)
-@given(incarnations, st.data())
-def test_every_flipped_bit_and_every_cut_of_an_incarnation_is_seen(record: Incarnation, data: st.DataObject) -> None:
+@given(incarnations)
+def test_every_flipped_bit_and_every_cut_of_an_incarnation_is_seen(record: Incarnation) -> None:
     encoded = encode_incarnation(record)
     for position in range(len(encoded)):
         with pytest.raises(ManifestCorruptError):
@@ -84,7 +85,10 @@ def test_hostile_records_raise_one_error(content: bytes) -> None:
 def test_wrong_fields_behind_a_right_checksum_raise_one_error(manifest: Manifest, data: st.DataObject) -> None:
     for encoded, decode in (
         (encode_manifest(manifest), decode_manifest),
-        (encode_incarnation(Incarnation(run="r", number=1, token="t", parent=None, reason="start")), decode_incarnation),
+        (
+            encode_incarnation(Incarnation(run="r", number=1, token="t", parent=None, reason="start")),
+            decode_incarnation,
+        ),
     ):
         body = json.loads(encoded)["body"]
         field = data.draw(st.sampled_from(sorted(body)))
@@ -92,15 +96,20 @@ def test_wrong_fields_behind_a_right_checksum_raise_one_error(manifest: Manifest
             del body[field]
         else:
             body[field] = data.draw(plain)
-        try:
+        with contextlib.suppress(ManifestCorruptError, FormatUnsupportedError):  # anything else would fly
             decode(seal_record(body), name="m")
-        except (ManifestCorruptError, FormatUnsupportedError):
-            pass  # anything else would fly
 
 
 @pytest.mark.parametrize(
     "text",
-    [b"[" * 100_000, b'{"body":' * 5000, b'{"body":{"a":1e999},"crc32c":0}', b'{"body":{"a":"\\ud800"},"crc32c":0}', b"1" * 5000, b"NaN"],
+    [
+        b"[" * 100_000,
+        b'{"body":' * 5000,
+        b'{"body":{"a":1e999},"crc32c":0}',
+        b'{"body":{"a":"\\ud800"},"crc32c":0}',
+        b"1" * 5000,
+        b"NaN",
+    ],
 )
 def test_deep_huge_and_ill_formed_json(text: bytes) -> None:
     with pytest.raises(ManifestCorruptError):
@@ -189,7 +198,15 @@ def test_run_ids_are_plain(run: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\n", b"moc repository 2\n", b"moc repository 1\nrequires x\n", b"moc repository 1\nx\n", b"\xff\xfe", b"restic"],
+    [
+        b"",
+        b"\n",
+        b"moc repository 2\n",
+        b"moc repository 1\nrequires x\n",
+        b"moc repository 1\nx\n",
+        b"\xff\xfe",
+        b"restic",
+    ],
 )
 def test_other_formats_are_refused(content: bytes) -> None:
     decode_format(encode_format(), url="u")

@@ -7,7 +7,16 @@ from itertools import chain, combinations, product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moc.plan.freeing import Moment, Seal, attempt_id, complete_moments, freeable, hopeless_moments, moment_after, newest_moments
+from moc.plan.freeing import (
+    Moment,
+    Seal,
+    attempt_id,
+    complete_moments,
+    freeable,
+    hopeless_moments,
+    moment_after,
+    newest_moments,
+)
 
 LIFE = 2
 
@@ -55,7 +64,10 @@ def test_every_arrangement_of_few_ranks_and_steps() -> None:
             kept = {(seal.rank, seal.step) for seal in {*seals, *old} - set(freed) if seal.incarnation == LIFE}
             for rank, step in kept:
                 ranks_that_may = [r for r, own in enumerate(held) if step in own or not own or own[-1] < step]
-                assert step in pinned or step == newest or (step > newest and len(ranks_that_may) == ranks), (rank, step)
+                assert step in pinned or step == newest or (step > newest and len(ranks_that_may) == ranks), (
+                    rank,
+                    step,
+                )
             checked += 1
     assert checked == 5 * 16**2 + 4 * 8**3
 
@@ -71,7 +83,8 @@ def test_the_source_stays_until_the_life_stands_on_its_own() -> None:
 
 
 def test_a_rank_that_was_seen_between_two_of_its_seals_has_not_skipped() -> None:
-    # The agent read rank 1's record of step 4 before it was sealed, and that of step 5 after: only `passed` of an earlier look counts.
+    # The agent read rank 1's record of step 4 before it was sealed, and that of step 5 after:
+    # only `passed` of an earlier look counts.
     seals = [_seal(0, 4), _seal(0, 5), _seal(1, 5)]
     before = {0: _moment(3), 1: _moment(3)}
     assert hopeless_moments(seals, (0, 1), LIFE, passed=before) == {}
@@ -88,8 +101,10 @@ def test_a_rank_that_was_seen_between_two_of_its_seals_has_not_skipped() -> None
         )
     )
 )
-def test_whatever_was_skipped_snapshots_become_global_again(case: tuple[int, int, list[tuple[set[int], bool, int]]]) -> None:
-    """Ranks seal into few records and skip when busy; the agent looks now and then, and sometimes pins the newest global one."""
+def test_whatever_was_skipped_snapshots_become_global_again(
+    case: tuple[int, int, list[tuple[set[int], bool, int]]],
+) -> None:
+    """Ranks seal into few records and skip when busy; the agent looks now and then, and sometimes pins the newest."""
     ranks, versions, script = case
     held: list[set[int]] = [set() for _ in range(ranks)]
     passed: dict[int, Moment] = {}

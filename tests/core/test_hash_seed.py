@@ -1,4 +1,4 @@
-"""Plans are equal on every rank: they do not depend on the order in which a hash seed makes sets and dicts of strings iterate."""
+"""Plans are equal on every rank: they do not depend on the order in which a hash seed makes sets iterate."""
 
 from __future__ import annotations
 
@@ -28,16 +28,31 @@ placed = [
     for catalog in model.catalogs()
     for i, shard in enumerate(catalog.shards)
 ]
-names = [CheckpointName(run=run, incarnation=i, step=s, attempt=f"{s:08x}") for run in "abc" for i in (1, 2) for s in range(9)]
-seals = [Seal(incarnation=1, step=s, attempt=f"{s:08x}", rank=r, record=s) for r in range(4) for s in range(9) if (s * r) % 3 != 1]
+names = [
+    CheckpointName(run=run, incarnation=i, step=s, attempt=f"{s:08x}")
+    for run in "abc"
+    for i in (1, 2)
+    for s in range(9)
+]
+seals = [
+    Seal(incarnation=1, step=s, attempt=f"{s:08x}", rank=r, record=s)
+    for r in range(4)
+    for s in range(9)
+    if (s * r) % 3 != 1
+]
 links = (Link(incarnation=2, last_step=None), Link(incarnation=1, last_step=4))
-known = [Candidate(source=s, run=n.run, incarnation=n.incarnation, step=n.step, attempt=n.attempt) for n in names for s in ("memory", "storage")]
+known = [
+    Candidate(source=s, run=n.run, incarnation=n.incarnation, step=n.step, attempt=n.attempt)
+    for n in names
+    for s in ("memory", "storage")
+]
+facts = [CheckpointFact(name=n, is_on_chain=n.step % 2 == 0, is_finite=n.step < 5) for n in names]
 results = [
     arrange_arena(model.catalogs(), versions=4, descriptor_bytes=4096),
     [plan_read(catalog.shards, placed) for catalog in other.catalogs()],
     catalog_digest(model.catalogs()),
     check_coverage(s for c in model.catalogs() for s in c.shards),
-    dropped([CheckpointFact(name=n, is_on_chain=n.step % 2 == 0, is_finite=n.step < 5) for n in names], keep_last=2, keep_every=3),
+    dropped(facts, keep_last=2, keep_every=3),
     freeable(seals, range(4), 1, pinned=[(1, (3, "00000003"))], source=(1, 2), hopeless=[(5, "00000005")]),
     hopeless_moments(seals, range(4), 1, passed=newest_moments(seals, 1)),
     candidates(links, known),

@@ -25,7 +25,9 @@ def test_nothing_overlaps_and_all_is_inside(data: st.DataObject) -> None:
         assert rank.rank == catalog.rank
         taken.append((layout.words[index], WORDS_BYTES))
         assert rank.record_bytes >= RECORD_FIXED_BYTES + 12 * len(rank.units) + 4 * len(catalog.shards)
-        taken += [(layout.records[index] + version * rank.record_bytes, rank.record_bytes) for version in range(versions)]
+        taken += [
+            (layout.records[index] + version * rank.record_bytes, rank.record_bytes) for version in range(versions)
+        ]
         for number, unit in enumerate(rank.units):
             for version in range(versions):
                 slot = layout.slots[index] + rank.slot_offset(number, version)

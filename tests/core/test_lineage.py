@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +13,9 @@ from moc.plan.lineage import MEMORY, STORAGE, Candidate, candidates, chain, is_o
 
 def _life(number: int, parent: tuple[int, int] | None, *, token: str = "t", attempt: str | None = None) -> Incarnation:
     grown = None if parent is None else Parent(incarnation=parent[0], step=parent[1], attempt=attempt)
-    return Incarnation(run="r", number=number, token=token, parent=grown, reason="start" if parent is None else "recover")
+    return Incarnation(
+        run="r", number=number, token=token, parent=grown, reason="start" if parent is None else "recover"
+    )
 
 
 def _candidate(source: str, incarnation: int, step: int, attempt: str = "00000000") -> Candidate:
@@ -19,7 +23,9 @@ def _candidate(source: str, incarnation: int, step: int, attempt: str = "0000000
 
 
 @st.composite
-def histories(draw: st.DrawFn) -> tuple[dict[int, Incarnation], list[Candidate], dict[tuple[int, int], frozenset[tuple[int, int]]]]:
+def histories(
+    draw: st.DrawFn,
+) -> tuple[dict[int, Incarnation], list[Candidate], dict[tuple[int, int], frozenset[tuple[int, int]]]]:
     """Grow lives as a job does: each resumes from any state that any earlier life has reached.
 
     Returns the records, all states as candidates, and for every state the set of states that led to it.
@@ -30,7 +36,9 @@ def histories(draw: st.DrawFn) -> tuple[dict[int, Incarnation], list[Candidate],
         parent = draw(st.sampled_from(sorted(past))) if past and draw(st.integers(0, 5)) else None
         records[number] = _life(number, parent)
         before = frozenset() if parent is None else past[parent]
-        for step in range((0 if parent is None else parent[1]) + 1, (0 if parent is None else parent[1]) + draw(st.integers(0, 4)) + 1):
+        for step in range(
+            (0 if parent is None else parent[1]) + 1, (0 if parent is None else parent[1]) + draw(st.integers(0, 4)) + 1
+        ):
             before |= {(number, step)}
             past[number, step] = before
     known = [
@@ -49,15 +57,17 @@ def test_only_what_led_to_the_newest_life_is_tried_newest_first(history: object)
     links = chain(records, newest)
     tried = candidates(links, known)
 
-    # What the newest life may resume from: its own states, else what its parent state grew from (that state included), and so on.
+    # What the newest life may resume from: its own states, and the parent state with all that led to it.
     own = [state for state in past if state[0] == newest]
     parent = records[newest].parent
     grown = frozenset() if parent is None else past[parent.incarnation, parent.step]
     admissible = grown | set(own)
     assert {(c.incarnation, c.step) for c in tried} == {(c.incarnation, c.step) for c in known} & admissible
     order = [(c.incarnation, c.step) for c in tried]
-    assert order == sorted(order, reverse=True), "an earlier life is tried after a later one, a smaller step after a larger one"
-    for one, other in zip(tried, tried[1:], strict=False):
+    assert order == sorted(order, reverse=True), (
+        "an earlier life is tried after a later one, a smaller step after a larger one"
+    )
+    for one, other in pairwise(tried):
         if (one.incarnation, one.step) == (other.incarnation, other.step):
             assert (one.source, other.source) != (STORAGE, MEMORY)
 
@@ -65,20 +75,33 @@ def test_only_what_led_to_the_newest_life_is_tried_newest_first(history: object)
 def test_a_rewind_outranks_newer_memory_of_the_life_that_it_leaves() -> None:
     lives = {1: _life(1, None), 2: _life(2, (1, 10), attempt="0000000a")}
     links = chain(lives, 2)
-    known = [_candidate(MEMORY, 1, 17), _candidate(MEMORY, 1, 16), _candidate(STORAGE, 1, 10, "0000000a"), _candidate(STORAGE, 1, 15)]
+    known = [
+        _candidate(MEMORY, 1, 17),
+        _candidate(MEMORY, 1, 16),
+        _candidate(STORAGE, 1, 10, "0000000a"),
+        _candidate(STORAGE, 1, 15),
+    ]
     assert [c.step for c in candidates(links, known)] == [10]
     assert not is_on_chain(links, 1, 11)
 
 
 def test_a_fork_names_the_attempt_it_grew_from() -> None:
     links = chain({1: _life(1, None), 2: _life(2, (1, 10), attempt="0000000a")}, 2)
-    known = [_candidate(STORAGE, 1, 10, "0100000b"), _candidate(STORAGE, 1, 10, "0000000a"), _candidate(STORAGE, 1, 9, "0000000c")]
+    known = [
+        _candidate(STORAGE, 1, 10, "0100000b"),
+        _candidate(STORAGE, 1, 10, "0000000a"),
+        _candidate(STORAGE, 1, 9, "0000000c"),
+    ]
     assert [c.attempt for c in candidates(links, known)] == ["0000000a", "0000000c"]
 
 
 def test_of_one_step_the_latest_attempt_is_tried_first_and_memory_before_storage() -> None:
     links = chain({1: _life(1, None)}, 1)
-    known = [_candidate(STORAGE, 1, 5, "00aaaaaa"), _candidate(STORAGE, 1, 5, "01000000"), _candidate(MEMORY, 1, 5, "00aaaaaa")]
+    known = [
+        _candidate(STORAGE, 1, 5, "00aaaaaa"),
+        _candidate(STORAGE, 1, 5, "01000000"),
+        _candidate(MEMORY, 1, 5, "00aaaaaa"),
+    ]
     assert [(c.source, c.attempt) for c in candidates(links, known)] == [
         (MEMORY, "00aaaaaa"),
         (STORAGE, "01000000"),
@@ -89,7 +112,9 @@ def test_of_one_step_the_latest_attempt_is_tried_first_and_memory_before_storage
 def test_a_missing_ancestor_ends_the_chain_and_is_marked() -> None:
     links = chain({3: _life(3, (2, 7))}, 3)
     assert [(link.incarnation, link.is_known) for link in links] == [(3, True), (2, False)]
-    assert [link.incarnation for link in chain({2: _life(2, (2, 7))}, 2)] == [2], "a record that names itself as its parent"
+    assert [link.incarnation for link in chain({2: _life(2, (2, 7))}, 2)] == [2], (
+        "a record that names itself as its parent"
+    )
     assert chain({}, 0) == ()
 
 

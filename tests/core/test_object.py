@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,8 @@ def test_hostile_headers_raise_one_error(content: bytes, data: st.DataObject) ->
     encoded = bytearray(encode_header(_header(data.draw(names), data.draw(catalogs(model, 1))[0], 5)))
     begin = data.draw(st.integers(0, len(encoded.rstrip())))
     encoded[begin : begin + len(content)] = content
-    try:
+    with contextlib.suppress(ShardCorruptError):  # anything else would fly
         parse_header(bytes(encoded), key="k")
-    except ShardCorruptError:
-        pass  # anything else would fly
 
 
 def test_every_flipped_bit_of_a_header_is_seen_by_the_repository(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Read planning: whatever the old and the new grid of ranks, each needed element is read once and from the right place."""
+"""Read planning: whatever the old and the new ranks, each needed element is read once and from the right place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def _content(shard: Shard) -> bytearray:
     )
 
 
-def _read(needed: Sequence[Shard], catalogs_held: Sequence[RankCatalog], held: Sequence[Sequence[bytearray]]) -> list[bytearray]:
+def _read(
+    needed: Sequence[Shard], catalogs_held: Sequence[RankCatalog], held: Sequence[Sequence[bytearray]]
+) -> list[bytearray]:
     placed = [
         Placed(shard=shard, holder=f"{catalog.rank}", position=index, crc32c=0)
         for catalog in catalogs_held

@@ -89,7 +89,9 @@ SMALL = Model(world_size=1, moe_layers=1, experts=2, hidden=4, dense=(("embed.we
 
 
 def _retention(builder: RepositoryBuilder, incarnation: int) -> Retention:
-    return Retention(builder.repository, run=builder.run, incarnation=incarnation, keep_last=2, keep_every=0, trace=Trace())
+    return Retention(
+        builder.repository, run=builder.run, incarnation=incarnation, keep_last=2, keep_every=0, trace=Trace()
+    )
 
 
 @pytest.mark.parametrize("is_after", [False, True])
@@ -133,9 +135,10 @@ def test_a_death_between_any_two_operations_of_retention(is_after: bool, is_new_
         named = {row.key for name in names for row in builder.repository.read_manifest(name).objects}
         stored = {entry.key for entry in builder.repository.objects()}
         assert named <= stored
-        assert stored - named <= set(builder.repository.read_victims(builder.run, number)), f"garbage after fatal={fatal}"
+        assert stored - named <= set(builder.repository.read_victims(builder.run, number)), (
+            f"garbage after fatal={fatal}"
+        )
         if is_over:
             assert fatal > 4
             return
     raise AssertionError("retention has more operations than this test tries")
-

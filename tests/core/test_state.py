@@ -36,7 +36,9 @@ def test_every_cut_of_a_model_is_covered_and_every_missing_or_double_shard_is_no
 @given(st.data())
 def test_shards_that_disagree_are_refused(data: st.DataObject) -> None:
     first = Shard(tensor="t", part="p", dtype="F32", shape=(8,), offset=0, length=4)
-    second = replace(first, offset=4, **data.draw(st.sampled_from(({"dtype": "I32"}, {"shape": (2, 4)}, {"shape": (9,)}))))
+    second = replace(
+        first, offset=4, **data.draw(st.sampled_from(({"dtype": "I32"}, {"shape": (2, 4)}, {"shape": (9,)})))
+    )
     with pytest.raises(CoverageError, match="tensor=t"):
         check_coverage([first, second])
 

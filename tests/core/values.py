@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import strategies as st
 
-from moc.format.keys import CheckpointName
+from moc.format.keys import CheckpointName, object_key
 from moc.format.manifest import Incarnation, Manifest, ObjectRow, Parent
-from moc.format.keys import object_key
 from moc.state import DTYPE_BYTES, Expert, RankCatalog, Shard, shard_order
 
 runs = st.from_regex(r"[a-z0-9][a-z0-9-]{0,31}", fullmatch=True)
@@ -65,7 +66,7 @@ def splits(draw: st.DrawFn, elements: int, ranks: int) -> list[tuple[int, int]]:
     """Return one (offset, length) per rank; together they cover 0..elements once."""
     cuts = sorted(draw(st.lists(st.integers(0, elements), min_size=ranks - 1, max_size=ranks - 1)))
     bounds = [0, *cuts, elements]
-    return [(first, last - first) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [(first, last - first) for first, last in pairwise(bounds)]
 
 
 @st.composite
@@ -75,13 +76,17 @@ def models(draw: st.DrawFn) -> list[tuple[str, str, str, tuple[int, ...], Expert
     for index in range(draw(st.integers(1, 4))):
         expert = draw(st.none() | st.builds(Expert, layer=st.integers(0, 1), index=st.integers(0, 2)))
         shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=2)))
-        for part in draw(st.sets(st.sampled_from(("master", "exp_avg")), min_size=1)):
-            rows.append((f"t{index}", part, draw(st.sampled_from(sorted(DTYPE_BYTES))), shape, expert))
+        parts = draw(st.sets(st.sampled_from(("master", "exp_avg")), min_size=1))
+        rows += [
+            (f"t{index}", part, draw(st.sampled_from(sorted(DTYPE_BYTES))), shape, expert) for part in sorted(parts)
+        ]
     return sorted(rows, key=lambda row: row[:2])
 
 
 @st.composite
-def catalogs(draw: st.DrawFn, model: list[tuple[str, str, str, tuple[int, ...], Expert | None]], ranks: int) -> tuple[RankCatalog, ...]:
+def catalogs(
+    draw: st.DrawFn, model: list[tuple[str, str, str, tuple[int, ...], Expert | None]], ranks: int
+) -> tuple[RankCatalog, ...]:
     """Return who holds what of a model on so many ranks: every tensor cut anywhere."""
     held: list[list[Shard]] = [[] for _ in range(ranks)]
     for tensor, part, dtype, shape, expert in model:
@@ -89,10 +94,14 @@ def catalogs(draw: st.DrawFn, model: list[tuple[str, str, str, tuple[int, ...], 
         for extent in shape:
             elements *= extent
         for rank, (offset, length) in enumerate(draw(splits(elements, ranks))):
-            shard = Shard(tensor=tensor, part=part, dtype=dtype, shape=shape, offset=offset, length=length, expert=expert)
+            shard = Shard(
+                tensor=tensor, part=part, dtype=dtype, shape=shape, offset=offset, length=length, expert=expert
+            )
             if length or draw(st.booleans()):
                 held[rank].append(shard)
     return tuple(
-        RankCatalog(rank=rank, shards=tuple(sorted(shards, key=shard_order)), state_capacity_bytes=draw(st.integers(0, 9000)))
+        RankCatalog(
+            rank=rank, shards=tuple(sorted(shards, key=shard_order)), state_capacity_bytes=draw(st.integers(0, 9000))
+        )
         for rank, shards in enumerate(held)
     )

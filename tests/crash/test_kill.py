@@ -1,4 +1,4 @@
-"""SIGKILL of trainers, of the agent, of both: the next life goes on from the newest state that still exists, bit for bit."""
+"""SIGKILL of trainers, of the agent, of both: the next life goes on from the newest state that is left, bit for bit."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_agent_and_trainers_killed_the_last_announced_commit_is_recovered() -> N
 
 
 def test_all_trainers_killed_after_the_seal_the_checkpoint_is_still_made() -> None:
-    # Rank 0 dies where the copy of the last step of its life has just been sealed, so nobody but the agent is left to save it.
+    # Rank 0 dies where its last step has just been sealed, so nobody but the agent is left to save it.
     with Job(size=1, persist_every=3) as job:
         first = job.start(kill={0: "snapshot.seal:end:3"})
         assert first.ended() == [-9]
@@ -91,7 +91,7 @@ def test_all_trainers_killed_after_the_seal_the_checkpoint_is_still_made() -> No
 
 
 def test_agent_killed_while_the_job_ends() -> None:
-    # A session that closes while there is no agent has to bring one back: the arena lives in the trainers' mappings only.
+    # A session that closes while there is no agent has to bring one back: only the trainers map the arena.
     with Job(size=2, persist_every=0, step_s=0.002) as job:
         life = job.start(steps=60)
         life.event("global", step=5)

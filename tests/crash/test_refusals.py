@@ -53,10 +53,14 @@ def test_an_arena_beyond_the_budget_is_refused_before_anything_exists() -> None:
         words = job.start(budget_bytes=100_000).refused("UsageError")
         assert "memory_budget_bytes=100000" in words
         assert "arena_bytes=" in words
-        assert not job.storage.exists() or not [p for p in job.storage.rglob("*") if p.is_file() and p.name != FORMAT_KEY]
+        assert not job.storage.exists() or not [
+            p for p in job.storage.rglob("*") if p.is_file() and p.name != FORMAT_KEY
+        ]
 
 
-@pytest.mark.parametrize("content", [b"moc repository 2\n", b"moc repository 1\nrequires time-travel\n", b"something else\n"])
+@pytest.mark.parametrize(
+    "content", [b"moc repository 2\n", b"moc repository 1\nrequires time-travel\n", b"something else\n"]
+)
 def test_another_format_is_refused_and_nothing_is_changed(content: bytes) -> None:
     with Job(size=2) as job:
         job.start(steps=6).finished()

@@ -154,7 +154,7 @@ def test_a_bit_in_the_newest_incarnation_record_stops_the_recovery() -> None:
         job.kill_agent()
         _recovered(job)
         job.kill_agent()
-        newest = sorted(job.storage.glob("incarnations/*.json"))[-1]
+        newest = max(job.storage.glob("incarnations/*.json"))
         _flip(newest, 60)
         before = job.listing()
         life = job.start()
@@ -178,5 +178,3 @@ def test_every_object_opens_with_safetensors() -> None:
                 assert names
                 for name in names:
                     opened.get_tensor(name)
-
-

@@ -167,7 +167,9 @@ def test_retention_keeps_the_last_and_deletes_objects_after_a_later_commit() -> 
         stored = {entry.key for entry in repository.objects()}
         assert named <= stored
         condemned = set(repository.read_victims(job.run, 1))
-        assert stored - named <= condemned, "objects without a manifest are condemned ones that wait for the next commit"
+        assert stored - named <= condemned, (
+            "objects without a manifest are condemned ones that wait for the next commit"
+        )
         assert len(stored - named) <= 2 * len(named)
         job.sound()
 

@@ -1,7 +1,7 @@
-"""One torch-free trainer that runs the production attach → snapshot → commit path; the crash tests start, kill and restart it.
+"""One torch-free trainer on the production attach → snapshot → commit path; the crash tests start, kill and restart it.
 
-Writes one JSON line per event to its log: attached (with the recovery), step (with the digest of the state), global, committed, saved,
-save_failed, terminated, done (with the counters), refused (a MocError at attach), failed (anything else).
+Writes one JSON line per event to its log: attached (with the recovery), step (with the digest of the state), global,
+committed, saved, save_failed, terminated, done (with the counters), refused (a MocError at attach), failed (else).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from moc.survey import Request
 from moc.clock import SystemClock
 from moc.config import Config
 from moc.errors import MocError, SaveFailedError
 from moc.session import Session
+from moc.survey import Request
 from moc.trace import Trace
 from tests.support.kill import KillAt
 from tests.support.plain import PlainState, SocketWorld
@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     world = SocketWorld(options.rank, options.size, options.rendezvous)
     try:
         request = _request(options, state)
-        session = Session(state, world, request, ep_sizes=(), software={"worker": "1"}, clock=SystemClock(), trace=trace)
+        session = Session(
+            state, world, request, ep_sizes=(), software={"worker": "1"}, clock=SystemClock(), trace=trace
+        )
     except MocError as error:
         note("refused", error=type(error).__name__, words=str(error))
         raise SystemExit(REFUSED) from error

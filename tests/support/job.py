@@ -1,7 +1,7 @@
-"""Drives a job of torch-free workers through many lives: start, wait for events, kill, start again, compare with an undisturbed run.
+"""Drives a job of torch-free workers through many lives: start, wait, kill, start again, compare with an undisturbed run.
 
-Workers are real processes forked from a server that has imported everything (a life costs 0.1 s instead of 1 s), the agent is the
-production one. Every wait ends with an event or with an AssertionError that shows what the processes wrote.
+Workers are real processes forked from a server that has imported everything (a life costs 0.1 s instead of 1 s), the
+agent is the production one. Every wait ends with an event or with an AssertionError that shows what was written.
 """
 
 from __future__ import annotations
@@ -90,8 +90,10 @@ class Life:
 
     # Waiting
 
-    def until(self, condition: Callable[[], Any], what: str, *, may_end: bool = False, deadline_s: float = DEADLINE_S) -> Any:
-        """Return the condition's first true value; fail when time is over, or (unless `may_end`) when all trainers have ended."""
+    def until(
+        self, condition: Callable[[], Any], what: str, *, may_end: bool = False, deadline_s: float = DEADLINE_S
+    ) -> Any:
+        """Return the condition's first true value; fail at the deadline or, unless `may_end`, when all trainers have ended."""
         ends_s = time.monotonic() + deadline_s
         poller = select.poll()
         running = {process.sentinel for process in self.processes if process.is_alive()}
@@ -123,7 +125,12 @@ class Life:
 
     def ended(self, *, deadline_s: float = DEADLINE_S) -> list[int]:
         """Wait until all trainers have ended; return their exit codes (negative: the signal)."""
-        self.until(lambda: all(not p.is_alive() for p in self.processes), "the end of all trainers", may_end=True, deadline_s=deadline_s)
+        self.until(
+            lambda: all(not p.is_alive() for p in self.processes),
+            "the end of all trainers",
+            may_end=True,
+            deadline_s=deadline_s,
+        )
         return [process.exitcode or 0 for process in self.processes]
 
     def finished(self) -> None:
@@ -162,7 +169,9 @@ class Life:
         for event in events:
             step = event["step"]
             assert step == events[0]["step"], f"ranks resumed at different steps\n{self.story()}"
-            assert event["tensors"] == expected_tensors(event["rank"], self.size, step), f"wrong tensors\n{self.story()}"
+            assert event["tensors"] == expected_tensors(event["rank"], self.size, step), (
+                f"wrong tensors\n{self.story()}"
+            )
         return events[0]
 
     def exact(self) -> None:
@@ -185,10 +194,12 @@ class Life:
 
 
 class Job:
-    """One repository and one runtime root, and the lives of a job on them. Use as a context manager: it leaves no process behind."""
+    """One repository, one runtime root, and the lives of a job on them. A context manager that leaves no process behind."""
 
-    def __init__(self, *, size: int = 1, root: Path | None = None, storage: Path | None = None, **options: object) -> None:
-        """`options` are the worker's, as keywords; each life may override them. Another job's `root` and `storage` can be shared."""
+    def __init__(
+        self, *, size: int = 1, root: Path | None = None, storage: Path | None = None, **options: object
+    ) -> None:
+        """`options` are the worker's; each life may override them. `root` and `storage` may be another job's."""
         self.folder = Path(tempfile.mkdtemp(prefix="moc-crash-"))
         self.size, self.options = size, options
         self.storage = storage or self.folder / "repo"
@@ -340,7 +351,7 @@ def until(condition: Callable[[], Any], what: str, *, deadline_s: float = DEADLI
 
 
 def lineage_steps(lives: Sequence[Life]) -> list[int]:
-    """Return the steps of rank 0 that led to the last life's present state, in order: every life up to where its successor resumed."""
+    """Return the steps of rank 0 that led to the last life's state: of every life those before its successor resumed."""
     steps: list[int] = []
     for life in lives:
         attached = life.last(0, "attached")
@@ -356,7 +367,9 @@ def start_agent(job: Job, run: str, kill: str) -> subprocess.Popen[bytes]:
     folder = runtime_folder(run, job.root)
     with (folder / "agent.log").open("ab") as log:
         agent = subprocess.Popen(
-            [sys.executable, str(AGENT_WORKER), "--folder", str(folder), "--run", run, "--kill", kill], stdout=log, stderr=log
+            [sys.executable, str(AGENT_WORKER), "--folder", str(folder), "--run", run, "--kill", kill],
+            stdout=log,
+            stderr=log,
         )
     until(lambda: job.agent_pid() == agent.pid, "the agent listens")
     return agent

@@ -1,4 +1,4 @@
-"""A trace sink that kills its own process at a chosen span: how the crash tests reach every kill point without hooks in the product."""
+"""A trace sink that kills its own process at a chosen span, so that the product needs no hooks for the crash tests."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A real training state without torch, and a real world without gloo: what the crash tests run the production workflows on.
+"""A real training state without torch, and a real world without gloo, for the production workflows in the crash tests.
 
-`PlainState` holds numbers in plain memory, split over ranks as ZeRO splits masters and moments: dense tensors over all ranks, experts over
-their expert-data-parallel ranks. Each optimizer step is a function of the step and the old values, so any state can be recomputed.
+`PlainState` holds numbers in plain memory, split over ranks as ZeRO splits masters and moments: dense tensors over all
+ranks, experts over their expert-data-parallel ranks. Each optimizer step is a function of the step and the old values,
+so any state can be recomputed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class PlainState:
             shards.append(_split("embed.weight", part, DENSE_ELEMENTS * scale, rank, size, None))
             for layer in range(layers):
                 for index in range(experts):
-                    # Experts alternate over two expert-parallel ranks where there are two, and are split over the replicas.
+                    # Experts alternate over two expert-parallel ranks where there are two, split over the replicas.
                     ep = 2 if size % 2 == 0 else 1
                     if index % ep == rank % ep:
                         shards.append(
@@ -89,7 +90,7 @@ class PlainState:
         return hashlib.sha256(self.tensor_digest().encode() + self.noise.tobytes()).hexdigest()[:16]
 
     def tensor_digest(self) -> str:
-        """Return a text that is equal for equal steps and tensors of this rank: what survives a change of the number of ranks."""
+        """Return a text that is equal for equal steps and tensors: what survives a change of the number of ranks."""
         digest = hashlib.sha256(str(self._step).encode())
         for value in self.values:
             digest.update(value.tobytes())
