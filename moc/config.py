@@ -11,6 +11,8 @@ from moc.errors import ConfigError
 
 __all__ = ["Config"]
 
+LONGEST_TIMEOUT_S = 1e6  # what socket, lock and collective timeouts all take; 11 days
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
@@ -68,7 +70,7 @@ class Config:
         self._check(
             self.memory_budget_bytes is None or self.memory_budget_bytes > 0, "memory_budget_bytes", "> 0 or None"
         )
-        self._check(self.timeout_s > 0, "timeout_s", "> 0")
+        self._check(0 < self.timeout_s <= LONGEST_TIMEOUT_S, "timeout_s", f"0 < x <= {LONGEST_TIMEOUT_S:g}")
         self._check(0 < self.plt_limit <= 1, "plt_limit", "0 < x <= 1")
 
     def _check(self, is_legal: bool, name: str, allowed: str) -> None:

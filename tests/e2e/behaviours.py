@@ -1,4 +1,4 @@
-"""What a manager promises beside exactness; every function runs on both ranks of one world and raises if something is wrong."""
+"""What a manager promises beside exactness; every function runs on all ranks of a world and raises if it is not so."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 
 from moc import CheckpointManager, Config
-from moc.errors import MismatchError, NoCheckpointError, StoreDeniedError, UsageError
+from moc.errors import (
+    ClosedError,
+    MismatchError,
+    NoCheckpointError,
+    SaveFailedError,
+    StoreDeniedError,
+    TopologyError,
+    UsageError,
+)
 from moc.repository import Repository
 from moc.store.open import open_store
 from tests.adapters.cases import assembled, gathered, snapshot
@@ -118,7 +126,7 @@ def unsupported_engine(place: Place, _: Note) -> None:
 
 
 def detached_engine(place: Place, _: Note) -> None:
-    """Losses with a manager, and after it has left, are those of a job that knows none; nothing of it stays on the engine."""
+    """Losses with a manager, and after it has left, are those of a job that knows none; nothing stays on the engine."""
     for case in (DENSE, NATIVE, replace(NATIVE, boundary="hook")):
         undisturbed = Training(case, seed=1)
         undisturbed.run(9)
@@ -307,6 +315,54 @@ def bad_storage(place: Place, _: Note) -> None:
     assert place.committed() == [2]
 
 
+def one_bad_rank(place: Place, _: Note) -> None:
+    """What is wrong on one rank is refused on all, with that rank's words."""
+    training = Training(DENSE, seed=1)
+    stateful = training.stateful if dist.get_rank() == 0 else {"loader": Strange()}
+    place.refuse(UsageError, "rank=1", training.engine, stateful=stateful)
+    place.refuse(TopologyError, "ranks [1]", training.engine, fingerprint={"data": dist.get_rank()})
+    assert not place.storage.exists()
+
+
+def failed_save(place: Place, _: Note) -> None:
+    """A save that fails is told on the handle and stops nothing; the next one succeeds."""
+    undisturbed = Training(DENSE, seed=1)
+    undisturbed.run(8)
+    training = Training(DENSE, seed=1)
+    manager = place.attach(training)
+    training.run(2, manager.step)
+    dist.barrier()
+    obstacle = place.storage / "objects"
+    if dist.get_rank() == 0:
+        obstacle.touch()  # a file where a folder has to be
+    dist.barrier()
+
+    expect(SaveFailedError, "save failed: step=2", lambda: manager.save().wait_committed(60))
+
+    training.run(5, manager.step)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        obstacle.unlink()
+    dist.barrier()
+    manager.save().wait_committed(60)
+    training.run(8, manager.step)
+    manager.detach()
+    expect(ClosedError, "detached", manager.step)
+    expect(ClosedError, "detached", manager.save)
+    assert place.committed() == [5, 8]
+    assert training.losses == undisturbed.losses
+
+
+def destroyed_engine(place: Place, _: Note) -> None:
+    """Destroying the engine detaches first, so that its last step is durable."""
+    training = Training(DENSE, seed=1)
+    manager = place.attach(training)
+    training.run(3, manager.step)
+    training.engine.destroy()
+    assert place.committed() == [3]
+    manager.detach()
+
+
 def resharded(place: Place, note: Note) -> None:
     """Train on, and tell the digests of the whole tensors before and after, whoever holds them."""
     case = replace(NATIVE, model="grouped", accumulation=1)
@@ -358,6 +414,9 @@ BEHAVIOURS: dict[str, Callable[[Place, Note], None]] = {
         other_experiment,
         strange_objects,
         bad_storage,
+        one_bad_rank,
+        failed_save,
+        destroyed_engine,
         resharded,
     )
 }

@@ -166,7 +166,7 @@ def _sample(index: int) -> Tensor:
 
 
 class Average:
-    """Moving averages of the trained weights, updated after `engine.step()`: state that belongs to the step and to the loop alone."""
+    """Moving averages of the weights, updated after `engine.step()`: state of the step that only the loop knows."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -184,7 +184,7 @@ class Average:
 
 
 def digests(engine: Any, loader: Loader, average: Average | None) -> dict[str, str]:
-    """Return a digest of every tensor and the text of every number of the final state, by name; equal if and only if all bits are."""
+    """Return a digest or text of everything in the final state by name, equal if and only if all bits are."""
     seen = {**observe(engine), "loader": loader.used}
     if average is not None:
         seen |= {f"average {name}": value for name, value in average.values.items()}

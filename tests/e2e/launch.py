@@ -139,7 +139,7 @@ class Life:
     def until(
         self, condition: Callable[[], Any], what: str, *, may_end: bool = False, deadline_s: float = DEADLINE_S
     ) -> Any:
-        """Return the condition's first true value. Fails when time is over, or when a rank has ended (unless `may_end`)."""
+        """Return the condition's first true value; fail when time is over or, unless `may_end`, a rank has ended."""
         ends_s = time.monotonic() + deadline_s
         while True:
             has_ended = not may_end and any(code is not None for code in self.codes())
@@ -198,7 +198,7 @@ class Life:
 
 
 class Job:
-    """A folder with a repository and a node's agents, and the lives of a job on them; a context manager that leaves no process."""
+    """A repository, a node's agents and the lives of a job on them; a context manager that leaves no process behind."""
 
     def __init__(self, zygote: Zygote, folder: Path) -> None:
         self._zygote, self.folder = zygote, folder

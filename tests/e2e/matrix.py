@@ -1,4 +1,4 @@
-"""The combinations of the end-to-end tests: a pairwise covering set, computed. No torch here, so that collecting stays cheap."""
+"""The combinations of the end-to-end tests: a pairwise covering set, computed; without torch, to collect quickly."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ TRIES = 60  # candidates for each row of the set; more make it smaller at the co
 class Case:
     """One run: the engine, what happens to it, and where it is recovered from.
 
-    model: our grouped layer, DeepSpeed's own, or no experts. zero: the stage, or "bf16" for BF16_Optimizer. skips: a NaN makes DeepSpeed
-    skip one update before the kill and one after it. boundary: `manager.step()` with averaged weights after `engine.step()`, or the hook.
+    model: our grouped layer, DeepSpeed's own, or no experts. zero: the stage, or "bf16" for BF16_Optimizer. skips: a
+    NaN makes DeepSpeed skip one update before the kill and one after it. boundary: `manager.step()` with averaged
+    weights after `engine.step()`, or the hook.
     """
 
     model: str

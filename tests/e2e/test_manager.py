@@ -1,4 +1,4 @@
-"""Promises of `CheckpointManager` in real worlds: what is refused, what is left behind, what a signal or another world size does."""
+"""Promises of `CheckpointManager` in real worlds: refusals, detaching, chosen steps, termination, world sizes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ SHARED = (
     "other_experiment",
     "strange_objects",
     "bad_storage",
+    "one_bad_rank",
+    "failed_save",
+    "destroyed_engine",
 )
 SIGTERM_CASE = Case(
     model="grouped", zero="2", dtype="bf16", ranks=2, accumulation=1, optimizer="adamw", skips=True, boundary="step",

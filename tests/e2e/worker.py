@@ -1,4 +1,7 @@
-"""One rank of an end-to-end world: trains a case, plain or with a manager, or runs a named behaviour; writes one JSON line per event."""
+"""One rank of an end-to-end world: trains a case, plain or with a manager, or runs named behaviours.
+
+Writes one JSON line per event.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from tests.e2e.matrix import Case
 
 __all__ = ["Note", "Training", "main", "open_note"]
 
-SKIPPED_STEPS = (5, 60)  # one before the kill, one after it
+SKIPPED_STEPS = (5, 45)  # one before the kill, one after it
 Note = Callable[..., None]
 
 
@@ -49,7 +52,7 @@ def main(spec: Mapping[str, Any]) -> None:
 
 
 def open_note(path: Path) -> Note:
-    """Return a function that appends one event; a line is written whole or not at all, whenever the process is killed."""
+    """Return a function that appends one event; a line is there whole or not at all, whenever the process is killed."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def note(event: str, **fields: object) -> None:
@@ -105,7 +108,10 @@ class Training:
 
 
 def train_case(spec: Mapping[str, Any], note: Note) -> None:
-    """Train a case to its last step: undisturbed without any manager, or in a life with one."""
+    """Train a case to its last step: undisturbed without any manager, or in a life with one.
+
+    steps: the last step; where it is recovered, at least `further` steps more.
+    """
     case = Case(**spec["case"])
     training = Training(case, seed=spec["seed"], note=note)
     if not spec["is_attached"]:
@@ -120,8 +126,10 @@ def train_case(spec: Mapping[str, Any], note: Note) -> None:
         runtime_dir=Path(spec["runtime"]),
     )
     report = manager.recovery
+    last_step = max(spec["steps"], manager.resume_step + spec.get("further", 0))
     note(
         "attached",
+        last_step=last_step,
         step=manager.resume_step,
         source=None if report is None else report.source,
         notes=[] if report is None else list(report.notes),
@@ -129,7 +137,7 @@ def train_case(spec: Mapping[str, Any], note: Note) -> None:
         incarnation=manager.incarnation,
         used=training.loader.used,
     )
-    training.run(spec["steps"], manager.step if case.boundary == "step" else lambda: None, manager.status)
+    training.run(last_step, manager.step if case.boundary == "step" else lambda: None, manager.status)
     note(
         "final",
         digests=training.digests(),

@@ -1,8 +1,8 @@
-"""A process that imports torch and DeepSpeed once and forks the ranks of every test world, so that a world costs no imports.
+"""A process that imports torch and DeepSpeed once and forks the ranks of every test world, which then cost no imports.
 
-python -m tests.e2e.zygote: reads one JSON request per line, {"spec": ..., "environment": ..., "log": PATH}, and answers {"pid": n};
-when a child has ended it writes {"ended": pid, "code": n}, negative for a signal. It ends, and its children with it, when its input ends.
-The process group is created after the fork, and no thread runs before it.
+python -m tests.e2e.zygote: reads one JSON request per line, {"spec": ..., "environment": ..., "log": PATH}, and answers
+{"pid": n}; when a child has ended it writes {"ended": pid, "code": n}, negative for a signal. When its input ends, so
+do it and its children. Process groups are created after the fork, and no thread runs before it.
 """
 
 from __future__ import annotations
