@@ -1,4 +1,4 @@
-"""A real ext4 filesystem in a file, whose disk can fail (each access is EIO, unflushed data are gone) and be repaired."""
+"""A real ext4 filesystem in a file, whose disk can fail (EIO everywhere, unflushed data are gone) and be repaired."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drives a job of torch-free workers through many lives: start, wait, kill, start again, compare with an undisturbed run.
+"""Drives a job of torch-free workers through many lives: start, wait, kill, start again, compare.
 
 Workers are real processes forked from a server that has imported everything (a life costs 0.1 s instead of 1 s), the
 agent is the production one. Every wait ends with an event or with an AssertionError that shows what was written.
@@ -93,7 +93,7 @@ class Life:
     def until(
         self, condition: Callable[[], Any], what: str, *, may_end: bool = False, deadline_s: float = DEADLINE_S
     ) -> Any:
-        """Return the condition's first true value; fail at the deadline or, unless `may_end`, when all trainers have ended."""
+        """Return the condition's first true value; fail at the deadline or (not `may_end`) at the trainers' end."""
         ends_s = time.monotonic() + deadline_s
         poller = select.poll()
         running = {process.sentinel for process in self.processes if process.is_alive()}
@@ -194,7 +194,7 @@ class Life:
 
 
 class Job:
-    """One repository, one runtime root, and the lives of a job on them. A context manager that leaves no process behind."""
+    """One repository, one runtime root, the lives of a job on them. A context manager that leaves no process behind."""
 
     def __init__(
         self, *, size: int = 1, root: Path | None = None, storage: Path | None = None, **options: object
@@ -351,7 +351,7 @@ def until(condition: Callable[[], Any], what: str, *, deadline_s: float = DEADLI
 
 
 def lineage_steps(lives: Sequence[Life]) -> list[int]:
-    """Return the steps of rank 0 that led to the last life's state: of every life those before its successor resumed."""
+    """Return the steps of rank 0 that led to the last life's state: of every life those that its successor kept."""
     steps: list[int] = []
     for life in lives:
         attached = life.last(0, "attached")
