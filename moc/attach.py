@@ -32,7 +32,15 @@ from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Parent
 from moc.format.tagged import decode_state, encode_state, expect_mapping
 from moc.plan.lineage import STORAGE, Candidate
-from moc.recover import MemorySource, RecoveryReport, Rejection, Source, StorageSource, restore_shards
+from moc.recover import (
+    MemorySource,
+    RecoveryReport,
+    Rejection,
+    Source,
+    StorageSource,
+    reasons_for_drift,
+    restore_shards,
+)
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
@@ -59,9 +67,16 @@ class Recovered:
 
 
 def recover_life(
-    request: Request, state: TrainingState, world: World, pids: Sequence[int], *, clock: Clock, trace: Trace
+    request: Request,
+    state: TrainingState,
+    world: World,
+    pids: Sequence[int],
+    *,
+    software: Mapping[str, str],
+    clock: Clock,
+    trace: Trace,
 ) -> Recovered:
-    """Choose and restore a state.
+    """Choose and restore a state; `software` are this life's versions.
 
     Collective. Raises the same error on every rank, before anything was written to storage.
     """
@@ -76,7 +91,7 @@ def recover_life(
     rejected: list[Rejection] = []
     for candidate in wanted:
         try:
-            sizes, notes = _try_restore(request, origin, candidate, state, world, trace=trace)
+            sizes, notes = _try_restore(request, origin, candidate, state, world, software=software, trace=trace)
         except MocError as error:
             if not _is_rejection(error):
                 raise  # a storage that is away for a moment must not cost a checkpoint: let the supervisor try again
@@ -168,7 +183,14 @@ def _wanted(request: Request, origin: Origin, state: TrainingState) -> tuple[Can
 
 
 def _try_restore(
-    request: Request, origin: Origin, candidate: Candidate, state: TrainingState, world: World, *, trace: Trace
+    request: Request,
+    origin: Origin,
+    candidate: Candidate,
+    state: TrainingState,
+    world: World,
+    *,
+    software: Mapping[str, str],
+    trace: Trace,
 ) -> tuple[list[int], tuple[str, ...]]:
     """Restore one candidate on all ranks; return bytes by rank, and what the user should know.
 
@@ -179,7 +201,14 @@ def _try_restore(
         with trace.span("recover.restore", source=candidate.source, step=candidate.step, rank=world.rank):
             source, close = _open_source(request, origin, candidate, world.rank, trace=trace)
             try:
-                notes = () if request.restore == "weights" else _doubts(source.world_size, world.size)
+                notes: tuple[str, ...] = ()
+                if request.restore != "weights":
+                    notes = reasons_for_drift(
+                        stored_ranks=source.world_size,
+                        ranks=world.size,
+                        stored_software=source.software,
+                        software=software,
+                    )
                 return *_restore(request, source, candidate, state, world, trace=trace), notes
             finally:
                 close()
@@ -189,13 +218,6 @@ def _try_restore(
     agree(world, state.derive_weights)
     agree(world, lambda: state.finish_restore(tree, exact_rank=is_exact))
     return [int(str(value)) for value in exchange(world, size)], notes
-
-
-def _doubts(stored_ranks: int, ranks: int) -> tuple[str, ...]:
-    """Return why the run will not go on bit-exactly, though every tensor is as it was."""
-    if stored_ranks == ranks:
-        return ()
-    return (f"the number of ranks has changed, so the run is not bit-exact: stored={stored_ranks} present={ranks}",)
 
 
 def _restore(

@@ -29,7 +29,15 @@ from moc.state import Shard
 from moc.trace import Trace
 from moc.training import TrainingState
 
-__all__ = ["MemorySource", "RecoveryReport", "Rejection", "Source", "StorageSource", "restore_shards"]
+__all__ = [
+    "MemorySource",
+    "RecoveryReport",
+    "Rejection",
+    "Source",
+    "StorageSource",
+    "reasons_for_drift",
+    "restore_shards",
+]
 
 READERS = 4  # concurrent shard reads per rank; enough to keep a disk or a few HTTP connections busy
 IN_FLIGHT_BYTES = 1 << 30  # of shards being read at once per rank
@@ -77,6 +85,10 @@ class Source(Protocol):
     def world_size(self) -> int:
         """Return the number of ranks of the life that the candidate was taken from."""
 
+    @property
+    def software(self) -> Mapping[str, object]:
+        """Return the versions of what that life ran."""
+
     def placed(self, needed: Sequence[Shard]) -> tuple[Placed, ...]:
         """Return stored shards that cover all of `needed`, as few as is easy to find."""
 
@@ -97,6 +109,12 @@ class MemorySource:
     @property
     def world_size(self) -> int:
         return len(self._records)
+
+    @property
+    def software(self) -> Mapping[str, object]:
+        software = self._arena.descriptor["software"]
+        assert isinstance(software, dict), "the descriptor was written by describe_life"
+        return software
 
     def placed(self, needed: Sequence[Shard]) -> tuple[Placed, ...]:
         rows = []
@@ -129,6 +147,10 @@ class StorageSource:
     @property
     def world_size(self) -> int:
         return int(str(self._manifest.topology["world_size"]))
+
+    @property
+    def software(self) -> Mapping[str, object]:
+        return self._manifest.versions
 
     def placed(self, needed: Sequence[Shard]) -> tuple[Placed, ...]:
         mine = [row for row in self._manifest.objects if parse_object_key(row.key)[1] == self._rank]
@@ -213,6 +235,22 @@ def restore_shards(
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="moc-read") as pool:
         return sum(pool.map(fill, jobs))
+
+
+def reasons_for_drift(
+    *, stored_ranks: int, ranks: int, stored_software: Mapping[str, object], software: Mapping[str, object]
+) -> tuple[str, ...]:
+    """Return why a run whose every tensor was restored may yet not go on bit-exactly. Pure."""
+    reasons = []
+    if stored_ranks != ranks:
+        reasons.append(
+            f"the number of ranks has changed, so the run is not bit-exact: stored={stored_ranks} present={ranks}"
+        )
+    for name in sorted(stored_software.keys() | software.keys()):
+        stored, present = stored_software.get(name), software.get(name)
+        if stored != present:
+            reasons.append(f"a version has changed, so the run may not be bit-exact: {name} {stored=} {present=}")
+    return tuple(reasons)
 
 
 def _decode(blob: bytes, expected: int, where: str) -> object:

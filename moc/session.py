@@ -104,7 +104,9 @@ class Session:
         self._ordinal: tuple[int, int] = (-1, 0)
         self.boundary_name = "hook"
         self._facts = gather_facts(state, world, request, ep_sizes=ep_sizes)
-        self._recovered = recover_life(request, state, world, self._facts.pids, clock=clock, trace=trace)
+        self._recovered = recover_life(
+            request, state, world, self._facts.pids, software=self._software, clock=clock, trace=trace
+        )
         record = write_life(request, self._recovered, world, trace=trace)
         self._life = self._begin(record, self._recovered.origin)
 

@@ -59,7 +59,7 @@ def test_killed_and_recovered_job_equals_the_undisturbed(
         common = {"case": asdict(case), "persist_every": PERSIST_EVERY, "is_attached": True}
         first = job.start("first", case.ranks, {**common, "steps": ENDLESS, "seed": 1})
         awaited = PERSIST_EVERY if case.source == "storage" else 0
-        committed = first.event("step", step=kill.step, committed=awaited)["committed"]
+        begun = first.event("step", step=kill.step, committed=awaited)
 
         disturb(job, first, kill, case)
         second = job.start("second", case.ranks, {**common, "steps": STEPS, "further": FURTHER_STEPS, "seed": 99})
@@ -71,12 +71,12 @@ def test_killed_and_recovered_job_equals_the_undisturbed(
         plain.finished()
 
         seen = first.events(0, "step")[-1]["step"]
-        check_recovery(case, attached, seen=seen, committed=committed)
+        check_recovery(case, attached, seen=seen, committed=begun["committed"])
         for rank in range(case.ranks):
             check_rank(case, plain, (first, second), rank, attached["step"])
     with capsys.disabled():
         ranks = ",".join(map(str, kill.ranks))
-        killed = f"killed={ranks} in step {seen} ({1e3 * kill.delay_s:.0f} ms after {kill.step})"
+        killed = f"killed={ranks} in step {seen} ({1e3 * kill.delay_s:.0f} ms after {begun['step']} began)"
         print(
             f"\n{case.name:76} {killed:42} recovered={attached['step']} from {attached['source']} "
             f"compared={last_step - attached['step']} equal"

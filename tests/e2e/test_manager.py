@@ -11,6 +11,7 @@ import pytest
 
 from moc import Config
 from moc.errors import ConfigError
+from moc.recover import reasons_for_drift
 from tests.e2e.launch import Job, Life, Zygote
 from tests.e2e.matrix import Case
 
@@ -146,6 +147,14 @@ def test_other_world_sizes_take_over_every_tensor(zygote: Zygote, tmp_path: Path
 def test_config_refuses_a_value_by_name_and_says_what_is_allowed(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"{name}=.*allowed="):
         Config(**{name: value})
+
+
+def test_report_names_every_version_that_has_changed() -> None:
+    reasons = reasons_for_drift(
+        stored_ranks=2, ranks=2, stored_software={"moc": "1", "torch": "2.12"}, software={"moc": "1", "torch": "2.13"}
+    )
+
+    assert reasons == ("a version has changed, so the run may not be bit-exact: torch stored='2.12' present='2.13'",)
 
 
 def test_config_refuses_unknown_settings_by_name() -> None:
