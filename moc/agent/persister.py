@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moc.commit import CommitPlan, build_manifest, commit, refuse_if_fenced
-from moc.errors import FencedError, ManifestCorruptError, MocError, StorageError
+from moc.errors import FencedError, ManifestCorruptError, MocError, StorageError, StoreUnavailableError
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Parent
 from moc.gc import Retention
@@ -160,7 +160,8 @@ class Persister:
         repository = Repository(open_store(str(job.descriptor["storage"]), trace=self._trace))
         self._repository = repository
         if not repository.exists():
-            repository.create()
+            # Every life begins with a repository: an empty place is a folder that is not mounted, or was moved away.
+            raise StoreUnavailableError(f"repository has vanished: url={repository.url} allowed=back in its place")
         refuse_if_fenced(repository, job.life.run, job.life.number)
         self._put_life(repository, job.life)
         listed = [checkpoint.name for checkpoint in repository.checkpoints()]
