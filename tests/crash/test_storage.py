@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -47,18 +46,20 @@ def test_storage_that_is_moved_away_costs_saves_only() -> None:
         life.exact()
 
 
-def test_a_repository_that_is_deleted_during_training_is_made_anew() -> None:
+def test_a_repository_that_vanishes_is_not_made_anew_in_its_place() -> None:
+    # As when a mount goes away: what would be written to the bare mount point is out of sight once it is back.
     with Job(size=1, step_s=0.002, persist_every=5) as job:
         life = job.start()
         life.event("committed", step=10)
-        doomed = job.folder / "doomed"
-        job.storage.rename(doomed)  # at once, as nobody writes into a folder while it is being removed
-        shutil.rmtree(doomed)
-        gone_at = life.newest_step("step")
-        life.event("committed", step=gone_at + 10)
+        away = job.folder / "away"
+        job.storage.rename(away)
+        life.until(lambda: _failure(job, "vanished"), "a failed save is reported")
+        assert not job.storage.exists()
+        away.rename(job.storage)
+        back_at = life.newest_step("step")
+        announced = life.event("committed", step=back_at + 1)["step"]
         job.kill_agent()
         life.kill()
-        announced = life.newest_step("committed")
 
         second = job.start(steps=announced + 3)
         attached = second.attached()
