@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +120,13 @@ def recover_life(
     return Recovered(origin=origin, parent=None, reason="start", report=None)
 
 
-def write_life(request: Request, recovered: Recovered, world: World, *, trace: Trace) -> Incarnation:
+def write_life(
+    request: Request, recovered: Recovered, world: World, *, check: Callable[[Incarnation], None], trace: Trace
+) -> Incarnation:
     """Write the new life's record, from which on every earlier life is fenced. Collective.
 
-    With storage down and memory recovered, the agent writes it before the first manifest.
+    `check` runs on rank 0 before anything is written, and raises if the life could not begin. With storage down and
+    memory recovered, the agent writes the record before the first manifest.
     """
     origin = recovered.origin
     record = Incarnation(
@@ -138,6 +141,7 @@ def write_life(request: Request, recovered: Recovered, world: World, *, trace: T
     def put() -> None:
         if world.rank != 0:
             return
+        check(record)
         remember_run(request.runtime_root, request.url_digest, origin.run)
         if not origin.is_stored:
             return

@@ -107,8 +107,7 @@ class Session:
         self._recovered = recover_life(
             request, state, world, self._facts.pids, software=self._software, clock=clock, trace=trace
         )
-        record = write_life(request, self._recovered, world, trace=trace)
-        self._life = self._begin(record, self._recovered.origin)
+        self._life = self._begin(self._recovered)
 
     # Facts
 
@@ -198,9 +197,7 @@ class Session:
         body = decide(self._world, lambda: self._next_origin(former).to_json())
         origin = Origin.from_json(body)
         recovered = Recovered(origin=origin, parent=None, reason=reason, report=self._recovered.report)
-        record = write_life(self._request, recovered, self._world, trace=self._trace)
-        former.close()
-        self._life = self._begin(record, origin)
+        self._life = self._begin(recovered, former)
 
     def close(self, *, is_collective: bool) -> None:
         """Leave.
@@ -296,31 +293,37 @@ class Session:
             is_stored=True,
         )
 
-    def _begin(self, record: Incarnation, origin: Origin) -> _Life:
-        """Have the agent begin the life, map the arena, start the snapshotter. Collective."""
+    def _begin(self, recovered: Recovered, former: _Life | None = None) -> _Life:
+        """Write the life's record, have the agent begin it, map the arena, start the snapshotter. Collective."""
         config, rank = self._request.config, self._world.rank
-        folder = runtime_folder(record.run, self._request.runtime_root)
-        lineage = (*(r for r in origin.lineage if r.number < record.number), record)
+        folder = runtime_folder(recovered.origin.run, self._request.runtime_root)
+
+        def describe(record: Incarnation) -> dict[str, object]:
+            lineage = (*(r for r in recovered.origin.lineage if r.number < record.number), record)
+            return describe_life(self._facts, self._request, self._software, lineage)
+
+        def ask(verb: str, record: Incarnation) -> None:
+            client = AgentClient.connect(folder, timeout_s=config.timeout_s)
+            try:
+                fields = {"incarnation": record.number, "descriptor": describe(record)}
+                client.request(verb, fields, timeout_s=config.timeout_s)
+            finally:
+                client.close()
+
+        record = write_life(
+            self._request, recovered, self._world, check=lambda record: ask("check", record), trace=self._trace
+        )
+        if former is not None:
+            former.close()
 
         def introduce() -> None:
             client = AgentClient.connect(folder, timeout_s=config.timeout_s)
             client.hello(rank=rank, incarnation=record.number)
             client.close()
 
-        def begin() -> None:
-            if rank == 0:
-                client = AgentClient.connect(folder, timeout_s=config.timeout_s)
-                try:
-                    descriptor = describe_life(self._facts, self._request, self._software, lineage)
-                    client.request(
-                        "begin", {"incarnation": record.number, "descriptor": descriptor}, timeout_s=config.timeout_s
-                    )
-                finally:
-                    client.close()
-
         with self._trace.span("attach.begin", incarnation=record.number, rank=rank):
             agree(self._world, introduce)
-            agree(self._world, begin)
+            agree(self._world, lambda: ask("begin", record) if rank == 0 else None)
             arena = agree(self._world, lambda: _map_arena(folder, rank, config.timeout_s))
         link = agree(
             self._world,
@@ -346,7 +349,9 @@ class Session:
             trace=self._trace,
         )
         arena.beat(rank, incarnation=record.number, step=self._state.step, now_ns=int(self._clock.now_s() * 1e9))
-        return _Life(record=record, lineage=lineage, arena=arena, link=link, snapshotter=snapshotter)
+        return _Life(
+            record=record, lineage=(*recovered.origin.lineage, record), arena=arena, link=link, snapshotter=snapshotter
+        )
 
 
 def _map_arena(folder: Path, rank: int, timeout_s: float) -> Arena:

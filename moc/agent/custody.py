@@ -23,7 +23,7 @@ from moc.plan.freeing import (
     moment_after,
     newest_moments,
 )
-from moc.plan.layout import arrange_arena
+from moc.plan.layout import ArenaLayout, arrange_arena
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
 from moc.state import RankCatalog
@@ -70,6 +70,12 @@ class Custody:
     @classmethod
     def create(cls, descriptor: Mapping[str, Any], *, earlier: Custody | None) -> Custody:
         """Create an arena for a life. Blocks: about 0.7 s per GB. Raises: UsageError if it does not fit."""
+        layout = cls.refuse_too_large(descriptor, earlier=earlier)
+        return cls(Arena.create(descriptor, layout, name=str(descriptor["run"])), earlier=earlier)
+
+    @staticmethod
+    def refuse_too_large(descriptor: Mapping[str, Any], *, earlier: Custody | None) -> ArenaLayout:
+        """Return the layout of a new arena; raises UsageError if it does not fit into memory."""
         layout = arrange_arena(
             tuple(RankCatalog.from_json(row) for row in descriptor["catalogs"]),
             versions=descriptor["versions"],
@@ -77,7 +83,7 @@ class Custody:
         )
         held_bytes = 0 if earlier is None else earlier.arena.size_bytes
         _refuse_if_too_large(layout.size_bytes, descriptor["memory_budget_bytes"], held_bytes)
-        return cls(Arena.create(descriptor, layout, name=str(descriptor["run"])), earlier=earlier)
+        return layout
 
     def fits(self, descriptor: Mapping[str, Any]) -> bool:
         """Return whether this memory can serve a life with that descriptor."""

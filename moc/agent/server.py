@@ -55,6 +55,7 @@ class Agent:
             "hello": self._hello,
             "inventory": self._inventory,
             "fence": self._fence,
+            "check": self._check,
             "begin": self._begin,
             "adopt": self._adopt,
             "arena": self._arena,
@@ -215,6 +216,14 @@ class Agent:
         """
         killed, quarantined = self._trainers.fence(message["spare_pids"])
         self._reply(connection, {"killed": killed, "quarantined": quarantined})
+
+    def _check(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
+        """Refuse, before anything is written, a life that `begin` would refuse."""
+        if self._is_leaving:
+            raise UsageError("the agent is leaving: attach again")
+        if self._custody is None or not self._custody.fits(message["descriptor"]):
+            Custody.refuse_too_large(message["descriptor"], earlier=self._custody)
+        self._reply(connection, {})
 
     def _begin(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Begin a life: on the same memory if the layout is the same and nobody of an earlier life can still write to
