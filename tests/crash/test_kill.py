@@ -83,11 +83,11 @@ def test_agent_and_trainers_killed_the_last_announced_commit_is_recovered() -> N
 
 
 def test_all_trainers_killed_after_the_seal_the_checkpoint_is_still_made() -> None:
-    # Rank 0 dies where its last step has just been sealed, so nobody but the agent is left to save it.
-    with Job(size=1, persist_every=3) as job:
-        first = job.start(kill={0: "snapshot.seal:end:3"})
+    # Rank 0 dies where its first step has just been sealed, so nobody but the agent is left to save it.
+    with Job(size=1, persist_every=1) as job:
+        first = job.start(kill={0: "snapshot.seal:end:1"})
         assert first.ended() == [-9]
-        first.until(lambda: job.committed_steps() == [3], "the commit of step 3", may_end=True)
+        first.until(lambda: job.committed_steps() == [1], "the commit of step 1", may_end=True)
 
 
 def test_agent_killed_while_the_job_ends() -> None:
