@@ -103,10 +103,8 @@ def test_other_world_sizes_take_over_every_tensor(zygote: Zygote, tmp_path: Path
         seen = []
         for name, ranks in (("two", 2), ("four", 4), ("again", 2)):
             life = job.start(name, ranks, {"behaviours": ["resharded"]})
-            if ranks == 4:
-                assert life.ended() == [-signal.SIGKILL] * 4, (
-                    life.story()
-                )  # it kills itself, for a recovery from memory
+            if ranks == 4:  # it kills itself, for a recovery from memory
+                assert life.ended() == [-signal.SIGKILL] * 4, life.story()
             else:
                 life.finished()
             seen.append((life.event("resharded"), life.event("trained")))
@@ -118,7 +116,7 @@ def test_other_world_sizes_take_over_every_tensor(zygote: Zygote, tmp_path: Path
     assert four["before"] == two_trained["after"]
     assert again["before"] == four_trained["after"]
     assert (four["used"], again["used"]) == (two_trained["used"], four_trained["used"])
-    assert any("/w1/" in key or "w1" in key for key in two["before"]), "expert weights are part of the comparison"
+    assert any("w1" in key for key in two["before"]), "expert weights are part of the comparison"
     for report, sizes in ((four, "stored=2 present=4"), (again, "stored=4 present=2")):
         assert any("not bit-exact" in note and sizes in note for note in report["notes"]), report["notes"]
 
