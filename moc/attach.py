@@ -177,7 +177,7 @@ def _wanted(request: Request, origin: Origin, state: TrainingState) -> tuple[Can
             steps = sorted({c.step for c in origin.candidates})
             raise NoCheckpointError(f"no such step on the lineage: step={request.restore} available={steps}")
     if request.restore == "weights" and not wanted:
-        raise NoCheckpointError(f"no checkpoint to take weights from: storage={request.storage}")
+        raise NoCheckpointError(f"no checkpoint to take weights from: storage={request.place}")
     if wanted and state.step and wanted[0].step != state.step and request.restore != "weights":
         raise MismatchError(
             f"the engine has already stepped: engine_step={state.step} candidate={wanted[0]} allowed=a fresh engine, "

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import signal
-import threading
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from moc.handle import SaveHandle
 from moc.recover import RecoveryReport
 from moc.session import Session, Status
 from moc.survey import Request
+from moc.termination import Termination
 from moc.trace import JsonLinesSink, Trace
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 AGENT_IDLE_S = 1800.0  # how long an agent keeps a dead job's memory before it persists it and leaves
 TERMINATION_DEADLINE_S = 300.0
+BOUNDARY_DEADLINE_S = 10.0
 NO_LOADER = "no data loader is registered in stateful: after a recovery the order of the data is not restored"
 
 
@@ -49,11 +51,11 @@ class CheckpointManager:
         """Not for users: see `attach`."""
         self._state, self._world, self._session = state, world, session
         self._is_explicit = False
+        self._is_ended = False
+        self._pid = os.getpid()
         self._hooked_steps = 0
         self._hooks = Hooks(engine, session.before_update, self._on_engine_step, self._on_load, self.detach)
-        self._former_handler: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self._former_handler = signal.signal(signal.SIGTERM, lambda *_: session.ask_to_terminate())
+        self._termination = Termination(ask=session.ask_to_terminate, patience_s=self._patience_s)
         atexit.register(self._at_exit)
         self.resume_step = state.step
 
@@ -149,13 +151,14 @@ class CheckpointManager:
         return self._session.status()
 
     def detach(self) -> None:
-        """Unhook, make the last step durable, leave the engine as it was.
+        """Unhook, make the last step durable, leave the engine as it was. Again is harmless.
 
-        Collective. Blocks: until it is durable. Again is harmless.
+        Collective, and blocks until the last step is durable; while an exception flies (in a `finally`) other ranks may
+        not come here, so then it only lets go: the agent keeps what is sealed.
         """
         self._unhook()
         try:
-            self._session.close(is_collective=True)
+            self._session.close(is_collective=sys.exc_info()[0] is None)
         finally:
             self._world.close()
 
@@ -172,7 +175,7 @@ class CheckpointManager:
             self._boundary()
 
     def _boundary(self) -> None:
-        if self._session.boundary():
+        if not self._is_ended and self._session.boundary():
             self._terminate()
 
     def _on_load(self) -> None:
@@ -181,6 +184,8 @@ class CheckpointManager:
 
     def _terminate(self) -> None:
         """All ranks agreed that SIGTERM came: a durable save, then what SIGTERM would have done."""
+        self._is_ended = True  # should the process go on, by a handler of its own, then without moc
+        self._termination.heard()
         log.warning("SIGTERM: saving step %d before leaving", self._state.step)
         try:
             self._session.save().wait_committed(TERMINATION_DEADLINE_S)
@@ -190,15 +195,19 @@ class CheckpointManager:
         self._session.close(is_collective=False)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def _patience_s(self) -> float:
+        """Return how long a rank may take to its next boundary after SIGTERM; DeepSpeed's launcher kills after 30 s."""
+        return max(BOUNDARY_DEADLINE_S, 3 * self._session.step_s)
+
     def _unhook(self) -> None:
         self._hooks.detach()
         atexit.unregister(self._at_exit)
-        if self._former_handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._former_handler)
-            self._former_handler = None
+        self._termination.restore()
 
     def _at_exit(self) -> None:
         """Python ends without `detach`: no collectives, others may be dead. The agent keeps what is sealed."""
+        if os.getpid() != self._pid:
+            return  # a forked child, which does not have the arena
         self._unhook()
         self._session.close(is_collective=False)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from moc.attach import Recovered, recover_life, write_life
 from moc.clock import Clock
 from moc.errors import (
     ClosedError,
+    CoordinationError,
     MocError,
     StoreUnavailableError,
 )
@@ -100,8 +100,10 @@ class Session:
         self._clock, self._trace, self._software = clock, trace, dict(software)
         self._closed = False
         self._last_status: Status | None = None
-        self._terminate = threading.Event()
+        self._is_asked_to_terminate = False
+        self._agrees = True
         self._ordinal: tuple[int, int] = (-1, 0)
+        self._step_s, self._beat_s = 0.0, 0.0
         self.boundary_name = "hook"
         self._facts = gather_facts(state, world, request, ep_sizes=ep_sizes)
         self._recovered = recover_life(
@@ -115,6 +117,11 @@ class Session:
     def recovery(self) -> RecoveryReport | None:
         """The report of the recovery that began this session, None for a fresh start."""
         return self._recovered.report
+
+    @property
+    def step_s(self) -> float:
+        """The seconds between the last two boundaries, 0.0 before the second. Thread: any."""
+        return self._step_s
 
     @property
     def incarnation(self) -> int:
@@ -155,12 +162,12 @@ class Session:
         """
         self._refuse_closed()
         step, config, life = self._state.step, self._request.config, self._life
-        now_ns = int(self._clock.now_s() * 1e9)
+        now_s = self._clock.now_s()
+        self._step_s, self._beat_s = now_s - (self._beat_s or now_s), now_s
+        now_ns = int(now_s * 1e9)
         life.arena.beat(self._world.rank, incarnation=life.record.number, step=step, now_ns=now_ns)
         life.link.look()
-        agreed = self._world.finish_max()
-        self._world.start_max([int(self._terminate.is_set())])
-        is_terminating = agreed is not None and agreed[TERMINATE] > 0
+        is_terminating = self._agree_to_terminate()
         if step % config.snapshot_every == 0 and not is_terminating:
             is_persisted = config.persist_every > 0 and step % config.persist_every == 0
             life.snapshotter.begin(step, flags=PERSIST if is_persisted else 0, attempt=self._next_attempt(step))
@@ -187,7 +194,7 @@ class Session:
 
         Thread: any, signal handlers included.
         """
-        self._terminate.set()
+        self._is_asked_to_terminate = True  # a plain attribute: a lock could be held by the code the signal interrupts
 
     def begin_life(self, reason: str) -> None:
         """Begin a life without parent, after the engine's state was replaced from elsewhere. Collective."""
@@ -197,7 +204,10 @@ class Session:
         body = decide(self._world, lambda: self._next_origin(former).to_json())
         origin = Origin.from_json(body)
         recovered = Recovered(origin=origin, parent=None, reason=reason, report=self._recovered.report)
-        self._life = self._begin(recovered, former)
+        log.warning("a new life begins without a parent: incarnation=%d reason=%s", origin.number, reason)
+        former.snapshotter.close()
+        self._life = self._begin(recovered)
+        former.close()  # only now: should the new life not begin, the old one's memory is still mapped
 
     def close(self, *, is_collective: bool) -> None:
         """Leave.
@@ -223,9 +233,12 @@ class Session:
                 log.warning("the last step could not be snapshotted: step=%d reason=%s", self._state.step, problem)
         exchange(self._world, rank)  # everybody has sealed
         life.snapshotter.close()
-        agree(self._world, lambda: self._drain(life) if rank == 0 else None)
-        life.link.close()
-        life.arena.close()
+        try:
+            if rank == 0:  # the others need not wait for the last upload, which may take longer than any timeout
+                self._drain(life)
+        finally:
+            life.link.close()
+            life.arena.close()
 
     # Inside
 
@@ -248,6 +261,20 @@ class Session:
             if self._state.step and committed != self._state.step:
                 log.warning("the last step is not stored: committed=%s reason=%s", committed, reply.get("last_error"))
             return
+
+    def _agree_to_terminate(self) -> bool:
+        """Take the result of the last boundary's agreement and begin the next; never waits long, never raises."""
+        if not self._agrees:
+            return False
+        try:
+            agreed = self._world.finish_max()
+            self._world.start_max([int(self._is_asked_to_terminate)])
+        except CoordinationError as error:
+            # A rank was away for longer than the timeout. Snapshots need no agreement.
+            log.warning("ranks do not agree on SIGTERM any more: %s", error)
+            self._agrees = False
+            return False
+        return agreed is not None and agreed[TERMINATE] > 0
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -293,7 +320,7 @@ class Session:
             is_stored=True,
         )
 
-    def _begin(self, recovered: Recovered, former: _Life | None = None) -> _Life:
+    def _begin(self, recovered: Recovered) -> _Life:
         """Write the life's record, have the agent begin it, map the arena, start the snapshotter. Collective."""
         config, rank = self._request.config, self._world.rank
         folder = runtime_folder(recovered.origin.run, self._request.runtime_root)
@@ -313,8 +340,6 @@ class Session:
         record = write_life(
             self._request, recovered, self._world, check=lambda record: ask("check", record), trace=self._trace
         )
-        if former is not None:
-            former.close()
 
         def introduce() -> None:
             client = AgentClient.connect(folder, timeout_s=config.timeout_s)

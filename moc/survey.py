@@ -22,11 +22,13 @@ from moc.format.manifest import Incarnation, decode_incarnation, encode_incarnat
 from moc.plan.lineage import MEMORY, STORAGE, Candidate, Link, candidates, chain, merge_incarnations, tip
 from moc.repository import Repository
 from moc.store.open import absolute_url, open_store
+from moc.store.redact import redact_url
 from moc.trace import Trace
 
 __all__ = ["Origin", "Request", "survey"]
 
 LIVE_BEAT_S = 15.0  # a job whose last step is older than this, and than 3 of its steps, is taken for hung
+FIRST_STEP_S = 60.0  # before a first step there is no interval to judge by, and it may compile for long
 WATCH_INTERVAL_S = 0.1
 
 
@@ -53,6 +55,11 @@ class Request:
         if self.run_id is not None:
             check_run_id(self.run_id)
         object.__setattr__(self, "storage", absolute_url(self.storage))  # the agent works in another folder
+
+    @property
+    def place(self) -> str:
+        """The storage URL without secrets, for messages."""
+        return redact_url(self.storage)
 
     @property
     def url_digest(self) -> str:
@@ -108,7 +115,7 @@ def survey(request: Request, pids: Sequence[int], *, clock: Clock, trace: Trace)
     in_memory, snapshots = _survey_memory(request, run, pids, notes, clock=clock)
     if not is_stored and not snapshots:
         raise StoreUnavailableError(
-            f"storage is unavailable and no snapshot is in memory: storage={request.storage} reason={notes[-1]}"
+            f"storage is unavailable and no snapshot is in memory: storage={request.place} reason={notes[-1]}"
         )
     merged = merge_incarnations(stored, in_memory)
     newest = tip(merged)
@@ -130,7 +137,7 @@ def survey(request: Request, pids: Sequence[int], *, clock: Clock, trace: Trace)
         raise IntegrityError(
             "the lineage is broken, and nothing on its readable part can be restored: "
             f"missing_incarnation={links[-1].incarnation} "
-            f"storage={request.storage} allowed=restore='never' for a fresh start, or a repaired record; notes={notes}"
+            f"storage={request.place} allowed=restore='never' for a fresh start, or a repaired record; notes={notes}"
         )
     return Origin(
         run=run,
@@ -178,7 +185,7 @@ def _survey_storage(
     run = request.run_id or (numbers[-1][0] if numbers else secrets.token_hex(4))
     if any(other != run for other in runs) and not request.take_over:
         raise MismatchError(
-            f"repository belongs to another run: storage={request.storage} run_id={run} allowed={runs}, or take_over"
+            f"repository belongs to another run: storage={request.place} run_id={run} allowed={runs}, or take_over"
         )
     return records, names, run, True
 
@@ -204,7 +211,7 @@ def _refuse_vanished(request: Request, remembered: str) -> None:
     if status.get("arena_bytes"):
         raise MismatchError(
             f"the repository is empty, but an agent holds snapshots of run {remembered} that used it: "
-            f"storage={request.storage} "
+            f"storage={request.place} "
             f"global_step={status.get('global_step')} allowed=run_id={remembered!r} to go on with them, or "
             "restore='never' to start anew"
         )
@@ -268,7 +275,8 @@ def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, clock: Clock) 
                 "allowed=one job per repository; stop it first"
             )
         newest_ns = max(row.get("beat_ns") or 0 for row in rows)
-        patience_s = max(LIVE_BEAT_S, 3e-9 * max(row.get("beat_interval_ns") or 0 for row in rows))
+        interval_ns = max(row.get("beat_interval_ns") or 0 for row in rows)
+        patience_s = max(LIVE_BEAT_S, 3e-9 * interval_ns) if interval_ns else FIRST_STEP_S
         if clock.now_s() - newest_ns * 1e-9 > patience_s:
             return
         clock.sleep(WATCH_INTERVAL_S)
@@ -283,7 +291,7 @@ def _refuse_mismatch(stored: Mapping[str, object], request: Request) -> None:
     ]
     if differing:
         raise MismatchError(
-            f"repository holds another model or experiment: storage={request.storage}; {'; '.join(differing)}; "
+            f"repository holds another model or experiment: storage={request.place}; {'; '.join(differing)}; "
             "allowed=equal values, or the keys named in on_mismatch"
         )
 

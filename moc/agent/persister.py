@@ -118,6 +118,9 @@ class Persister:
         except MocError as error:
             log.warning("cannot look up earlier commits: %s", error)
             return []
+        except Exception:
+            log.exception("cannot look up earlier commits")
+            return []
         return [Outcome(name=name, size_bytes=0, seconds=0.0, error=None) for name in self._commits]
 
     def _save(self, job: SaveJob) -> int:
@@ -127,7 +130,7 @@ class Persister:
             return repository.read_manifest(job.name).size_bytes
         with (
             self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt),
-            ThreadPoolExecutor(WRITERS, thread_name_prefix="moc-write") as pool,
+            ThreadPoolExecutor(_writers(repository), thread_name_prefix="moc-write") as pool,
         ):
             writes = pool.map(lambda r: persist_rank(job.arena, r, repository, trace=self._trace), job.records.values())
             receipts = list(writes)
@@ -203,6 +206,11 @@ class Persister:
             raise FencedError(
                 f"another life has this number: run={life.run} incarnation={life.number} token={held[-1].token}"
             )
+
+
+def _writers(repository: Repository) -> int:
+    """Return how many ranks to persist at once: a remote put holds a second copy of its object, so there one."""
+    return WRITERS if repository.store.properties.is_local else 1
 
 
 def _commit_plan(descriptor: Mapping[str, Any]) -> CommitPlan:

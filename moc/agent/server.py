@@ -24,13 +24,14 @@ from moc.agent.trainers import Trainer, Trainers
 from moc.clock import Clock
 from moc.errors import MocError, UsageError
 from moc.snapshot.arena import Arena
+from moc.store.redact import redact_url
 from moc.trace import Trace
 
 __all__ = ["Agent"]
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.05  # a lost bell costs at most this
+TICK_S = 0.2  # a lost bell costs at most this
 REPLY_TIMEOUT_S = 10.0
 BACKLOG = 256
 
@@ -299,7 +300,7 @@ class Agent:
         }
         life = {
             "incarnation": None if custody is None else custody.life.record.number,
-            "storage": None if custody is None else custody.life.descriptor["storage"],
+            "storage": None if custody is None else redact_url(str(custody.life.descriptor["storage"])),
             "global_step": None if custody is None else custody.global_step,
             "arena_bytes": 0 if custody is None else custody.arena.size_bytes,
             "versions": None if custody is None else custody.life.descriptor["versions"],

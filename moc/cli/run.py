@@ -26,6 +26,7 @@ from moc.cli.options import STORAGE_VARIABLE, add_repository, opened, repository
 from moc.cli.output import say
 from moc.errors import MocError, NoCheckpointError, UsageError
 from moc.plan.lineage import is_on_chain
+from moc.store.redact import redact_url
 from moc.supervise import Limits, supervise
 
 __all__ = ["configure", "run"]
@@ -94,7 +95,7 @@ def last_beat_s(args: argparse.Namespace) -> float | None:
 
 def _statuses(args: argparse.Namespace) -> list[tuple[Path, dict[str, Any]]]:
     """Return the status of the agents that serve this repository."""
-    wanted = _location(repository_url(args))
+    wanted = _location(redact_url(repository_url(args)))
     return [
         (folder, status)
         for folder, status in read_statuses(None, args.runtime_root)

@@ -110,7 +110,8 @@ class Snapshotter:
             with self._trace.span("snapshot.capture", step=step, rank=self._rank):
                 filling = self._claim(step, flags=flags, attempt=attempt)
                 if filling is None:
-                    self._skip(step, "no free slots: the previous snapshots are still needed")
+                    if not flags & EXPLICIT:  # who waits for this save tries again, and counts nothing
+                        self._skip(step, "no free slots: the previous snapshots are still needed")
                     self._tell_skip(step, flags=flags, attempt=attempt)
                     return Begun.NO_SLOT
                 self._capture(filling)

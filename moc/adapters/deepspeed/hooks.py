@@ -49,31 +49,41 @@ class Hooks:
         self._on_destroy = on_destroy
         self._is_updated = False
         self._is_destroyed = False
-        self._previous: dict[str, Any] = {}
-        self._wrap("_take_model_step", self._take_model_step)
-        self._wrap("step", self._step)
-        self._wrap("load_checkpoint", self._load_checkpoint)
-        self._wrap("destroy", self._destroy)
+        self._is_detached = False
+        self._previous: dict[tuple[Any, str], Any] = {}
+        self._wrap(engine, "_take_model_step", self._take_model_step)
+        self._wrap(engine, "step", self._step)
+        self._wrap(engine, "load_checkpoint", self._load_checkpoint)
+        self._wrap(engine, "destroy", self._destroy)
+        for name in ("offload_states", "reload_states"):
+            self._wrap(engine, name, self._move_states)
 
     def detach(self) -> None:
         """Leave the engine's attributes as they were; again is harmless."""
-        for name, previous in self._previous.items():
+        for (owner, name), previous in self._previous.items():
+            if getattr(owner.__dict__.get(name), MARK, None) is not self:
+                continue  # wrapped again by somebody else since: ours stays inside, and passes through
             if previous is None:
-                delattr(self._engine, name)
+                delattr(owner, name)
             else:
-                setattr(self._engine, name, previous)
+                setattr(owner, name, previous)
         self._previous = {}
+        self._is_detached = True
 
-    def _wrap(self, name: str, around: Callable[..., Any]) -> None:
-        original = getattr(self._engine, name)
-        self._previous[name] = self._engine.__dict__.get(name)
+    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        self._previous[owner, name] = owner.__dict__.get(name)
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs)
+            return original(*args, **kwargs) if self._is_detached else around(original, *args, **kwargs)
 
         setattr(wrapper, MARK, self)
-        setattr(self._engine, name, wrapper)
+        setattr(owner, name, wrapper)
+
+    def _move_states(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._before_update()  # the tensors that the copy reads are about to be replaced
+        return original(*args, **kwargs)
 
     def _take_model_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._before_update()
@@ -90,6 +100,7 @@ class Hooks:
         return result
 
     def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._before_update()  # masters and moments are about to be overwritten
         result = original(*args, **kwargs)
         if result[0] is not None:  # DeepSpeed returns (None, {}) when it found nothing
             self._on_load()

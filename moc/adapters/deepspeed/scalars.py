@@ -106,14 +106,23 @@ def capture_buffers(module: torch.nn.Module) -> dict[str, object]:
 
 
 def restore_buffers(module: torch.nn.Module, stored: Mapping[str, object]) -> None:
-    """Put every buffer's values back, in place; raises MismatchError if names or shapes differ."""
+    """Put every buffer's values back, in place; raises MismatchError if names or shapes of persistent ones differ.
+
+    A buffer that no state dict has may be made or replaced by a forward pass (a mask, a cache): where it does not fit,
+    the next forward pass makes it again.
+    """
     present = dict(module.named_buffers())
-    if present.keys() != stored.keys():
-        differing = ",".join(sorted(present.keys() ^ stored.keys())[:8])
+    persistent = present.keys() & module.state_dict().keys()
+    if not persistent <= stored.keys():
+        differing = ",".join(sorted(persistent - stored.keys())[:8])
         raise MismatchError(f"buffers differ: names={differing} stored={len(stored)} present={len(present)}")
     for name, buffer in present.items():
+        if name not in stored:
+            continue
         value = tensor_of(expect_array(stored[name], name)).to(buffer.device)
         if (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
+            if name not in persistent:
+                continue
             raise MismatchError(
                 f"buffer differs: name={name} stored={tuple(value.shape)} {value.dtype} "
                 f"present={tuple(buffer.shape)} {buffer.dtype}"
