@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moc import CheckpointManager, Config
 from moc.errors import (
     ClosedError,
     MismatchError,
@@ -23,12 +22,11 @@ from moc.errors import (
     TopologyError,
     UsageError,
 )
-from moc.repository import Repository
-from moc.store.open import open_store
 from tests.adapters.cases import assembled, gathered, snapshot
 from tests.adapters.cases import attach as capture_state
 from tests.adapters.refusals import expect, plain
 from tests.e2e.matrix import Case
+from tests.e2e.place import Place
 from tests.e2e.worker import Note, Training
 
 __all__ = ["BEHAVIOURS", "run"]
@@ -51,47 +49,6 @@ def run(spec: Mapping[str, Any], note: Note) -> None:
             note("behaviour", name=name, verdict=traceback.format_exc())
             raise
         note("behaviour", name=name, verdict="ok")
-
-
-class Place:
-    """A repository of its own for one behaviour."""
-
-    def __init__(self, folder: Path, runtime: Path) -> None:
-        self.folder, self.storage, self.runtime = folder, folder / "repository", runtime
-
-    def attach(self, training: Training, **options: Any) -> CheckpointManager:
-        """Attach as a user would, to this place unless told otherwise."""
-        return self.attach_engine(training.engine, **{"stateful": training.stateful, **options})
-
-    def attach_engine(self, engine: Any, **options: Any) -> CheckpointManager:
-        usual = {
-            "storage": self.storage,
-            "config": Config(persist_every=100, timeout_s=60.0),
-            "runtime_dir": self.runtime,
-        }
-        return CheckpointManager.attach(engine, **{**usual, **options})
-
-    def refuse(self, kind: type, words: str, engine: Any, **options: Any) -> None:
-        """Expect an error on attach, and an engine that is as it was."""
-        before, handler = dict(engine.__dict__), signal.getsignal(signal.SIGTERM)
-        expect(kind, words, lambda: self.attach_engine(engine, **options))
-        assert engine.__dict__ == before
-        assert signal.getsignal(signal.SIGTERM) == handler
-
-    def incarnations(self) -> list[tuple[int, str]]:
-        """Return (number, reason) of every life in the repository."""
-        repository = Repository(open_store(str(self.storage)))
-        try:
-            return [(record.number, record.reason) for record in repository.incarnations()[0]]
-        finally:
-            repository.close()
-
-    def committed(self) -> list[int]:
-        repository = Repository(open_store(str(self.storage)))
-        try:
-            return sorted(checkpoint.name.step for checkpoint in repository.checkpoints())
-        finally:
-            repository.close()
 
 
 def attach_twice(place: Place, _: Note) -> None:

@@ -1,0 +1,56 @@
+"""Where one behaviour takes place: a repository of its own, and attaching to it as a user would."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from moc import CheckpointManager, Config
+from moc.repository import Repository
+from moc.store.open import open_store
+from tests.adapters.refusals import expect
+from tests.e2e.worker import Training
+
+__all__ = ["Place"]
+
+
+class Place:
+    """A repository of its own for one behaviour."""
+
+    def __init__(self, folder: Path, runtime: Path) -> None:
+        self.folder, self.storage, self.runtime = folder, folder / "repository", runtime
+
+    def attach(self, training: Training, **options: Any) -> CheckpointManager:
+        """Attach as a user would, to this place unless told otherwise."""
+        return self.attach_engine(training.engine, **{"stateful": training.stateful, **options})
+
+    def attach_engine(self, engine: Any, **options: Any) -> CheckpointManager:
+        usual = {
+            "storage": self.storage,
+            "config": Config(persist_every=100, timeout_s=60.0),
+            "runtime_dir": self.runtime,
+        }
+        return CheckpointManager.attach(engine, **{**usual, **options})
+
+    def refuse(self, kind: type, words: str, engine: Any, **options: Any) -> None:
+        """Expect an error on attach, and an engine that is as it was."""
+        before, handler = dict(engine.__dict__), signal.getsignal(signal.SIGTERM)
+        expect(kind, words, lambda: self.attach_engine(engine, **options))
+        assert engine.__dict__ == before
+        assert signal.getsignal(signal.SIGTERM) == handler
+
+    def incarnations(self) -> list[tuple[int, str]]:
+        """Return (number, reason) of every life in the repository."""
+        repository = Repository(open_store(str(self.storage)))
+        try:
+            return [(record.number, record.reason) for record in repository.incarnations()[0]]
+        finally:
+            repository.close()
+
+    def committed(self) -> list[int]:
+        repository = Repository(open_store(str(self.storage)))
+        try:
+            return sorted(checkpoint.name.step for checkpoint in repository.checkpoints())
+        finally:
+            repository.close()
