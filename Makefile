@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OPERATORS := $(VENV)/.operators
 EXTRAS := test,train,s3
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
@@ -28,16 +29,25 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch numpy
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(EXTRAS)]'
-	$(BIN)/python -c 'from deepspeed.accelerator import get_accelerator as a; a().device_name() == "cpu" and a().create_op_builder("ShareMemCommBuilder").load(verbose=False)' >/dev/null
+	$(call build_operators,ShareMemCommBuilder)
+	touch $@
+
+# DeepSpeed compiles its CPU operators at first use; here nobody waits for it, and no kill leaves its lock behind.
+define build_operators
+$(BIN)/python -c 'import sys; from deepspeed.accelerator import get_accelerator; a = get_accelerator(); [a.create_op_builder(name).load(verbose=False) for name in sys.argv[1:] if a.device_name() == "cpu"]' $(1) >/dev/null
+endef
+
+$(OPERATORS): $(STAMP)
+	$(call build_operators,CPUAdamBuilder FusedAdamBuilder)
 	touch $@
 
 train: setup ## run the main job: train, lose a rank, recover, prove that nothing changed
 	$(BIN)/python -m examples.main_job
 
-test: setup ## run the default suite
+test: setup $(OPERATORS) ## run the default suite
 	$(BIN)/python -m pytest
 
-test-all: setup ## run the long tests too
+test-all: setup $(OPERATORS) ## run the long tests too
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: setup ## check style, types and layers

@@ -33,6 +33,9 @@ COMMAND_NOT_EXECUTABLE = 126  # as shells have it
 COMMAND_NOT_FOUND = 127
 PR_SET_CHILD_SUBREAPER = 36
 
+LIFE_VARIABLE = "MOC_LIFE"
+"""Tells the command how often it was started, from 1: what the first start alone asks for must not be done again."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -180,7 +183,8 @@ class _Supervisor:
     def live(self, command: Sequence[str], env: Mapping[str, str] | None, *, number: int) -> int:
         """Run the command once; return its exit code when its group is gone. Raises OSError if it cannot start."""
         with self._trace.span("supervise.live", number=number):
-            process = subprocess.Popen(command, env=env, start_new_session=True)
+            told = {**(os.environ if env is None else env), LIFE_VARIABLE: str(number)}
+            process = subprocess.Popen(command, env=told, start_new_session=True)
             self._begin(process.pid)
             is_hung = self._wait_for_command()
             code = COMMAND_HUNG if is_hung and self._code == 0 else self._code or 0

@@ -86,7 +86,8 @@ def attach(
         storage=config.storage or os.environ.get("MOC_STORAGE") or "checkpoints",
         config=Config(**settings),
         stateful=stateful,
-        restore=config.restore,
+        # A restarted job goes on from where it was, whatever its first start had asked for.
+        restore=config.restore if int(os.environ.get("MOC_LIFE", "1")) == 1 else "auto",
         fingerprint=fingerprint,
         run_id=config.run_id,
     )

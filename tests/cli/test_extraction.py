@@ -49,7 +49,9 @@ def test_recovery_takes_the_copied_step() -> None:
     extract(builder.repository, name, target)
 
     known = [
-        Candidate(source=STORAGE, run=c.name.run, incarnation=c.name.incarnation, step=c.name.step, attempt=c.name.attempt)
+        Candidate(
+            source=STORAGE, run=c.name.run, incarnation=c.name.incarnation, step=c.name.step, attempt=c.name.attempt
+        )
         for c in target.checkpoints()
     ]
     (chosen,) = candidates(target.lineage(), known)
