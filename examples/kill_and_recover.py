@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
 STEPS = 40
-LINE = re.compile(r"rank (\d+) step (\d+) loss (\S+)")
+LINE = re.compile(r"rank (\d+) step (\d+) loss (-?0x\S+?p[+-]\d+)")
 
 
 def main() -> int:
@@ -54,10 +54,8 @@ def train(storage: Path, kill_at: int | None = None) -> tuple[dict[tuple[int, in
     killed: list[int] = []
     assert job.stdout is not None
     for line in job.stdout:
-        match = LINE.search(line)
-        if match is None:
-            continue
-        losses[int(match[1]), int(match[2])] = match[3]
+        for match in LINE.finditer(line):  # two ranks may share a line
+            losses[int(match[1]), int(match[2])] = match[3]
         if kill_at is not None and not killed and all((rank, kill_at) in losses for rank in (0, 1)):
             killed = children(job.pid)
             for pid in killed:

@@ -325,10 +325,11 @@ def hooks(_: str, folder: Path) -> None:
     assert engine.step.__wrapped__.__func__ is type(engine).step
     events.clear()
     engine.load_checkpoint(str(folder / "nothing"))
-    assert events == []
+    assert [e[0] for e in events] == ["update"]  # nothing may be read while masters are overwritten, if there were any
+    events.clear()
     engine.save_checkpoint(str(folder / "deepspeed"))
     engine.load_checkpoint(str(folder / "deepspeed"))
-    assert [e[0] for e in events] == ["load"]
+    assert [e[0] for e in events] == ["update", "load"]
     attached.detach()
     attached.detach()
     assert {k: v for k, v in engine.__dict__.items() if k in before}.keys() == before.keys()

@@ -14,7 +14,7 @@ from examples.main_job import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-LOSS = re.compile(r"rank (\d+) step (\d+) loss (\S+)")
+LOSS = re.compile(r"rank (\d+) step (\d+) loss (-?0x\S+?p[+-]\d+)")
 
 pytestmark = pytest.mark.world
 
