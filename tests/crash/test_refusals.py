@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from moc.format.keys import FORMAT_KEY
@@ -56,6 +58,21 @@ def test_an_arena_beyond_the_budget_is_refused_before_anything_exists() -> None:
         assert not job.storage.exists() or not [
             p for p in job.storage.rglob("*") if p.is_file() and p.name != FORMAT_KEY
         ]
+
+
+def test_an_empty_repository_whose_run_an_agent_still_holds_is_refused() -> None:
+    with Job(size=2, step_s=0.002) as job:
+        life = job.start()
+        life.event("committed", step=5)
+        life.kill()
+        shutil.rmtree(job.storage)
+        words = job.start().refused("MismatchError")
+        run = words.partition("run_id='")[2].partition("'")[0]
+        assert run
+        again = job.start(run_id=run, steps=life.newest_step("step") + 2)
+        assert again.attached()["source"] == "memory"
+        again.finished()
+        again.exact()
 
 
 @pytest.mark.parametrize(
