@@ -40,6 +40,14 @@ class Config:
     timeout_s: float = 600.0
     plt_limit: float = 0.0375
 
+    def __new__(cls, **settings: object) -> Config:
+        """Refuse unknown settings by name, before Python would with a TypeError."""
+        allowed = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(allowed))
+        if unknown:
+            raise ConfigError(f"unknown setting: {', '.join(unknown)} allowed={', '.join(allowed)}")
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)

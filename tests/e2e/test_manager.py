@@ -156,7 +156,7 @@ def test_report_names_every_version_that_has_changed() -> None:
 
 
 def test_config_refuses_unknown_settings_by_name() -> None:
-    with pytest.raises(TypeError, match="snapshot_evry"):
+    with pytest.raises(ConfigError, match="snapshot_evry"):
         Config(snapshot_evry=1)  # type: ignore[call-arg]
 
 
