@@ -118,7 +118,7 @@ class Persister:
         except MocError as error:
             log.warning("cannot look up earlier commits: %s", error)
             return []
-        except Exception:
+        except Exception:  # the thread's top: a defect here must not end the thread that all later saves need
             log.exception("cannot look up earlier commits")
             return []
         return [Outcome(name=name, size_bytes=0, seconds=0.0, error=None) for name in self._commits]
