@@ -72,6 +72,29 @@ def test_a_bit_in_a_sealed_slot(what: str) -> None:
         assert attached["step"] >= first.newest_step("committed")
 
 
+def test_a_rotten_snapshot_is_never_stored() -> None:
+    with Job(size=2, persist_every=5) as job:
+        first = _killed(job)
+        committed = job.committed_steps()
+        arena, path = _arena(job)
+        held = [{r.step for r in arena.seals(rank).values()} for rank in range(2)]
+        step = max(held[0] & held[1])
+        record = next(r for r in arena.seals(1).values() if r.step == step)
+        shard, offset = arena.catalog(1).shards[-1], arena.shard_offsets(1, record.slots)[-1] + 17
+        arena.close()
+        assert step not in committed, "the newest snapshot is not stored yet"
+        _flip(path, offset)
+
+        reply, _ = job.ask_agent("drain")  # it would persist the newest global snapshot
+
+        assert shard.name in str(reply["last_error"]), reply
+        assert step not in job.committed_steps()
+        job.sound()
+        attached = job.start(steps=step + 5).attached()
+        assert attached["source"] == "storage"
+        assert attached["step"] >= first.newest_step("committed")
+
+
 def test_a_bit_in_a_seal_record() -> None:
     with Job(size=2, persist_every=5) as job:
         first = _killed(job)

@@ -1,0 +1,111 @@
+"""The defects that must not go unnoticed. Each is one change of one file that breaks one promise.
+
+A row names the cheapest tests that find it. The same tests pass on the unchanged copy, see `test_mutations.py`.
+"""
+
+from __future__ import annotations
+
+from tests.support.mutant import Mutation
+
+__all__ = ["MUTATIONS"]
+
+LOCAL = "tests/store/test_local.py"
+
+MUTATIONS = (
+    Mutation(
+        name="no-fsync-of-the-file",
+        file="moc/store/local.py",
+        old="                self._files.fsync(handle)\n",
+        new="                pass\n",
+        tests=(LOCAL,),
+    ),
+    Mutation(
+        name="no-fsync-of-the-folders",
+        file="moc/store/local.py",
+        old="            self._tree.sync_directories(key)\n",
+        new="",
+        tests=(LOCAL,),
+    ),
+    Mutation(
+        name="fsync-of-the-lowest-folder-only",
+        file="moc/store/tree.py",
+        old="            if directory == self._root:\n                break\n",
+        new="            break\n",
+        tests=(LOCAL,),
+    ),
+    Mutation(
+        name="no-fsync-above-the-root",
+        file="moc/store/tree.py",
+        old="            self._sync_above_root()\n",
+        new="",
+        tests=(LOCAL,),
+    ),
+    Mutation(
+        name="no-fsync-after-a-delete",
+        file="moc/store/local.py",
+        old="                    self._files.fsync_directory(os.path.dirname(path))\n",
+        new="                    pass\n",
+        tests=(LOCAL,),
+    ),
+    Mutation(
+        name="manifest-before-the-objects",
+        file="moc/repository.py",
+        old="""        self.store.put(key, segments)
+""",
+        new="""        self.__dict__.setdefault("late", []).append((key, [bytes(segment) for segment in segments]))
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        self.store.put(manifest_key(manifest.name), [memoryview(encode_manifest(manifest))])
+        for key, parts in self.__dict__.pop("late", []):
+            self.store.put(key, [memoryview(part) for part in parts])
+""",
+        tests=("tests/crash/test_spans.py::test_agent_killed_at_every_span_together_with_the_trainers",),
+    ),
+    Mutation(
+        name="seal-before-the-copy",
+        file="moc/snapshot/snapshotter.py",
+        old="""                self._state.copy_shards(self._targets(filling.slots), crcs)
+            filling.copied.set()
+""",
+        new="""                self._seal(filling, crcs)
+                self._state.copy_shards(self._targets(filling.slots), crcs)
+            filling.copied.set()
+""",
+        tests=("tests/crash/test_spans.py::test_trainer_killed_at_every_span",),
+    ),
+    Mutation(
+        name="free-on-a-local-seal",
+        file="moc/plan/freeing.py",
+        old="for moment, held in holders.items() if held >= set(ranks)))",
+        new="for moment, held in holders.items() if held))",
+        tests=("tests/core/test_freeing.py",),
+    ),
+    Mutation(
+        name="recovery-by-the-highest-number",
+        file="moc/plan/lineage.py",
+        old="    admitted = [c for c in known if is_on_chain(links, c.incarnation, c.step, c.attempt)]\n",
+        new="    return tuple(sorted(known, key=lambda c: (-c.incarnation, -c.step, c.source != MEMORY)))\n    admitted = []\n",
+        tests=("tests/core/test_lineage.py",),
+    ),
+    Mutation(
+        name="no-crc-after-a-read",
+        file="moc/recover.py",
+        old="            if actual != row.crc32c:\n",
+        new="            if actual is None:\n",
+        tests=("tests/crash/test_rot.py",),
+    ),
+    Mutation(
+        name="no-crc-before-a-write",
+        file="moc/persist.py",
+        old="        arena.check(record)\n",
+        new="",
+        tests=("tests/crash/test_rot.py",),
+    ),
+    Mutation(
+        name="commit-without-a-look-for-newer-lives",
+        file="moc/commit.py",
+        old="        refuse_if_fenced(repository, name.run, name.incarnation)\n",
+        new="",
+        tests=("tests/crash/test_lineage.py::test_a_rewind_during_training_fences_the_saves_of_the_life_that_goes_on",),
+    ),
+)
