@@ -84,7 +84,7 @@ MUTATIONS = (
         name="recovery-by-the-highest-number",
         file="moc/plan/lineage.py",
         old="    admitted = [c for c in known if is_on_chain(links, c.incarnation, c.step, c.attempt)]\n",
-        new="    return tuple(sorted(known, key=lambda c: (-c.incarnation, -c.step, c.source != MEMORY)))\n    admitted = []\n",
+        new="    admitted = []\n    return tuple(sorted(known, key=lambda c: (-c.incarnation, -c.step, c.source)))\n",
         tests=("tests/core/test_lineage.py",),
     ),
     Mutation(
