@@ -63,7 +63,8 @@ class Request:
 
     @property
     def url_digest(self) -> str:
-        return hashlib.sha256(self.storage.encode()).hexdigest()[:16]
+        """16 hex digits of the place: other credentials do not make it another one, and it tells nothing of them."""
+        return hashlib.sha256(self.place.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

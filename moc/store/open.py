@@ -37,7 +37,7 @@ def open_store(
     raises UsageError where there is nothing. Blocks: one look at the folder, or with `must_exist` one request.
     """
     if not url.strip() or "\0" in url:
-        raise UsageError(f"storage URL is empty or has a NUL {url=} allowed={_ALLOWED}")
+        raise UsageError(f"storage URL is empty or has a NUL url={redact_url(url)!r} allowed={_ALLOWED}")
     path = _local_path(url)
     if path is not None:
         if storage_options:
@@ -70,7 +70,7 @@ def _local_path(url: str) -> str | None:
     match = _SCHEME.match(url)
     if match is None:
         if url.startswith("~"):
-            raise UsageError(f"'~' is not expanded here {url=} allowed={_ALLOWED}")
+            raise UsageError(f"'~' is not expanded here url={redact_url(url)} allowed={_ALLOWED}")
         return url
     scheme = match.group(1).lower()
     if scheme in {"file", "local"}:
@@ -79,7 +79,7 @@ def _local_path(url: str) -> str | None:
             raise UsageError(f"file URL names no absolute path url={redact_url(url)} allowed=file:///path")
         return unquote(f"/{path}")
     if match.group(2) is None:
-        raise UsageError(f"only one slash after the scheme url={redact_url(url)} allowed={scheme}://... or ./{url}")
+        raise UsageError(f"only one slash after the scheme url={redact_url(url)} allowed={scheme}://... or ./PATH")
     return None
 
 

@@ -68,12 +68,16 @@ class RemoteStore:
         content = b"".join(byte_views(segments))
         turn = contextlib.nullcontext() if self._writes_objects else self._in_place_lock
         try:
-            with self._translated("put", key) as files, turn:
-                with self._trace.span("store.put", key=key, bytes=len(content)):
-                    if create_only:
-                        self._pipe_new(files, path, key, content)
-                    else:
-                        self._pipe(files, path, content)
+            # The span is around the translation: what it reports of an error has no secrets in it.
+            with (
+                turn,
+                self._trace.span("store.put", key=key, bytes=len(content)),
+                self._translated("put", key) as files,
+            ):
+                if create_only:
+                    self._pipe_new(files, path, key, content)
+                else:
+                    self._pipe(files, path, content)
                 stored_bytes = self._size(files, path, key)
         except ObjectMissingError as error:
             # Gateways to filesystems answer so when a delete removes the folder that the put needs: it helps to repeat.
@@ -123,7 +127,7 @@ class RemoteStore:
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with self._translated("delete", key) as files, self._trace.span("store.delete", key=key):
+        with self._trace.span("store.delete", key=key), self._translated("delete", key) as files:
             try:
                 files.rm_file(path)
             except Exception as error:
