@@ -19,6 +19,7 @@ from moc.format.keys import FORMAT_KEY, CheckpointName, incarnation_key, manifes
 from moc.format.manifest import Incarnation, Manifest
 from moc.repository import Finding, Repository
 from moc.store.port import Progress
+from moc.store.translate import translate_os_error
 from moc.trace import Trace
 from moc.verify import CheckedObject, check_structure
 
@@ -174,8 +175,11 @@ def _buffer(size_bytes: int, spool: str | None) -> memoryview:
 
     It is given back with the last reference: an error that flies past may still hold a view of it.
     """
-    if size_bytes <= MEMORY_BYTES:
-        return memoryview(mmap.mmap(-1, size_bytes))
-    with tempfile.TemporaryFile(dir=spool) as file:
-        file.truncate(size_bytes)
-        return memoryview(mmap.mmap(file.fileno(), size_bytes))
+    try:
+        if size_bytes <= MEMORY_BYTES:
+            return memoryview(mmap.mmap(-1, size_bytes))
+        with tempfile.TemporaryFile(dir=spool) as file:
+            file.truncate(size_bytes)
+            return memoryview(mmap.mmap(file.fileno(), size_bytes))
+    except OSError as error:
+        raise translate_os_error(error, action="spool", subject=f"bytes={size_bytes} folder={spool}") from error

@@ -32,6 +32,7 @@ from moc.format.keys import (
     manifest_key,
     parse_incarnation_key,
     parse_manifest_key,
+    parse_object_key,
     victims_key,
 )
 from moc.format.manifest import (
@@ -46,7 +47,7 @@ from moc.format.manifest import (
     encode_incarnation,
     encode_manifest,
 )
-from moc.format.object import ObjectHeader, header_length, parse_header
+from moc.format.object import HEADER_LIMIT_BYTES, ObjectHeader, header_length, parse_header
 from moc.plan.lineage import Link, chain, merge_incarnations, tip
 from moc.store.port import Entry, Segment, Store
 
@@ -189,8 +190,11 @@ class Repository:
         size = self.store.size_bytes(row.key)
         if size != row.size_bytes:
             raise ShardCorruptError(f"object has a wrong size: key={row.key} expected={row.size_bytes} actual={size}")
-        if row.header_bytes > row.size_bytes:
-            raise ShardCorruptError(f"object header is longer than the object: key={row.key} header={row.header_bytes}")
+        if row.header_bytes > min(row.size_bytes, 8 + HEADER_LIMIT_BYTES):  # before any memory is taken for it
+            raise ShardCorruptError(
+                f"object header is longer than the object or the limit: key={row.key} header={row.header_bytes} "
+                f"allowed={min(row.size_bytes, 8 + HEADER_LIMIT_BYTES)}"
+            )
         encoded = bytearray(row.header_bytes)
         self.store.read_into(row.key, 0, memoryview(encoded))
         actual = crc32c(encoded)
@@ -222,7 +226,10 @@ class Repository:
             fields = open_record(self.store.read(key, limit_bytes=RECORD_LIMIT_BYTES), name=key)
         except ObjectMissingError:
             return ()
-        return tuple(sorted(str(victim) for victim in fields.rows("victims")))
+        victims = fields.rows("victims")
+        for victim in victims:
+            parse_object_key(str(victim))  # whoever wrote the list: only objects are deleted by it
+        return tuple(sorted(map(str, victims)))
 
     def put_victims(self, run: str, incarnation: int, victims: Sequence[str]) -> None:
         """Replace the victim list.

@@ -13,12 +13,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
 from moc.errors import CoverageError, InternalError
 
-__all__ = ["DTYPE_BYTES", "Expert", "RankCatalog", "Shard", "catalog_digest", "check_coverage"]
+__all__ = ["DTYPE_BYTES", "Expert", "RankCatalog", "Shard", "catalog_digest", "check_coverage", "is_shape"]
 
+DIMENSION_LIMIT = 64  # torch has no tensors with more
 DTYPE_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -90,8 +91,8 @@ class Shard:
         tensor, part, dtype, shape, offset, length, expert = row
         if not (isinstance(tensor, str) and isinstance(part, str) and isinstance(dtype, str)):
             raise TypeError(f"shard row has a wrong type: tensor={tensor!r} part={part!r} dtype={dtype!r}")
-        if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
-            raise TypeError(f"shard row has a wrong shape: tensor={tensor} shape={shape!r}")
+        if not is_shape(shape):
+            raise TypeError(f"shard row has a wrong shape: tensor={tensor} allowed=up to {DIMENSION_LIMIT} dimensions")
         if type(offset) is not int or type(length) is not int:
             raise TypeError(f"shard row has a wrong range: tensor={tensor} offset={offset!r} length={length!r}")
         owner = None
@@ -153,6 +154,13 @@ def catalog_digest(catalogs: Iterable[RankCatalog]) -> str:
     rows = [[c.rank, [s.to_json() for s in c.shards]] for c in sorted(catalogs, key=lambda c: c.rank)]
     encoded = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
     return hashlib.sha256(encoded).hexdigest()[:16]
+
+
+def is_shape(value: object) -> TypeGuard[list[int]]:
+    """Return whether a value from storage is a list of dimensions whose product is quickly computed."""
+    if not isinstance(value, list) or len(value) > DIMENSION_LIMIT:
+        return False
+    return all(type(length) is int and 0 <= length < 2**63 for length in value)
 
 
 def check_coverage(shards: Iterable[Shard]) -> int:

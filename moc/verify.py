@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -209,11 +210,11 @@ def _manifest_errors(manifest: Manifest) -> Iterator[MocError]:
     """Yield contradictions inside the manifest."""
     key = manifest_key(manifest.name)
     keys = [row.key for row in manifest.objects]
-    for repeated in sorted({k for k in keys if keys.count(k) > 1} if len(set(keys)) != len(keys) else ()):
+    for repeated in sorted(k for k, count in Counter(keys).items() if count > 1):
         yield ManifestCorruptError(f"object is named twice: key={key} object={repeated}")
     world_size = manifest.topology.get("world_size")
     ranks = sorted({rank for _, rank, piece in map(parse_object_key, keys) if piece == "d"})
-    if type(world_size) is not int or ranks != list(range(world_size)):
+    if type(world_size) is not int or len(ranks) != world_size or ranks != list(range(len(ranks))):
         yield ManifestCorruptError(
             f"dense objects are not one per rank: key={key} expected_ranks={world_size} actual={len(ranks)}"
         )

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from moc.cli.exits import EXIT_HELP, INTERRUPTED, OK, USAGE, exit_code, hint
+from moc.cli.exits import EXIT_HELP, FAILURE, INTERRUPTED, OK, USAGE, exit_code, hint
 
 __all__ = ["main"]
 
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()  # whoever read it has seen enough
         return OK
+    except MemoryError:
+        print(f"moc {verb}: not enough memory for what is stored there", file=sys.stderr)
+        return FAILURE
     return code
 
 
@@ -70,14 +73,14 @@ def _run(verb: str | None, arguments: list[str]) -> int:
     try:
         return int(module.run(args))
     except MocError as error:
+        from moc.cli.output import print_json, printable
+
         code = exit_code(error)
         if getattr(args, "json", False):
-            from moc.cli.output import print_json
-
             print_json({"error": {"kind": type(error).__name__, "message": str(error), "exit_code": code}})
         advice = hint(error)
         line = f"moc {verb}: {error}" + (f" (hint: {advice})" if advice else "")
-        print(line.replace("\n", " "), file=sys.stderr)
+        print(printable(line.replace("\n", " ")), file=sys.stderr)
         return code
 
 

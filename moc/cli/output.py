@@ -19,14 +19,22 @@ __all__ = [
     "print_facts",
     "print_json",
     "print_table",
+    "printable",
     "progress_bar",
     "say",
 ]
 
 
+def printable(text: str) -> str:
+    """Return the text with everything escaped that a terminal would act upon: what a repository or an agent says is
+    shown, never obeyed.
+    """
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def say(text: str) -> None:
     """Print talk."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def print_json(value: object) -> None:
@@ -36,6 +44,7 @@ def print_json(value: object) -> None:
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: frozenset[str] = frozenset()) -> None:
     """Print aligned columns; those in `left` to the left, the others, numbers, to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
     for row in (titles, *rows):
         cells = [
@@ -49,7 +58,7 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     """Print one name and value per line; an empty name continues the value above."""
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
-        print(f"{name.ljust(width)}  {value}".rstrip())
+        print(printable(f"{name.ljust(width)}  {value}").rstrip())
 
 
 def describe_bytes(count: int) -> str:

@@ -150,8 +150,8 @@ def lost_fraction(manifest: Manifest) -> float:
 
     `plt` holds (lost, routed) token counts by MoE layer.
     """
-    rows = [row for row in manifest.plt.values() if isinstance(row, list) and len(row) == 2]
-    lost, routed = sum(int(row[0]) for row in rows), sum(int(row[1]) for row in rows)
+    rows = [row for row in manifest.plt.values() if isinstance(row, list) and [type(n) for n in row] == [int, int]]
+    lost, routed = sum(row[0] for row in rows), sum(row[1] for row in rows)
     return lost / routed if routed and manifest.stale_experts else 0.0
 
 

@@ -22,7 +22,7 @@ import re
 from moc.cli.choose import choose, read_catalogue
 from moc.cli.exits import INTEGRITY, OK
 from moc.cli.options import add_json, add_repository, opened
-from moc.cli.output import describe_bytes, finding_json, name_json, print_json, progress_bar, say
+from moc.cli.output import describe_bytes, finding_json, name_json, print_json, printable, progress_bar, say
 from moc.format.keys import CheckpointName
 from moc.repository import Repository
 from moc.verify import WRONG, RepositoryReport, VerifyReport, data_bytes, verify_checkpoint, verify_repository
@@ -91,9 +91,9 @@ def _print_report(report: RepositoryReport) -> None:
         read = f"{checkpoint.shards} shards read, {describe_bytes(checkpoint.bytes_read)}"
         print(f"step {name.step} ({name.incarnation}, {name.attempt}): {verdict}; {checkpoint.objects} objects, {read}")
         for finding in checkpoint.findings:
-            print(f"  {finding}")
+            print(printable(f"  {finding}"))
     for finding in report.findings:
-        print(f"wrong: {finding}")
+        print(printable(f"wrong: {finding}"))
     for note in report.notes:
         say(f"note: {note}")
 

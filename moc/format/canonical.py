@@ -13,9 +13,19 @@ from typing import Any
 from moc._native import crc32c
 from moc.errors import ManifestCorruptError
 
-__all__ = ["Fields", "canonical_json", "open_record", "seal_record"]
+__all__ = ["Fields", "canonical_json", "load_json", "open_record", "seal_record"]
 
 DEPTH_LIMIT = 32
+INTEGER_LIMIT = 1 << 63
+STRUCTURE_LIMIT = 16_000_000
+"""Commas and opening brackets of a JSON text that is read; parsed, each takes up to 70 bytes of memory."""
+
+
+def load_json(text: bytes) -> Any:
+    """Return the value of a JSON text from storage; raises ValueError for one that would take gigabytes of memory."""
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > STRUCTURE_LIMIT:
+        raise ValueError(f"too many values: bytes={len(text)} allowed={STRUCTURE_LIMIT} commas and opening brackets")
+    return json.loads(text)
 
 
 def canonical_json(value: object) -> bytes:
@@ -33,11 +43,13 @@ def seal_record(body: dict[str, object]) -> bytes:
 def open_record(record: bytes, *, name: str) -> Fields:
     """Return the body of a record whose checksum is right; raises ManifestCorruptError naming `name`."""
     try:
-        envelope = json.loads(record)
+        envelope = load_json(record)
         body, expected = envelope["body"], envelope["crc32c"]
         actual = crc32c(canonical_json(body))
     except (ValueError, TypeError, KeyError, RecursionError, UnicodeError) as error:
-        raise ManifestCorruptError(f"record is not readable: name={name} bytes={len(record)} reason={error}") from error
+        raise ManifestCorruptError(
+            f"record is not readable: name={name} bytes={len(record)} reason={error!s:.300}"
+        ) from error
     # The bytes themselves must be canonical too: a flipped bit in white space or key order must not pass unseen.
     if actual != expected or not isinstance(body, dict) or seal_record(body) != record:
         raise ManifestCorruptError(f"record checksum mismatch: name={name} expected={expected} actual={actual}")
@@ -67,8 +79,8 @@ class Fields:
 
     def integer(self, key: str, *, minimum: int = 0) -> int:
         value = self.body.get(key)
-        if type(value) is not int or value < minimum:
-            raise self._wrong(key, f"an integer >= {minimum}")
+        if type(value) is not int or not minimum <= value < INTEGER_LIMIT:
+            raise self._wrong(key, f"an integer >= {minimum} of 63 bits")
         return value
 
     def text(self, key: str) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moc.errors import ShardCorruptError
+from moc.format.canonical import load_json
 from moc.format.keys import CheckpointName
 from moc.state import DTYPE_BYTES, Shard
 
@@ -88,13 +89,13 @@ def parse_header(encoded: bytes, *, key: str) -> ObjectHeader:
     Raises ShardCorruptError naming the key for anything a writer of this format cannot have written.
     """
     try:
-        tensors = json.loads(encoded[8:])
-        body = json.loads(tensors["__metadata__"]["moc"])
+        tensors = load_json(encoded[8:])
+        body = load_json(tensors["__metadata__"]["moc"].encode())
         header = _from_body(body)
         is_canonical = encode_header(header) == encoded
     except Exception as error:  # hostile bytes can fail anywhere in the parser; each failure means the same
         raise ShardCorruptError(
-            f"object header is malformed: key={key} reason={type(error).__name__}: {error}"
+            f"object header is malformed: key={key} reason={type(error).__name__}: {error!s:.300}"
         ) from error
     if not is_canonical:
         raise ShardCorruptError(f"object header is not what its metadata describe: key={key}")

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from math import prod
 
 from moc.errors import ManifestCorruptError, UsageError
-from moc.state import DTYPE_BYTES
+from moc.format.canonical import STRUCTURE_LIMIT, load_json
+from moc.state import DTYPE_BYTES, is_shape
 
 __all__ = ["ArrayValue", "EncodedState", "decode_state", "encode_state"]
 
@@ -80,8 +81,12 @@ def encode_state(tree: object) -> EncodedState:
     text = json.dumps(
         encoder.encode(tree, "state", 0), separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
-    if len(text) > TEXT_LIMIT_BYTES:
-        raise UsageError(f"state is too large: json_bytes={len(text)} allowed={TEXT_LIMIT_BYTES}")
+    marks = sum(text.count(mark) for mark in (b",", b"[", b"{"))
+    if len(text) > TEXT_LIMIT_BYTES or marks > STRUCTURE_LIMIT:
+        raise UsageError(
+            f"state is too large: json_bytes={len(text)} allowed={TEXT_LIMIT_BYTES} commas_and_brackets={marks} "
+            f"allowed={STRUCTURE_LIMIT}"
+        )
     size = _array_base(len(text)) + encoder.array_bytes
     return EncodedState(text=text, arrays=tuple(encoder.arrays), size_bytes=size)
 
@@ -95,10 +100,10 @@ def decode_state(blob: memoryview | bytes) -> object:
     if length > min(view.nbytes - 8, TEXT_LIMIT_BYTES):
         raise ManifestCorruptError(f"state blob is truncated: json_bytes={length} bytes={view.nbytes}")
     try:
-        tree = json.loads(str(view[8 : 8 + length], "utf-8"))
+        tree = load_json(bytes(view[8 : 8 + length]))
         return _Decoder(view[_array_base(length) :]).decode(tree, 0)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError, UsageError) as error:
-        raise ManifestCorruptError(f"state blob is malformed: {error}") from error
+        raise ManifestCorruptError(f"state blob is malformed: {error!s:.300}") from error
 
 
 def _array_base(text_length: int) -> int:
@@ -195,11 +200,11 @@ class _Decoder:
 
     def _array(self, body: list[object]) -> ArrayValue:
         dtype, shape, kind, offset, length = body
-        if not (isinstance(dtype, str) and isinstance(kind, str) and isinstance(shape, list)):
+        if not (isinstance(dtype, str) and isinstance(kind, str) and is_shape(shape)):
             raise TypeError("array entry has a wrong type")
         if type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
             raise TypeError("array entry has a wrong range")
-        if not all(type(n) is int and n >= 0 for n in shape) or offset + length > self._area.nbytes:
+        if offset + length > self._area.nbytes:
             raise ValueError(f"array is outside the blob: offset={offset} length={length} area={self._area.nbytes}")
         return ArrayValue(dtype=dtype, shape=tuple(shape), kind=kind, data=self._area[offset : offset + length])
 

@@ -10,7 +10,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from moc.adapters.export.deepspeed import export_deepspeed
-from moc.errors import MismatchError, ShardCorruptError, StoreFullError
+from moc.errors import ManifestCorruptError, MismatchError, ShardCorruptError, StoreFullError
 from tests.export.checkpoint import NATIVE, Checkpoint, array, file_size_limit, random_tensor
 
 FINGERPRINT = {
@@ -136,6 +136,18 @@ def test_a_layout_that_does_not_fit_is_refused_and_leaves_nothing_behind(tmp_pat
         MismatchError, match="recorded parameter has another size: rank=0 parameter=w recorded=14 stored=15"
     ):
         export_deepspeed(repository, manifest, tmp_path / "out", lambda _: None)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["/../../../out", 10**30, -1, None, 7.5])
+def test_a_step_that_would_lead_out_of_the_export_is_refused(tmp_path: Path, step: object) -> None:
+    checkpoint = dense_checkpoint()
+    checkpoint.trees[0]["engine"]["global_steps"] = step  # type: ignore[index]
+    repository, manifest = checkpoint.commit()
+
+    with pytest.raises(ManifestCorruptError, match="state has no step"):
+        export_deepspeed(repository, manifest, tmp_path / "a" / "b", lambda _: None)
 
     assert list(tmp_path.iterdir()) == []
 

@@ -23,6 +23,8 @@ FUNCTION_LINES = 60
 FILE_LINES = 400
 BANNED_NAMES = re.compile(r"^(handle|process|do)_|(^|_)(utils|helpers|common|misc)($|_)")
 PICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}
+EVALUATING = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
+RUNNING = {"code", "codeop", "imp", "runpy", "xmlrpc", "yaml"}
 MUTABLE = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
 PICKLES_BY_DESIGN = {"moc/adapters/export/deepspeed.py", "moc/adapters/export/publish.py"}  # DeepSpeed's own format
 
@@ -64,6 +66,26 @@ def test_nothing_is_pickled_outside_the_deepspeed_export(path: Path) -> None:
             or re.fullmatch(r"(all_gather|gather|broadcast|scatter|send|recv)_object(_list)?", node.attr)
         ):
             found.append(ast.unparse(node))
+
+    assert found == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_that_is_read_can_become_code(path: Path) -> None:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in EVALUATING:
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in RUNNING]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in RUNNING:
+            found.append(str(node.module))
+        # numpy's loader unpickles on request, a shell obeys what is in its arguments.
+        for keyword in node.keywords if isinstance(node, ast.Call) else ():
+            if keyword.arg in ("shell", "allow_pickle") and not (
+                isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            ):
+                found.append(ast.unparse(node))
 
     assert found == []
 

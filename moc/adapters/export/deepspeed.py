@@ -25,7 +25,7 @@ from moc.adapters.export.placement import Placement
 from moc.adapters.export.publish import publish_folder
 from moc.adapters.export.source import CheckpointSource
 from moc.adapters.export.weights import LOCAL_EXPERT, StoredBuffer, model_dtype, persistent_buffers
-from moc.errors import MismatchError
+from moc.errors import ManifestCorruptError, MismatchError
 from moc.format.manifest import Manifest
 from moc.repository import Repository
 from moc.store.port import Progress
@@ -54,7 +54,7 @@ def export_deepspeed(repository: Repository, manifest: Manifest, target: Path, p
             f"checkpoint was not taken from a DeepSpeed engine: name={manifest.name} missing={','.join(missing)}"
         )
     placement = Placement(source, first["groups"])
-    tag = f"global_step{first['engine']['global_steps']}"
+    tag = _tag(first["engine"])
     with publish_folder(target) as folder:
         (folder / tag).mkdir()
         buffers = persistent_buffers(first, placement.prefixes, placement.first_experts(source.ranks[0]))
@@ -75,6 +75,14 @@ def export_deepspeed(repository: Repository, manifest: Manifest, target: Path, p
         (folder / "latest").write_text(tag)
         files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return tuple(target / file for file in files)
+
+
+def _tag(engine: Mapping[str, Any]) -> str:
+    """Return the name of the folder inside the export: what a checkpoint says must not lead out of it."""
+    step = engine.get("global_steps")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ManifestCorruptError(f"state has no step: global_steps={str(step)[:80]!r} allowed=an integer")
+    return f"global_step{step}"
 
 
 def _save_partition(
