@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
+import stat
 from pathlib import Path
+from typing import IO
 
 from moc.errors import UsageError
 from moc.format.keys import check_run_id
@@ -16,6 +20,7 @@ __all__ = [
     "default_root",
     "live_agents",
     "node_identity",
+    "open_private",
     "remember_run",
     "remembered_run",
     "runtime_folder",
@@ -24,6 +29,7 @@ __all__ = [
 SOCKET_NAME = "agent.sock"
 LOCK_NAME = "agent.lock"
 LOG_NAME = "agent.log"
+NOTE_LIMIT_BYTES = 64  # a run id has at most 32
 SOCKET_PATH_LIMIT = 100  # sun_path holds 108 bytes
 
 
@@ -48,6 +54,8 @@ def runtime_folder(run: str, root: Path | None) -> Path:
 def live_agents(root: Path | None) -> list[tuple[str, Path]]:
     """Return (run, folder) of every agent that answers under the root, sorted by run."""
     base = default_root() if root is None else root
+    if not _is_mine(base):
+        return []
     found = []
     for path in sorted(base.glob(f"*/{SOCKET_NAME}")):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
@@ -71,21 +79,66 @@ def remember_run(root: Path | None, url_digest: str, run: str) -> None:
     _make_private(base)
     note = base / f"{url_digest}.run"
     staged = base / f".{url_digest}.{os.getpid()}"
-    staged.write_text(run)
+    with contextlib.suppress(FileNotFoundError):  # of a process with this pid that died here
+        staged.unlink()
+    with open_private(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as stream:
+        stream.write(run.encode())
     staged.replace(note)
 
 
 def remembered_run(root: Path | None, url_digest: str) -> str | None:
-    """Return the run noted for a repository, None if there is none."""
-    note = (default_root() if root is None else root) / f"{url_digest}.run"
-    return note.read_text() if note.exists() else None
+    """Return the run noted for a repository, None if there is none. Raises UsageError for a root of somebody else."""
+    base = default_root() if root is None else root
+    if not _is_mine(base):
+        return None
+    try:
+        with open_private(base / f"{url_digest}.run", os.O_RDONLY) as stream:
+            return check_run_id(stream.read(NOTE_LIMIT_BYTES).decode("utf-8", "replace"))
+    except FileNotFoundError:
+        return None
+
+
+def open_private(path: Path, flags: int) -> IO[bytes]:
+    """Open a file of a runtime folder, mode 0600 where it is made.
+
+    Raises FileNotFoundError, and UsageError for a link, for anything that is no plain file, and for somebody else's.
+    """
+    try:
+        handle = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
+            raise UsageError(f"not a plain file: path={path} allowed=a file of this user's own") from error
+        raise
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_nlink > 1:
+        os.close(handle)
+        raise UsageError(
+            f"not a plain file of this user: path={path} owner={status.st_uid} mode={stat.filemode(status.st_mode)} "
+            f"links={status.st_nlink} allowed=a file of this user's own with one name"
+        )
+    kind = "rb" if flags & os.O_ACCMODE == os.O_RDONLY else "ab" if flags & os.O_APPEND else "wb"
+    return os.fdopen(handle, kind)
+
+
+def _is_mine(base: Path) -> bool:
+    """Return whether there is a root; raises UsageError for one that somebody else could put things into."""
+    try:
+        status = base.lstat()
+    except FileNotFoundError:
+        return False
+    _require_private(base, status)
+    return True
 
 
 def _make_private(path: Path) -> None:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077 or path.is_symlink():
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
+    _require_private(path, path.lstat())
+
+
+def _require_private(path: Path, status: os.stat_result) -> None:
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or not stat.S_ISDIR(status.st_mode):
         raise UsageError(
-            f"runtime folder is not private: path={path} owner={status.st_uid} mode={status.st_mode & 0o777:o} "
-            "allowed=own, 700"
+            f"runtime folder is not private: path={path} owner={status.st_uid} mode={stat.filemode(status.st_mode)} "
+            "allowed=a folder of this user's own, mode drwx------"
         )

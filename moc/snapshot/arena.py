@@ -79,6 +79,7 @@ class Arena:
         self.address = ctypes.addressof(self._pin)
         self._view = memoryview(self._map)
         advise_dontfork(self.address, size_bytes)
+        self._map.madvise(mmap.MADV_DONTDUMP)  # a core dump is no place for weights, and need not be that large
         self.descriptor: dict[str, object] = {}
         self.layout: ArenaLayout
         self.catalogs: tuple[RankCatalog, ...] = ()
@@ -88,6 +89,7 @@ class Arena:
         """Create, populate and describe an arena. Blocks: about 0.7 s per GB. Raises: OSError with ENOMEM."""
         fd = os.memfd_create(f"moc-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
+            os.fchmod(fd, 0o600)  # a memfd begins with rights for everybody
             os.posix_fallocate(fd, 0, layout.size_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             arena = cls(fd, size_bytes=layout.size_bytes)
