@@ -99,6 +99,9 @@ class Custody:
         self.arena.describe(descriptor)
         self._adopt_descriptor()
         pinned = self.pinned()
+        # Read again: a record that has rotted since it was first read would stay, as the source, and its new trainer,
+        # who cannot tell its slots, could never take a snapshot.
+        self._records.clear()
         self._refresh()
         for (rank, index), record in list(self._records.items()):
             is_source = (record.incarnation, record.step) == self._source

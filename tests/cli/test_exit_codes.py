@@ -240,9 +240,9 @@ def test_an_interrupt_is_130(tmp_path: Path) -> None:
     builder = RepositoryBuilder(LocalStore(tmp_path), fingerprint=long_enough_to_fill_a_pipe)
     builder.begin(1)
     builder.commit(1, 10)
-    with subprocess.Popen(
-        [MOC, "show", "--json", "-r", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_env()
-    ) as process:
+    # A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
+    heeding = ["env", "--default-signal=INT", MOC, "show", "--json", "-r", str(tmp_path)]
+    with subprocess.Popen(heeding, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_env()) as process:
         assert process.stdout is not None
         assert process.stdout.read(1) == b"{"
         process.send_signal(signal.SIGINT)

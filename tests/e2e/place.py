@@ -6,6 +6,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from moc import CheckpointManager, Config
 from moc.repository import Repository
 from moc.store.open import open_store
@@ -49,6 +51,8 @@ class Place:
             repository.close()
 
     def committed(self) -> list[int]:
+        """Return the steps of the checkpoints. Collective: of a detach only rank 0 waits for the last save."""
+        dist.barrier()
         repository = Repository(open_store(str(self.storage)))
         try:
             return sorted(checkpoint.name.step for checkpoint in repository.checkpoints())
