@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moc.cli.live import read_statuses
 
-__all__ = ["RANKS", "RUNTIME", "SETTINGS", "end_agents", "end_job", "job_environment", "torchrun"]
+__all__ = ["RANKS", "ROOT", "RUNTIME", "SETTINGS", "end_agents", "end_job", "job_environment", "torchrun"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2

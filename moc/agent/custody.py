@@ -9,9 +9,9 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from moc.agent.memory import available_memory
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, decode_incarnation
 from moc.plan.freeing import (
@@ -28,7 +28,7 @@ from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
 from moc.state import RankCatalog
 
-__all__ = ["Custody", "Life", "available_memory_bytes"]
+__all__ = ["Custody", "Life"]
 
 log = logging.getLogger(__name__)
 
@@ -278,33 +278,11 @@ class Custody:
         self._records.pop((rank, index), None)
 
 
-def available_memory_bytes() -> int:
-    """Return what this process may still take: free RAM, and what is left under each memory cgroup it is in."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        number, _, path = line.split(":", 2)
-        if number != "0":
-            continue
-        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
-        for level in [folder, *folder.parents]:
-            limit, used = level / "memory.max", level / "memory.current"
-            if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-                free = min(free, int(limit.read_text()) - int(used.read_text()) + _reclaimable_bytes(level))
-    return max(free, 0)
-
-
-def _reclaimable_bytes(cgroup: Path) -> int:
-    """Return the page cache that the kernel would give up first: a container that has read its data set is not full."""
-    stat = cgroup / "memory.stat"
-    rows = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-    return int(rows.get("inactive_file", 0))
-
-
 def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: int) -> None:
     if budget_bytes is not None and size_bytes > budget_bytes:
         raise UsageError(f"snapshots do not fit: arena_bytes={size_bytes} allowed=memory_budget_bytes={budget_bytes}")
-    free = available_memory_bytes() - RESERVE_BYTES
+    room = available_memory()
+    free = max(room.size_bytes - RESERVE_BYTES, 0)
     if size_bytes > free:
         hint = (
             f"; {held_bytes} bytes are held for the earlier life, `moc agent stop` persists and frees them"
@@ -312,7 +290,6 @@ def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: 
             else ""
         )
         raise UsageError(
-            f"snapshots do not fit: arena_bytes={size_bytes} allowed={free} (free memory less a reserve); fewer "
-            "versions or ranks per "
-            f"node make it smaller{hint}"
+            f"snapshots do not fit: arena_bytes={size_bytes} allowed={free} ({room.limit}, less a reserve of "
+            f"{RESERVE_BYTES}); fewer versions or ranks per node make it smaller{hint}"
         )

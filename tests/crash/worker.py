@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -55,11 +56,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-at", type=int, default=None, help="an explicit save at this step")
     parser.add_argument("--step-s", type=float, default=0.0, help="how long a forward pass takes")
     parser.add_argument("--kill", default=None, help="span:event:count")
+    parser.add_argument("--cgroup", type=Path, default=None, help="enter this one first")
+    parser.add_argument("--limit", action="append", default=[], help="NAME=VALUE of a resource limit, without RLIMIT_")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
+    if options.cgroup is not None:
+        (options.cgroup / "cgroup.procs").write_text(str(os.getpid()))
     log = options.log.open("a", buffering=1)
 
     def note(event: str, **fields: object) -> None:
@@ -68,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     trace = Trace(*([] if options.kill is None else [KillAt.parse(options.kill)]))
     state = PlainState(options.rank, options.size, scale=options.scale, model=options.model)
     world = SocketWorld(options.rank, options.size, options.rendezvous)
+    for name, _, value in (word.partition("=") for word in options.limit):
+        number = int(getattr(resource, f"RLIMIT_{name}"))
+        resource.setrlimit(number, (int(value), resource.getrlimit(number)[1]))
     try:
         request = _request(options, state)
         session = Session(

@@ -325,7 +325,8 @@ def _arguments(fields: Mapping[str, object]) -> list[str]:
     words: list[str] = []
     for name, value in fields.items():
         flag = f"--{name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, str(value)]
+        for single in value if isinstance(value, list) else [value]:
+            words += [flag] if single is True else [flag, str(single)]
     return words
 
 
@@ -370,12 +371,20 @@ def lineage_steps(lives: Sequence[Life]) -> list[int]:
     return steps
 
 
-def start_agent(job: Job, run: str, kill: str) -> subprocess.Popen[bytes]:
-    """Start an agent that dies at a span, and wait until it listens."""
+def start_agent(job: Job, run: str, kill: str | None = None) -> subprocess.Popen[bytes]:
+    """Start an agent, perhaps one that dies at a span, and wait until it listens."""
     folder = runtime_folder(run, job.root)
     with (folder / "agent.log").open("ab") as log:
         agent = subprocess.Popen(
-            [sys.executable, str(AGENT_WORKER), "--folder", str(folder), "--run", run, "--kill", kill],
+            [
+                sys.executable,
+                str(AGENT_WORKER),
+                "--folder",
+                str(folder),
+                "--run",
+                run,
+                *([] if kill is None else ["--kill", kill]),
+            ],
             stdout=log,
             stderr=log,
         )
