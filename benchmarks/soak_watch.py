@@ -10,7 +10,7 @@ from pathlib import Path
 __all__ = ["AGENT", "LIMITS", "RANK", "Growth", "Sample", "Watch", "agent_pids", "growth_of", "processes", "rank_pids"]
 
 AGENT, RANK = "agent", "rank"
-SETTLED_S = 8.0  # younger processes still import, map and fill the memory that they will keep
+SETTLED_S = 5.0  # since a process has mapped an arena: before, it still takes the memory that it will keep
 LEAST_SAMPLES = 12  # fewer say nothing about growth
 ARENAS_ALLOWED = 2  # of the present life, and of the one it was recovered from
 LIMITS = {  # what the last third of a soak may have more than the first: noise, not a leak
@@ -26,7 +26,7 @@ LIMITS = {  # what the last third of a soak may have more than the first: noise,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One process, or with the pid 0 the files, at one time."""
+    """One process, or with the pid 0 the files, at one time; `age_s` since it has mapped an arena."""
 
     at_s: float
     kind: str
@@ -59,7 +59,7 @@ class Watch:
     runtime: Path
     samples: list[Sample] = field(default_factory=list)
     arenas_most: int = 0
-    _seen_s: dict[int, float] = field(default_factory=dict)
+    _mapped_s: dict[int, float] = field(default_factory=dict)
 
     def look(self) -> None:
         """Take one sample of everything."""
@@ -70,7 +70,7 @@ class Watch:
             if values is None:
                 continue  # it has ended
             self.arenas_most = max(self.arenas_most, int(values["arenas"]))
-            age_s = now_s - self._seen_s.setdefault(pid, now_s)
+            age_s = now_s - self._mapped_s.setdefault(pid, now_s) if values["arenas"] else 0.0
             self.samples.append(Sample(at_s=now_s, kind=kind, pid=pid, age_s=age_s, values=values))
         files = {
             # A life's record stays for ever, by design.

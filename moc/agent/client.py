@@ -65,7 +65,7 @@ class AgentClient:
             except TimeoutError as error:
                 self._sock.close()  # the late reply must not answer the next request
                 raise WaitTimeoutError(
-                    f"agent did not answer in time: verb={verb} timeout_s={timeout_s or before}"
+                    f"agent did not answer in time: folder={self.folder} verb={verb} timeout_s={timeout_s or before}"
                 ) from error
             except (OSError, ValueError) as error:
                 raise StoreUnavailableError(f"agent is gone: verb={verb} reason={error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -88,6 +90,54 @@ def test_a_failing_disk_costs_saves_only(disk: FailingDisk) -> None:
         life.event("committed", step=back_at + 1)
         _terminated(life)
         life.exact()
+        job.sound()
+
+
+def test_storage_that_turns_read_only_costs_saves_only(disk: FailingDisk) -> None:
+    with Job(size=2, storage=disk.folder / "repo", step_s=0.002, persist_every=5) as job:
+        life = job.start()
+        life.event("committed", step=5)
+        disk.make_read_only()
+        failed_at = life.newest_step("step")
+        life.until(lambda: _failure(job, "Read-only file system"), "a failed save is reported")
+        life.event("global", step=failed_at + 20)
+        life.kill()
+        known = life.newest_step("global")
+
+        # A life cannot begin without its record, and says why.
+        assert "Read-only file system" in job.start().refused("StoreDeniedError")
+
+        disk.make_writable()
+        second = job.start()
+        attached = second.attached()
+        assert (attached["source"], attached["step"] >= known) == ("memory", True)
+        second.event("committed", step=attached["step"] + 1)
+        _terminated(second)
+        second.exact()
+        job.sound()
+
+
+def test_a_repository_that_is_deleted_costs_saves_and_a_start_is_refused_until_it_is_asked_for() -> None:
+    with Job(size=2, step_s=0.002, persist_every=5) as job:
+        life = job.start()
+        life.event("committed", step=5)
+        # At once, as for anybody who looks at the name; what an unlinked file holds is of no use to a later life.
+        gone = job.storage.with_name("gone")
+        job.storage.rename(gone)
+        shutil.rmtree(gone)
+        deleted_at = life.newest_step("step")
+        life.until(lambda: _failure(job, "vanished"), "a failed save is reported")
+        life.event("global", step=deleted_at + 20)
+        assert not job.storage.exists()
+        life.kill()
+
+        assert job.run in job.start().refused("MismatchError")
+        second = job.start(run_id=job.run)
+        attached = second.attached()
+        assert (attached["source"], attached["step"] >= life.newest_step("global")) == ("memory", True)
+        second.event("committed", step=attached["step"] + 1)
+        _terminated(second)
+        second.exact()
         job.sound()
 
 
@@ -188,6 +238,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"cannot mount a small filesystem: errno={ctypes.get_errno()}")
     yield folder
     assert libc.umount2(os.fsencode(folder), 2) == 0  # MNT_DETACH
+
+
+def test_a_disk_that_fills_up_costs_periodic_saves_and_gets_them_back(small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    with Job(size=2, storage=small_disk / "repo", step_s=0.002, persist_every=5, keep_last=1) as job:
+        life = job.start()
+        life.event("committed", step=5)
+        with ballast.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+            while True:
+                stream.write(bytes(65536))
+        full_at = life.newest_step("step")
+        life.until(lambda: _failure(job, "StoreFullError"), "a failed save is reported")
+        life.event("global", step=full_at + 20)
+        assert len(job.committed_steps()) >= 1, "what was committed before is kept"
+        ballast.unlink()
+        back_at = life.newest_step("step")
+        life.event("committed", step=back_at + 1)
+        _terminated(life)
+        life.exact()
+        job.sound()
+        assert not list(job.storage.rglob(".*~*")), "no temporary file is left of the failed saves"
 
 
 def test_a_full_disk_fails_the_save_and_nothing_else(small_disk: Path) -> None:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moc.clock import SystemClock
 from moc.config import Config
-from moc.errors import MocError, SaveFailedError
+from moc.errors import MocError, SaveFailedError, WaitTimeoutError
 from moc.session import Session
 from moc.survey import Request
 from moc.trace import Trace
@@ -54,6 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--take-over", action="store_true")
     parser.add_argument("--restore", default="auto")
     parser.add_argument("--save-at", type=int, default=None, help="an explicit save at this step")
+    parser.add_argument("--wait-s", type=float, default=60.0, help="how long a save is waited for")
     parser.add_argument("--step-s", type=float, default=0.0, help="how long a forward pass takes")
     parser.add_argument("--kill", default=None, help="span:event:count")
     parser.add_argument("--cgroup", type=Path, default=None, help="enter this one first")
@@ -120,7 +121,7 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
         note("step", step=state.step, digest=state.digest(), incarnation=session.incarnation)
         is_terminating = session.boundary()
         if options.save_at == state.step or is_terminating:
-            _save(session, state, note)
+            _save(session, state, note, options.wait_s)
         status = session.status()
         for event, step in (("global", status.last_global_step), ("committed", status.last_committed_step)):
             if step is not None and step != seen[event]:
@@ -135,11 +136,11 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
     note("done", step=state.step, tensors=state.tensor_digest(), agents_replaced=replaced, **counters)
 
 
-def _save(session: Session, state: PlainState, note: Any) -> None:
+def _save(session: Session, state: PlainState, note: Any, wait_s: float) -> None:
     handle = session.save()
     try:
-        handle.wait_committed(60.0)
-    except SaveFailedError as error:
+        handle.wait_committed(wait_s)
+    except (SaveFailedError, WaitTimeoutError) as error:
         note("save_failed", step=state.step, words=str(error))
         return
     note("saved", step=state.step, incarnation=session.incarnation)

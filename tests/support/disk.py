@@ -6,6 +6,7 @@ import fcntl
 import os
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ __all__ = ["FailingDisk"]
 
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
 _DROP_UNFLUSHED = 2  # as a power failure would
+REMOUNT_DEADLINE_S = 20.0
 
 
 class FailingDisk:
@@ -47,6 +49,22 @@ class FailingDisk:
         """Come back with what had been flushed."""
         subprocess.run(["umount", "--lazy", self.folder], check=True)
         assert self._mount()
+
+    def make_read_only(self) -> None:
+        """As the kernel does after an error, or an administrator; waits for a moment in which nobody writes."""
+        ends_s = time.monotonic() + REMOUNT_DEADLINE_S
+        while subprocess.run(["mount", "-o", "remount,ro", self.folder], capture_output=True, check=False).returncode:
+            assert time.monotonic() < ends_s, "somebody always writes"
+
+    def make_writable(self) -> None:
+        subprocess.run(["mount", "-o", "remount,rw", self.folder], check=True)
+
+    def freeze(self) -> None:
+        """Let everybody who writes wait in the kernel, where no signal reaches them, until `thaw`."""
+        subprocess.run(["fsfreeze", "--freeze", self.folder], check=True)
+
+    def thaw(self) -> None:
+        subprocess.run(["fsfreeze", "--unfreeze", self.folder], check=True)
 
     def _mount(self) -> bool:
         command = ["mount", "-o", "loop", self._image, self.folder]

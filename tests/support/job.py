@@ -219,10 +219,18 @@ class Job:
                 _kill(pid)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, *, size: int | None = None, kill: Mapping[int, str] | None = None, **options: object) -> Life:
-        """Start a life; `kill` maps ranks to the "span:event:count" at which they die."""
+    def start(
+        self,
+        *,
+        size: int | None = None,
+        kill: Mapping[int, str] | None = None,
+        logs_in: Mapping[int, Path] | None = None,
+        **options: object,
+    ) -> Life:
+        """Start a life; `kill` maps ranks to the "span:event:count" at which they die, `logs_in` to other folders."""
         size, number = size or self.size, len(self.lives) + 1
-        logs = [self.folder / f"life{number}-{rank}.log" for rank in range(size)]
+        folders = [(logs_in or {}).get(rank, self.folder) for rank in range(size)]
+        logs = [folder / f"life{number}-{rank}.log" for rank, folder in enumerate(folders)]
         errors = [path.with_suffix(".err") for path in logs]
         common = {"steps": ENDLESS, **self.options, **options}
         common |= {"size": size, "rendezvous": self.folder / f"rv{number}", "storage": self.storage, "root": self.root}
