@@ -113,7 +113,9 @@ class Origin:
 def survey(request: Request, pids: Sequence[int], *, clock: Clock, trace: Trace) -> Origin:
     notes: list[str] = []
     stored, checkpoints, run, is_stored = _survey_storage(request, notes, trace=trace)
-    in_memory, snapshots = _survey_memory(request, run, pids, notes, clock=clock)
+    in_memory, snapshots = _survey_memory(request, run, pids, notes, is_stored=is_stored, clock=clock)
+    if is_stored and not snapshots:
+        stored, checkpoints = _list_again(request, trace=trace)
     if not is_stored and not snapshots:
         raise StoreUnavailableError(
             f"storage is unavailable and no snapshot is in memory: storage={request.place} reason={notes[-1]}"
@@ -191,6 +193,15 @@ def _survey_storage(
     return records, names, run, True
 
 
+def _list_again(request: Request, *, trace: Trace) -> tuple[tuple[Incarnation, ...], list[CheckpointName]]:
+    """Return what an agent that was leaving, or of another version, has stored since the first look."""
+    repository = Repository(open_store(request.storage, trace=trace))
+    try:
+        return repository.incarnations()[0], [checkpoint.name for checkpoint in repository.checkpoints()]
+    finally:
+        repository.close()
+
+
 def _refuse_vanished(request: Request, remembered: str) -> None:
     """Raise MismatchError where the repository is empty, but an agent still holds snapshots of a run that used this
     place.
@@ -219,15 +230,24 @@ def _refuse_vanished(request: Request, remembered: str) -> None:
 
 
 def _survey_memory(
-    request: Request, run: str, pids: Sequence[int], notes: list[str], *, clock: Clock
+    request: Request, run: str, pids: Sequence[int], notes: list[str], *, is_stored: bool, clock: Clock
 ) -> tuple[list[Incarnation], list[Candidate]]:
     """Start the agent if need be, end what is left of earlier lives, and return the lives and snapshots it holds."""
+
+    def before_drain(old: AgentClient) -> None:
+        _refuse_live_job(old, pids, clock=clock)
+        if not is_stored and old.status().get("arena_bytes"):
+            raise StoreUnavailableError(
+                f"an agent of another version holds snapshots that it cannot store now: folder={old.folder} "
+                f"reason={notes[-1]}"
+            )
+
     client = ensure_agent(
         runtime_folder(run, request.runtime_root),
         run=run,
         idle_s=request.agent_idle_s,
         timeout_s=request.config.timeout_s,
-        before_drain=lambda old: _refuse_live_job(old, pids, clock=clock),
+        before_drain=before_drain,
     )
     try:
         _refuse_live_job(client, pids, clock=clock)

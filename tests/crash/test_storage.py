@@ -7,7 +7,6 @@ import ctypes
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,12 +68,6 @@ def test_a_repository_that_vanishes_is_not_made_anew_in_its_place() -> None:
         assert attached["step"] >= announced
         second.finished()
         job.sound()
-
-
-@pytest.fixture
-def disk() -> Iterator[FailingDisk]:
-    with tempfile.TemporaryDirectory(prefix="moc-disk-") as folder, FailingDisk(Path(folder)) as made:
-        yield made
 
 
 def test_a_failing_disk_costs_saves_only(disk: FailingDisk) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,6 @@ from tests.support.disk import FailingDisk
 from tests.support.job import Job, Life
 
 pytestmark = pytest.mark.slow  # the agent waits 10 s for the end of a process that it has killed
-
-
-@pytest.fixture
-def disk() -> Iterator[FailingDisk]:
-    with tempfile.TemporaryDirectory(prefix="moc-disk-") as folder, FailingDisk(Path(folder)) as made:
-        yield made
 
 
 def _state(life: Life, rank: int) -> str:

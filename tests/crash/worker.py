@@ -29,6 +29,8 @@ from moc.trace import Trace
 from tests.support.kill import KillAt
 from tests.support.plain import PlainState, SocketWorld
 
+ROOT = Path(__file__).resolve().parents[2]
+EDITION = ROOT / "tests/support/edition.py"
 REFUSED, FAILED = 3, 4  # exit codes
 
 
@@ -57,6 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wait-s", type=float, default=60.0, help="how long a save is waited for")
     parser.add_argument("--step-s", type=float, default=0.0, help="how long a forward pass takes")
     parser.add_argument("--kill", default=None, help="span:event:count")
+    parser.add_argument("--edition", default=None, help="folder of another version of moc: be a worker of that one")
     parser.add_argument("--cgroup", type=Path, default=None, help="enter this one first")
     parser.add_argument("--limit", action="append", default=[], help="NAME=VALUE of a resource limit, without RLIMIT_")
     return parser.parse_args(argv)
@@ -64,6 +67,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
+    if options.edition not in (None, str(ROOT)):
+        words = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, str(EDITION), options.edition, "crash/worker.py", *words])
     if options.cgroup is not None:
         (options.cgroup / "cgroup.procs").write_text(str(os.getpid()))
     log = options.log.open("a", buffering=1)

@@ -37,6 +37,7 @@ from tests.support.plain import expected_digest, expected_tensors
 __all__ = ["Event", "Job", "Life", "lineage_steps", "start_agent", "until", "wait_killed"]
 
 AGENT_WORKER = Path(__file__).resolve().parents[1] / "crash" / "agent_worker.py"
+EDITION = Path(__file__).resolve().with_name("edition.py")
 DEADLINE_S = 60.0
 POLL_MS = 5
 ENDLESS = 1_000_000  # steps of a life that ends by a kill
@@ -379,23 +380,13 @@ def lineage_steps(lives: Sequence[Life]) -> list[int]:
     return steps
 
 
-def start_agent(job: Job, run: str, kill: str | None = None) -> subprocess.Popen[bytes]:
-    """Start an agent, perhaps one that dies at a span, and wait until it listens."""
+def start_agent(job: Job, run: str, kill: str | None = None, *, edition: Path | None = None) -> subprocess.Popen[bytes]:
+    """Start an agent, perhaps one that dies at a span, perhaps of another version, and wait until it listens."""
     folder = runtime_folder(run, job.root)
-    with (folder / "agent.log").open("ab") as log:
-        agent = subprocess.Popen(
-            [
-                sys.executable,
-                str(AGENT_WORKER),
-                "--folder",
-                str(folder),
-                "--run",
-                run,
-                *([] if kill is None else ["--kill", kill]),
-            ],
-            stdout=log,
-            stderr=log,
-        )
+    program = [str(AGENT_WORKER)] if edition is None else [str(EDITION), str(edition), "crash/agent_worker.py"]
+    command = [sys.executable, *program, "--folder", str(folder), "--run", run]
+    with (folder / LOG_NAME).open("ab") as log:
+        agent = subprocess.Popen(command if kill is None else [*command, "--kill", kill], stdout=log, stderr=log)
     until(lambda: job.agent_pid() == agent.pid, "the agent listens")
     return agent
 
