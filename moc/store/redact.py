@@ -1,15 +1,17 @@
-"""Removal of secrets from URLs and from other people's error messages: pure functions."""
+"""Removal of secrets from URLs and from other people's error messages."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
-__all__ = ["redact_text", "redact_url", "scrub", "scrub_value", "secret_values"]
+__all__ = ["ambient_secrets", "redact_text", "redact_url", "scrub", "scrub_value", "secret_values"]
 
 REASON_LENGTH_LIMIT = 200
 SECRET_LENGTH_MINIMUM = 3  # replacing every "a" of a message hides nothing but its meaning
+AMBIENT_LENGTH_MINIMUM = 6  # what the environment calls a key is often a number or a word
 
 _SECRET_NAME = re.compile(r"key|secret|token|password|passwd|credential|signature|sas|connection_string", re.IGNORECASE)
 _SECRET_PAIR = re.compile(
@@ -19,6 +21,7 @@ _SECRET_PAIR = re.compile(
     r"[^\s,;&'\"]+",
     re.IGNORECASE,
 )
+_ACCESS_KEY = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b")  # as AWS gives them
 _HARMLESS = re.compile(r"(?:incarnations|manifests|objects|victims)/.*|[0-9a-f]{8}|")  # keys and tokens of a repository
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{1,2}[^\s'\"<>]+")
 _SCHEME = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*:/{1,2}(?!/)")  # chains too
@@ -44,7 +47,8 @@ def scrub(text: str, secrets: Iterable[str] = ()) -> str:
     """Return a text of any length without the given secrets and whatever looks like one."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return _SECRET_PAIR.sub(r"\1\2***", _URL.sub(lambda match: redact_url(match.group()), text))
+    text = _URL.sub(lambda match: redact_url(match.group()), _ACCESS_KEY.sub("***", text))
+    return _SECRET_PAIR.sub(r"\1\2***", text)
 
 
 def scrub_value(value: object, secrets: Iterable[str] = ()) -> object:
@@ -89,6 +93,17 @@ def _split_user(rest: str) -> tuple[str, str]:
         return "", rest
     user, at, place = rest.rpartition("@")
     return (user, place) if at else (rest, "***")
+
+
+def ambient_secrets() -> frozenset[str]:
+    """Return what must not be shown among the things that client libraries take from around the process.
+
+    These are environment variables and fsspec's configuration; what profiles and roles give is not known here.
+    """
+    from fsspec.config import conf
+
+    found = {*_named_secrets(os.environ), *_named_secrets(conf)}
+    return frozenset(value for value in found if len(value) >= AMBIENT_LENGTH_MINIMUM)
 
 
 def _named_secrets(options: Mapping[str, object]) -> Iterator[str]:

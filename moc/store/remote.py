@@ -25,36 +25,52 @@ from moc.errors import (
 )
 from moc.store.key import byte_views, is_key, require_key, require_prefix
 from moc.store.port import Entry, Segment, StoreProperties
-from moc.store.redact import redact_text, redact_url, secret_values
+from moc.store.redact import ambient_secrets, redact_text, redact_url, secret_values
+from moc.store.s3 import PART_BYTES, PART_LIMIT, S3_SCHEMES, bound_requests, stale_uploads
 from moc.store.translate import class_for_remote, is_precondition_failure, translate_remote_error
 from moc.trace import Trace
 
 __all__ = ["RemoteStore"]
 
 READ_BYTES = 64 * 2**20  # one request; larger reads are several
-OBJECT_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"})
-CREATE_ONLY_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs"})
+SLOWEST_BYTES_PER_S = 2**20  # a transfer that is slower than this for long is taken for hung
+OBJECT_SCHEMES = S3_SCHEMES | {"gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
+CONDITION_SCHEMES = S3_SCHEMES | {"gs", "gcs"}  # a put can be made to depend on the key's absence
+CREATE_ONLY_SCHEMES = frozenset({"gs", "gcs"})  # S3 is not: many servers of its protocol ignore the condition
 
 
 class RemoteStore:
-    """Objects below a URL. Thread: any. Memory: one copy of an object during a put, `READ_BYTES` during a read."""
+    """Objects below a URL. Thread: any. Memory: one copy of an object during a put, `READ_BYTES` during a read.
+
+    On S3 an object of two `part_bytes` or more is sent in parts, and every request ends within `patience_s` and the
+    time that its bytes take at `SLOWEST_BYTES_PER_S`.
+    """
 
     def __init__(
-        self, url: str, storage_options: Mapping[str, object] | None = None, *, trace: Trace | None = None
+        self,
+        url: str,
+        storage_options: Mapping[str, object] | None = None,
+        *,
+        patience_s: float = 60.0,
+        part_bytes: int = PART_BYTES,
+        trace: Trace | None = None,
     ) -> None:
         options = dict(storage_options or {})
         self._url = redact_url(url)
-        self._secrets = secret_values(url, options)
+        self._secrets = secret_values(url, options) | ambient_secrets()
+        self._patience_s = patience_s
+        self._part_bytes = part_bytes
         self._trace = trace or Trace()
         self._files, self._base = self._connect(url, options)
         protocol = self._files.protocol
         schemes = {protocol} if isinstance(protocol, str) else set(protocol)
+        self._is_s3 = bool(schemes & S3_SCHEMES)
         self._writes_objects = bool(schemes & OBJECT_SCHEMES)
-        self._creates_only = bool(schemes & CREATE_ONLY_SCHEMES)
-        # Other servers of S3's protocol may ignore the condition, so only AWS's own endpoint counts as enforcing it.
-        is_foreign = bool(getattr(self._files, "endpoint_url", None))
+        self._takes_condition = bool(schemes & CONDITION_SCHEMES)
+        if self._is_s3:
+            bound_requests(self._files)
         self._properties = StoreProperties(
-            url=self._url, create_only=self._creates_only and not is_foreign, is_local=False
+            url=self._url, create_only=bool(schemes & CREATE_ONLY_SCHEMES), is_local=False
         )
         # Filesystems that write in place truncate first: two puts of one key must not overlap.
         self._in_place_lock = threading.Lock()
@@ -118,24 +134,34 @@ class RemoteStore:
         require_prefix(prefix)
         directory = f"{self._base}/{prefix}" if prefix else self._base
         entries = []
-        with self._translated("list", prefix) as files:
-            for path, row in self._rows(files, directory):
-                key = path[len(self._base) + 1 :]
-                if path.startswith(f"{directory}/") and is_key(key):
-                    entries.append(Entry(key=key, size_bytes=int(row["size"]), modified_s=_modified_s(row)))
+        try:
+            with self._translated("list", prefix) as files:
+                for path, row in self._rows(files, directory):
+                    key = path[len(self._base) + 1 :]
+                    if path.startswith(f"{directory}/") and is_key(key):
+                        entries.append(Entry(key=key, size_bytes=int(row["size"]), modified_s=_modified_s(row)))
+        except ObjectMissingError as error:
+            # S3 answers 200 where nothing is; whatever says 404 is not the store, and does not make it an empty one.
+            raise StoreUnavailableError(f"listing was not served: {error}") from None
         return sorted(entries, key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
         with self._trace.span("store.delete", key=key), self._translated("delete", key) as files:
             try:
-                files.rm_file(path)
+                files.rm_file(path, **self._bound())
             except Exception as error:
                 if class_for_remote(error) is not ObjectMissingError:
                     raise
 
     def sweep(self, *, older_than_s: float) -> int:
-        return 0  # parts of interrupted uploads are invisible here; stores expire them by a lifecycle rule
+        if not self._is_s3:
+            return 0  # parts of interrupted uploads are invisible here; stores expire them by themselves or by a rule
+        with self._translated("sweep") as files:
+            uploads = stale_uploads(files, self._base, older_than_s=older_than_s, **self._bound())
+            for upload in uploads:
+                files.call_s3("abort_multipart_upload", **upload, **self._bound())
+            return len(uploads)
 
     def free_bytes(self) -> int | None:
         with self._translated("free"):
@@ -144,8 +170,7 @@ class RemoteStore:
     def exists(self) -> bool:
         """Return whether anything is stored below the URL."""
         with self._translated("exists") as files:
-            files.invalidate_cache()
-            return bool(files.exists(self._base))
+            return self._is_there(files, self._base)
 
     def close(self) -> None:
         self._files = None
@@ -179,6 +204,10 @@ class RemoteStore:
         return files, base
 
     def _pipe(self, files: Any, path: str, content: bytes) -> None:
+        if self._is_s3:
+            part_bytes = max(self._part_bytes, -(-len(content) // PART_LIMIT))
+            files.pipe_file(path, content, chunksize=part_bytes, **self._bound(len(content)))
+            return
         try:
             files.pipe_file(path, content)
         except FileNotFoundError:
@@ -188,11 +217,11 @@ class RemoteStore:
             files.pipe_file(path, content)
 
     def _pipe_new(self, files: Any, path: str, key: str, content: bytes) -> None:
-        """Put unless other bytes are there; what the store itself does not enforce is looked at before."""
+        """Put unless other bytes are there; where the store may not enforce it, a look before narrows the window."""
         try:
-            is_free = self._properties.create_only or not files.exists(path)
-            if is_free and self._creates_only:
-                files.pipe_file(path, content, mode="create")
+            is_free = self._properties.create_only or not self._is_there(files, path)
+            if is_free and self._takes_condition:
+                files.pipe_file(path, content, mode="create", **self._bound(len(content)))
             elif is_free:
                 self._pipe(files, path, content)
             if is_free:
@@ -208,16 +237,27 @@ class RemoteStore:
         ):
             raise FencedError(f"object exists with other bytes {self._subject(key)}")
 
+    def _is_there(self, files: Any, path: str) -> bool:
+        """Return whether an object or a folder has this path; not by `exists()`, which takes some errors for a no."""
+        files.invalidate_cache()
+        try:
+            files.info(path, **self._bound())
+        except Exception as error:
+            if class_for_remote(error) is not ObjectMissingError:
+                raise
+            return False
+        return True
+
     def _size(self, files: Any, path: str, key: str) -> int:
         files.invalidate_cache()
-        row = files.info(path)
+        row = files.info(path, **self._bound())
         if row["type"] != "file":
             raise ObjectMissingError(f"object does not exist {self._subject(key)}")
         return int(row["size"])
 
     def _read_range(self, files: Any, path: str, key: str, offset: int, length: int) -> bytes:
         try:
-            content = bytes(files.cat_file(path, start=offset, end=offset + length))
+            content = bytes(files.cat_file(path, start=offset, end=offset + length, **self._bound(length)))
         except Exception:
             # Stores answer in many ways to a range behind the end.
             self._require_reach(files, path, key, offset + length)
@@ -239,7 +279,7 @@ class RemoteStore:
         files.invalidate_cache()
         try:
             if self._writes_objects:
-                for path, row in files.find(directory, detail=True).items():
+                for path, row in files.find(directory, detail=True, **self._bound()).items():
                     if row["type"] == "file":
                         yield str(path), row
                 return
@@ -252,8 +292,12 @@ class RemoteStore:
                     else:
                         yield str(row["name"]).rstrip("/"), row
         except (FileNotFoundError, NotADirectoryError) as error:
-            if class_for_remote(error) is not ObjectMissingError:
+            if self._is_s3 or class_for_remote(error) is not ObjectMissingError:
                 raise
+
+    def _bound(self, length: int = 0) -> dict[str, float]:
+        """Return the argument that ends a call which transfers so many bytes, where the client is known to take it."""
+        return {"timeout": self._patience_s + length / SLOWEST_BYTES_PER_S} if self._is_s3 else {}
 
     def _path(self, key: str) -> str:
         return f"{self._base}/{require_key(key)}"

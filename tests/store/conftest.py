@@ -14,21 +14,30 @@ from moc.store.local import LocalStore
 from moc.store.memory import MemoryStore
 from moc.store.port import Store
 from moc.store.remote import RemoteStore
+from tests.support.s3_server import S3Server
 
-OPENERS: dict[str, Callable[[Path], Store]] = {
-    "local": lambda folder: LocalStore(folder / "repository"),
-    "memory": lambda _: MemoryStore(),
-    "fsspec-memory": lambda _: RemoteStore(f"memory://{uuid4().hex}/repository"),
-    "fsspec-file": lambda folder: RemoteStore(f"file://{folder}/repository"),
+OPENERS: dict[str, Callable[[pytest.FixtureRequest, Path], Store]] = {
+    "local": lambda _, folder: LocalStore(folder / "repository"),
+    "memory": lambda *_: MemoryStore(),
+    "fsspec-memory": lambda *_: RemoteStore(f"memory://{uuid4().hex}/repository"),
+    "fsspec-file": lambda _, folder: RemoteStore(f"file://{folder}/repository"),
+    "s3": lambda request, _: open_s3(request),
 }
 
 
 @pytest.fixture(params=sorted(OPENERS))
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     """Open one store of each kind, empty."""
-    opened = OPENERS[request.param](tmp_path)
+    opened = OPENERS[request.param](request, tmp_path)
     yield opened
     opened.close()
+
+
+def open_s3(request: pytest.FixtureRequest) -> Store:
+    """Open an empty place on the real S3 server, which is started by the first test that asks for it."""
+    server: S3Server = request.getfixturevalue("s3_server")
+    bucket: str = request.getfixturevalue("s3_bucket")
+    return RemoteStore(f"s3://{bucket}/{uuid4().hex}/repository", server.options())
 
 
 @pytest.fixture

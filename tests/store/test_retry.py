@@ -12,19 +12,7 @@ from moc.store.memory import MemoryStore
 from moc.store.port import Entry, Segment, StoreProperties
 from moc.store.retry import RetryingStore
 from moc.trace import Trace
-
-
-class FakeClock:
-    """Time that passes only by sleeping."""
-
-    def __init__(self) -> None:
-        self.sleeps: list[float] = []
-
-    def now_s(self) -> float:
-        return sum(self.sleeps)
-
-    def sleep(self, seconds: float) -> None:
-        self.sleeps.append(seconds)
+from tests.support.clock import FakeClock
 
 
 class FlakyStore:

@@ -1,0 +1,52 @@
+"""What S3 needs beyond fsspec: bounds on requests, the size of parts, and uploads that a dead process has left.
+
+s3fs is reached only through the filesystem object that it made; nothing here imports it.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+__all__ = ["PART_BYTES", "PART_LIMIT", "S3_SCHEMES", "bound_requests", "stale_uploads"]
+
+S3_SCHEMES = frozenset({"s3", "s3a"})
+REQUEST_TRIES = 3  # of one request, by botocore: one part of many should not fail the whole object
+SILENCE_S = 30.0  # until a request without an answer is given up
+PART_BYTES = 16 * 2**20  # large enough for a fast stream, small enough to send many of them at once
+PART_LIMIT = 9000  # S3 takes 10000 parts
+UPLOAD_LIMIT = 10_000  # uploads that one sweep looks at
+
+
+def bound_requests(files: Any) -> None:
+    """Let botocore alone repeat requests, a few times; what the user has set in `config_kwargs` stays.
+
+    s3fs repeats what botocore has repeated, and whoever calls repeats again: 125 requests before an error is seen.
+    """
+    files.retries = 1
+    files.config_kwargs = {
+        "retries": {"mode": "standard", "total_max_attempts": REQUEST_TRIES},
+        "read_timeout": SILENCE_S,
+        **files.config_kwargs,
+    }
+
+
+def stale_uploads(files: Any, base: str, *, older_than_s: float, timeout: float) -> list[dict[str, str]]:
+    """Return bucket, key and upload id of multipart uploads below `base` that were begun longer ago than this."""
+    bucket, key, _ = files.split_path(base)
+    begun_before = datetime.now(timezone.utc) - timedelta(seconds=older_than_s)
+    found: list[dict[str, str]] = []
+    page: dict[str, str] = {}
+    while len(found) < UPLOAD_LIMIT:
+        answer = files.call_s3(
+            "list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "", **page, timeout=timeout
+        )
+        found += [
+            {"Bucket": bucket, "Key": row["Key"], "UploadId": row["UploadId"]}
+            for row in answer.get("Uploads", [])
+            if row["Initiated"] < begun_before
+        ]
+        if not answer.get("IsTruncated"):
+            break
+        page = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+    return found

@@ -1,0 +1,24 @@
+"""What tests of several areas share and start only when one of them asks for it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.s3_server import S3Server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """Run one real S3 server for all tests that ask for it."""
+    with tempfile.TemporaryDirectory(prefix="moc-s3-") as folder, S3Server(Path(folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_server: S3Server) -> str:
+    """Return a bucket for tests that use a prefix of their own in it."""
+    return s3_server.make_bucket()
