@@ -18,7 +18,6 @@ from moc import errors
 from moc.agent.client import AgentClient
 from moc.agent.runtime import remember_run, runtime_folder
 from moc.agreement import agree, decide, exchange
-from moc.clock import Clock
 from moc.errors import (
     IntegrityError,
     MismatchError,
@@ -31,6 +30,7 @@ from moc.errors import (
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Parent
 from moc.format.tagged import decode_state, encode_state, expect_mapping
+from moc.host import Host
 from moc.plan.lineage import STORAGE, Candidate
 from moc.recover import (
     MemorySource,
@@ -44,7 +44,6 @@ from moc.recover import (
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
-from moc.store.open import open_store
 from moc.survey import Origin, Request, survey
 from moc.trace import Trace
 from moc.training import TrainingState, World
@@ -73,17 +72,17 @@ def recover_life(
     pids: Sequence[int],
     *,
     software: Mapping[str, str],
-    clock: Clock,
+    host: Host,
     trace: Trace,
 ) -> Recovered:
     """Choose and restore a state; `software` are this life's versions.
 
     Collective. Raises the same error on every rank, before anything was written to storage.
     """
-    began_s = clock.now_s()
-    body = decide(world, lambda: survey(request, pids, clock=clock, trace=trace).to_json())
+    began_s = host.now_s()
+    body = decide(world, lambda: survey(request, pids, host=host, trace=trace).to_json())
     origin = Origin.from_json(body)
-    surveyed_s = clock.now_s()
+    surveyed_s = host.now_s()
     if world.rank == 0:
         for note in origin.notes:
             log.warning("%s", note)
@@ -91,7 +90,9 @@ def recover_life(
     rejected: list[Rejection] = []
     for candidate in wanted:
         try:
-            sizes, notes = _try_restore(request, origin, candidate, state, world, software=software, trace=trace)
+            sizes, notes = _try_restore(
+                request, origin, candidate, state, world, software=software, host=host, trace=trace
+            )
         except MocError as error:
             if not _is_rejection(error):
                 raise  # a storage that is away for a moment must not cost a checkpoint: let the supervisor try again
@@ -106,7 +107,7 @@ def recover_life(
             run=origin.run,
             lineage=tuple((link.incarnation, link.last_step) for link in origin.links),
             bytes_per_rank=tuple(sizes),
-            seconds={"choose": surveyed_s - began_s, "restore": clock.now_s() - surveyed_s},
+            seconds={"choose": surveyed_s - began_s, "restore": host.now_s() - surveyed_s},
             rejected=tuple(rejected),
             notes=origin.notes + notes,
         )
@@ -121,7 +122,13 @@ def recover_life(
 
 
 def write_life(
-    request: Request, recovered: Recovered, world: World, *, check: Callable[[Incarnation], None], trace: Trace
+    request: Request,
+    recovered: Recovered,
+    world: World,
+    *,
+    check: Callable[[Incarnation], None],
+    host: Host,
+    trace: Trace,
 ) -> Incarnation:
     """Write the new life's record, from which on every earlier life is fenced. Collective.
 
@@ -146,7 +153,7 @@ def write_life(
         if not origin.is_stored:
             return
         with trace.span("attach.record", incarnation=record.number):
-            repository = Repository(open_store(request.storage, trace=trace))
+            repository = Repository(host.open_store(request.storage, trace=trace))
             try:
                 repository.create()
                 repository.put_incarnation(record)
@@ -194,6 +201,7 @@ def _try_restore(
     world: World,
     *,
     software: Mapping[str, str],
+    host: Host,
     trace: Trace,
 ) -> tuple[list[int], tuple[str, ...]]:
     """Restore one candidate on all ranks; return bytes by rank, and what the user should know.
@@ -203,7 +211,7 @@ def _try_restore(
 
     def restore() -> tuple[int, Mapping[str, object], bool, tuple[str, ...]]:
         with trace.span("recover.restore", source=candidate.source, step=candidate.step, rank=world.rank):
-            source, close = _open_source(request, origin, candidate, world.rank, trace=trace)
+            source, close = _open_source(request, origin, candidate, world.rank, host=host, trace=trace)
             try:
                 notes: tuple[str, ...] = ()
                 if request.restore != "weights":
@@ -213,7 +221,7 @@ def _try_restore(
                         stored_software=source.software,
                         software=software,
                     )
-                return *_restore(request, source, candidate, state, world, trace=trace), notes
+                return *_restore(request, source, candidate, state, world, host=host, trace=trace), notes
             finally:
                 close()
 
@@ -225,24 +233,31 @@ def _try_restore(
 
 
 def _restore(
-    request: Request, source: Source, candidate: Candidate, state: TrainingState, world: World, *, trace: Trace
+    request: Request,
+    source: Source,
+    candidate: Candidate,
+    state: TrainingState,
+    world: World,
+    *,
+    host: Host,
+    trace: Trace,
 ) -> tuple[int, Mapping[str, object], bool]:
     if request.restore == "weights":
         own = encode_state(state.capture()).to_bytes()
         state.begin_restore()
-        size = restore_shards(source, state, candidate, parts=WEIGHT_PARTS, trace=trace)
+        size = restore_shards(source, state, candidate, parts=WEIGHT_PARTS, host=host, trace=trace)
         return size, expect_mapping(decode_state(own), "state"), True
     tree, is_exact = source.state(world.rank)
     state.begin_restore()
-    size = restore_shards(source, state, candidate, parts=None, trace=trace)
+    size = restore_shards(source, state, candidate, parts=None, host=host, trace=trace)
     return size, expect_mapping(tree, "state"), is_exact
 
 
 def _open_source(
-    request: Request, origin: Origin, candidate: Candidate, rank: int, *, trace: Trace
+    request: Request, origin: Origin, candidate: Candidate, rank: int, *, host: Host, trace: Trace
 ) -> tuple[Source, Any]:
     if candidate.source == STORAGE:
-        repository = Repository(open_store(request.storage, trace=trace))
+        repository = Repository(host.open_store(request.storage, trace=trace))
         name = CheckpointName(
             run=candidate.run, incarnation=candidate.incarnation, step=candidate.step, attempt=candidate.attempt
         )
@@ -251,7 +266,7 @@ def _open_source(
         except MocError:
             repository.close()
             raise
-    arena = _map_source(request, origin.run)
+    arena = _map_source(request, origin.run, host=host)
     records: dict[int, SealRecord] = {}
     for holder in (catalog.rank for catalog in arena.catalogs):
         for record in arena.seals(holder).values():
@@ -268,8 +283,9 @@ def _open_source(
     return MemorySource(arena, records), arena.close
 
 
-def _map_source(request: Request, run: str) -> Arena:
-    client = AgentClient.connect(runtime_folder(run, request.runtime_root), timeout_s=request.config.timeout_s)
+def _map_source(request: Request, run: str, *, host: Host) -> Arena:
+    folder = runtime_folder(run, request.runtime_root)
+    client = AgentClient.connect(folder, timeout_s=request.config.timeout_s, host=host)
     try:
         _, descriptors = client.request("source")
     finally:

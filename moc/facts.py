@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ from moc.agreement import agree, exchange
 from moc.config import Config
 from moc.errors import TopologyError, UsageError
 from moc.format.manifest import Incarnation, encode_incarnation
+from moc.host import Host
 from moc.plan.layout import arrange_arena
 from moc.state import RankCatalog, catalog_digest, check_coverage
 from moc.survey import Request
@@ -34,7 +34,7 @@ class Facts:
 
 
 def gather_facts(
-    state: TrainingState, world: World, request: Request, *, ep_sizes: tuple[tuple[str, int], ...]
+    state: TrainingState, world: World, request: Request, *, ep_sizes: tuple[tuple[str, int], ...], host: Host
 ) -> Facts:
     """Tell all ranks who is where and holds what.
 
@@ -44,7 +44,7 @@ def gather_facts(
         world,
         lambda: {
             "node": node_identity(request.runtime_root),
-            "pid": os.getpid(),
+            "pid": host.pid,
             "catalog": state.catalog.to_json(),
             "fingerprint": dict(request.fingerprint),
         },

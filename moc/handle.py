@@ -9,8 +9,8 @@ from typing import Any
 
 from moc.agent.client import AgentClient
 from moc.agent.link import AgentLink
-from moc.clock import Clock
 from moc.errors import MocError, SaveFailedError, WaitTimeoutError
+from moc.host import Host
 
 __all__ = ["SaveHandle"]
 
@@ -27,15 +27,15 @@ class SaveHandle:
     attempt: str
     problem: str | None
     link: AgentLink
-    clock: Clock
+    host: Host
 
     def wait_committed(self, timeout_s: float = 600.0) -> None:
         """Wait until the checkpoint is committed. Raises: SaveFailedError with the reason, WaitTimeoutError."""
         if self.problem is not None:
             raise SaveFailedError(f"save failed: step={self.step} reason={self.problem}")
-        deadline_s = self.clock.now_s() + timeout_s
+        deadline_s = self.host.now_s() + timeout_s
         while True:
-            left_s = deadline_s - self.clock.now_s()
+            left_s = deadline_s - self.host.now_s()
             if left_s <= 0:
                 raise WaitTimeoutError(
                     f"save did not end in time: step={self.step} attempt={self.attempt} timeout_s={timeout_s}"
@@ -49,10 +49,10 @@ class SaveHandle:
     def _ask(self, slice_s: float) -> Mapping[str, Any]:
         """Ask the agent; while there is none, a new one is on its way and will find the seal."""
         try:
-            client = AgentClient.connect(self.link.folder, timeout_s=WAIT_SLICE_S)
+            client = AgentClient.connect(self.link.folder, timeout_s=WAIT_SLICE_S, host=self.host)
         except MocError:
             self.link.look()
-            self.clock.sleep(min(slice_s, 0.1))
+            self.host.sleep(min(slice_s, 0.1))
             return {"state": "pending"}
         try:
             fields = {"step": self.step, "attempt": self.attempt, "timeout_s": slice_s}

@@ -17,10 +17,10 @@ import moc
 from moc.adapters.deepspeed import DeepSpeedState, Hooks, refuse_attached
 from moc.adapters.world import TorchWorld
 from moc.agreement import agree
-from moc.clock import SystemClock
 from moc.config import Config
 from moc.errors import MocError
 from moc.handle import SaveHandle
+from moc.host import SystemHost
 from moc.recover import RecoveryReport
 from moc.session import Session, Status
 from moc.survey import Request
@@ -108,8 +108,8 @@ class CheckpointManager:
                 ),
             )
             trace = agree(world, lambda: _open_trace(trace_dir, world.rank))
-            grid, clock = state.ep_sizes, SystemClock()
-            session = Session(state, world, request, ep_sizes=grid, software=_software(), clock=clock, trace=trace)
+            grid, host = state.ep_sizes, SystemHost()
+            session = Session(state, world, request, ep_sizes=grid, software=_software(), host=host, trace=trace)
         except BaseException:
             world.close()
             raise

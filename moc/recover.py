@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -20,6 +19,7 @@ from moc.format.keys import parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
 from moc.format.tagged import decode_state
+from moc.host import Host
 from moc.plan.lineage import Candidate
 from moc.plan.read import Piece, Placed, plan_read
 from moc.repository import Repository
@@ -198,7 +198,13 @@ class StorageSource:
 
 
 def restore_shards(
-    source: Source, state: TrainingState, candidate: Candidate, *, parts: Sequence[str] | None, trace: Trace
+    source: Source,
+    state: TrainingState,
+    candidate: Candidate,
+    *,
+    parts: Sequence[str] | None,
+    host: Host,
+    trace: Trace,
 ) -> int:
     """Copy every needed shard (of these parts only, where given) from the source into the training state.
 
@@ -233,8 +239,7 @@ def restore_shards(
                     state.write_shard(targets[piece.target], piece.target_offset, part)
         return row.shard.size_bytes
 
-    with ThreadPoolExecutor(READERS, thread_name_prefix="moc-read") as pool:
-        return sum(pool.map(fill, jobs))
+    return sum(host.map(fill, jobs, workers=READERS, name="moc-read"))
 
 
 def reasons_for_drift(

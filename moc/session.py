@@ -8,8 +8,8 @@ the crash tests plain memory.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from moc.agent.link import AgentLink
 from moc.agent.runtime import runtime_folder
 from moc.agreement import agree, decide, exchange
 from moc.attach import Recovered, recover_life, write_life
-from moc.clock import Clock
 from moc.errors import (
     ClosedError,
     CoordinationError,
@@ -28,13 +27,13 @@ from moc.errors import (
 from moc.facts import describe_life, gather_facts
 from moc.format.manifest import Incarnation
 from moc.handle import SaveHandle
+from moc.host import Host
 from moc.plan.freeing import attempt_id
 from moc.recover import RecoveryReport
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT, PERSIST
 from moc.snapshot.snapshotter import Begun, SnapshotCounters, Snapshotter
-from moc.store.open import open_store
 from moc.survey import Origin, Request
 from moc.trace import Trace
 from moc.training import TrainingState, World
@@ -89,7 +88,7 @@ class Session:
         *,
         ep_sizes: tuple[tuple[str, int], ...],
         software: Mapping[str, str],
-        clock: Clock,
+        host: Host,
         trace: Trace,
     ) -> None:
         """Recover and begin a life.
@@ -97,7 +96,7 @@ class Session:
         Collective. Blocks: for recovery and the creation of the arena. Raises: MocError, the same everywhere.
         """
         self._state, self._world, self._request = state, world, request
-        self._clock, self._trace, self._software = clock, trace, dict(software)
+        self._host, self._trace, self._software = host, trace, dict(software)
         self._closed = False
         self._last_status: Status | None = None
         self._is_asked_to_terminate = False
@@ -105,9 +104,9 @@ class Session:
         self._ordinal: tuple[int, int] = (-1, 0)
         self._step_s, self._beat_s = 0.0, 0.0
         self.boundary_name = "hook"
-        self._facts = gather_facts(state, world, request, ep_sizes=ep_sizes)
+        self._facts = gather_facts(state, world, request, ep_sizes=ep_sizes, host=host)
         self._recovered = recover_life(
-            request, state, world, self._facts.pids, software=self._software, clock=clock, trace=trace
+            request, state, world, self._facts.pids, software=self._software, host=host, trace=trace
         )
         self._life = self._begin(self._recovered)
 
@@ -162,7 +161,7 @@ class Session:
         """
         self._refuse_closed()
         step, config, life = self._state.step, self._request.config, self._life
-        now_s = self._clock.now_s()
+        now_s = self._host.now_s()
         self._step_s, self._beat_s = now_s - (self._beat_s or now_s), now_s
         now_ns = int(now_s * 1e9)
         life.arena.beat(self._world.rank, incarnation=life.record.number, step=step, now_ns=now_ns)
@@ -187,7 +186,7 @@ class Session:
                 life.link.skip(step, attempt, problem)
             except MocError as error:
                 log.warning("agent could not be told of a failed save: %s", error)
-        return SaveHandle(step=step, attempt=attempt, problem=problem, link=life.link, clock=self._clock)
+        return SaveHandle(step=step, attempt=attempt, problem=problem, link=life.link, host=self._host)
 
     def ask_to_terminate(self) -> None:
         """Ask for a durable save at the next boundary on which all ranks agree.
@@ -251,7 +250,7 @@ class Session:
         for attempt in range(1, DRAIN_ATTEMPTS + 1):
             life.link.wait_connected(timeout_s)
             try:
-                reply = AgentClient.connect(life.link.folder, timeout_s=timeout_s).drain(timeout_s)
+                reply = self._connect(life.link.folder).drain(timeout_s)
             except StoreUnavailableError:
                 if attempt == DRAIN_ATTEMPTS:
                     raise
@@ -289,22 +288,22 @@ class Session:
     def _begin_awaited(self, step: int, attempt: str) -> str | None:
         """Begin a snapshot that somebody waits for; return why it could not be had."""
         snapshotter = self._life.snapshotter
-        deadline_s = self._clock.now_s() + self._request.config.timeout_s
+        deadline_s = self._host.now_s() + self._request.config.timeout_s
         failed = snapshotter.counters.failed
         while True:
-            snapshotter.wait_finished(max(deadline_s - self._clock.now_s(), 0.0))
+            snapshotter.wait_finished(max(deadline_s - self._host.now_s(), 0.0))
             outcome = snapshotter.begin(step, flags=PERSIST | EXPLICIT, attempt=attempt)
             if outcome is Begun.STARTED:
                 break
-            if outcome is Begun.FAILED or self._clock.now_s() >= deadline_s:
+            if outcome is Begun.FAILED or self._host.now_s() >= deadline_s:
                 return snapshotter.counters.last_problem or "no free slots"
             self._life.link.look()  # only an agent frees slots
-            self._clock.sleep(SLOT_WAIT_S)
-        snapshotter.wait_finished(max(deadline_s - self._clock.now_s(), 0.0))
+            self._host.sleep(SLOT_WAIT_S)
+        snapshotter.wait_finished(max(deadline_s - self._host.now_s(), 0.0))
         return snapshotter.counters.last_problem if snapshotter.counters.failed > failed else None
 
     def _next_origin(self, former: _Life) -> Origin:
-        repository = Repository(open_store(self._request.storage, trace=self._trace))
+        repository = Repository(self._host.open_store(self._request.storage, trace=self._trace))
         try:
             newest = max((number for _, number in repository.incarnation_numbers()), default=0)
         finally:
@@ -313,7 +312,7 @@ class Session:
         return replace(
             self._recovered.origin,
             number=number,
-            token=os.urandom(4).hex(),
+            token=self._host.token(),
             lineage=former.lineage,
             links=(),
             candidates=(),
@@ -330,26 +329,27 @@ class Session:
             return describe_life(self._facts, self._request, self._software, lineage)
 
         def ask(verb: str, record: Incarnation) -> None:
-            client = AgentClient.connect(folder, timeout_s=config.timeout_s)
-            try:
+            with closing(self._connect(folder)) as client:
                 fields = {"incarnation": record.number, "descriptor": describe(record)}
                 client.request(verb, fields, timeout_s=config.timeout_s)
-            finally:
-                client.close()
 
         record = write_life(
-            self._request, recovered, self._world, check=lambda record: ask("check", record), trace=self._trace
+            self._request,
+            recovered,
+            self._world,
+            check=lambda record: ask("check", record),
+            host=self._host,
+            trace=self._trace,
         )
 
         def introduce() -> None:
-            client = AgentClient.connect(folder, timeout_s=config.timeout_s)
-            client.hello(rank=rank, incarnation=record.number)
-            client.close()
+            with closing(self._connect(folder)) as client:
+                client.hello(rank=rank, incarnation=record.number)
 
         with self._trace.span("attach.begin", incarnation=record.number, rank=rank):
             agree(self._world, introduce)
             agree(self._world, lambda: ask("begin", record) if rank == 0 else None)
-            arena = agree(self._world, lambda: _map_arena(folder, rank, config.timeout_s))
+            arena = agree(self._world, lambda: self._map_arena(folder))
         link = agree(
             self._world,
             lambda: AgentLink(
@@ -360,6 +360,7 @@ class Session:
                 incarnation=record.number,
                 idle_s=self._request.agent_idle_s,
                 arena=arena,
+                host=self._host,
             ),
         )
         snapshotter = Snapshotter(
@@ -370,21 +371,20 @@ class Session:
             incarnation=record.number,
             digest=str(arena.descriptor["digest"]),
             on_sealed=link.ring,
-            clock=self._clock,
+            host=self._host,
             trace=self._trace,
         )
-        arena.beat(rank, incarnation=record.number, step=self._state.step, now_ns=int(self._clock.now_s() * 1e9))
+        arena.beat(rank, incarnation=record.number, step=self._state.step, now_ns=int(self._host.now_s() * 1e9))
         return _Life(
             record=record, lineage=(*recovered.origin.lineage, record), arena=arena, link=link, snapshotter=snapshotter
         )
 
+    def _map_arena(self, folder: Path) -> Arena:
+        with closing(self._connect(folder)) as client:
+            _, descriptors = client.request("arena")
+        arena = Arena.attach(descriptors[0])
+        arena.populate_rank(self._world.rank)
+        return arena
 
-def _map_arena(folder: Path, rank: int, timeout_s: float) -> Arena:
-    client = AgentClient.connect(folder, timeout_s=timeout_s)
-    try:
-        _, descriptors = client.request("arena")
-    finally:
-        client.close()
-    arena = Arena.attach(descriptors[0])
-    arena.populate_rank(rank)
-    return arena
+    def _connect(self, folder: Path) -> AgentClient:
+        return AgentClient.connect(folder, timeout_s=self._request.config.timeout_s, host=self._host)

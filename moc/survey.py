@@ -6,7 +6,6 @@ Nothing is chosen before the agent has killed what is left of earlier lives.
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 
 from moc.agent.client import AgentClient, ensure_agent
 from moc.agent.runtime import remembered_run, runtime_folder
-from moc.clock import Clock
 from moc.config import Config
 from moc.errors import IntegrityError, MismatchError, StoreUnavailableError, UsageError
 from moc.format.keys import CheckpointName, check_run_id
 from moc.format.manifest import Incarnation, decode_incarnation, encode_incarnation
+from moc.host import Host
 from moc.plan.lineage import MEMORY, STORAGE, Candidate, Link, candidates, chain, merge_incarnations, tip
 from moc.repository import Repository
-from moc.store.open import absolute_url, open_store
+from moc.store.open import absolute_url
 from moc.store.redact import redact_url
 from moc.trace import Trace
 
@@ -110,12 +109,12 @@ class Origin:
         )
 
 
-def survey(request: Request, pids: Sequence[int], *, clock: Clock, trace: Trace) -> Origin:
+def survey(request: Request, pids: Sequence[int], *, host: Host, trace: Trace) -> Origin:
     notes: list[str] = []
-    stored, checkpoints, run, is_stored = _survey_storage(request, notes, trace=trace)
-    in_memory, snapshots = _survey_memory(request, run, pids, notes, is_stored=is_stored, clock=clock)
+    stored, checkpoints, run, is_stored = _survey_storage(request, notes, host=host, trace=trace)
+    in_memory, snapshots = _survey_memory(request, run, pids, notes, is_stored=is_stored, host=host)
     if is_stored and not snapshots:
-        stored, checkpoints = _list_again(request, trace=trace)
+        stored, checkpoints = _list_again(request, host=host, trace=trace)
     if not is_stored and not snapshots:
         raise StoreUnavailableError(
             f"storage is unavailable and no snapshot is in memory: storage={request.place} reason={notes[-1]}"
@@ -145,7 +144,7 @@ def survey(request: Request, pids: Sequence[int], *, clock: Clock, trace: Trace)
     return Origin(
         run=run,
         number=max([newest, *(name.incarnation for name in checkpoints)]) + 1,
-        token=secrets.token_hex(4),
+        token=host.token(),
         lineage=tuple(merged[link.incarnation] for link in reversed(links) if link.is_known),
         links=links,
         candidates=admissible,
@@ -155,7 +154,7 @@ def survey(request: Request, pids: Sequence[int], *, clock: Clock, trace: Trace)
 
 
 def _survey_storage(
-    request: Request, notes: list[str], *, trace: Trace
+    request: Request, notes: list[str], *, host: Host, trace: Trace
 ) -> tuple[tuple[Incarnation, ...], list[CheckpointName], str, bool]:
     """Return records, checkpoints, run id, and whether the storage answered.
 
@@ -163,13 +162,13 @@ def _survey_storage(
     """
     remembered = remembered_run(request.runtime_root, request.url_digest)
     try:
-        repository = Repository(open_store(request.storage, trace=trace))
+        repository = Repository(host.open_store(request.storage, trace=trace))
         try:
             if not repository.exists():
                 if remembered is not None:
-                    _refuse_vanished(request, remembered)
+                    _refuse_vanished(request, remembered, host=host)
                 repository.create()
-                return (), [], request.run_id or secrets.token_hex(4), True
+                return (), [], request.run_id or host.token(), True
             records, findings = repository.incarnations()
             names = [checkpoint.name for checkpoint in repository.checkpoints()]
             numbers = repository.incarnation_numbers()
@@ -185,7 +184,7 @@ def _survey_storage(
     if findings and numbers and numbers[-1][1] > max((r.number for r in records), default=0):
         raise IntegrityError(f"the newest incarnation record is unreadable, so the lineage is unknown: {findings[-1]}")
     runs = sorted({run for run, _ in numbers})
-    run = request.run_id or (numbers[-1][0] if numbers else secrets.token_hex(4))
+    run = request.run_id or (numbers[-1][0] if numbers else host.token())
     if any(other != run for other in runs) and not request.take_over:
         raise MismatchError(
             f"repository belongs to another run: storage={request.place} run_id={run} allowed={runs}, or take_over"
@@ -193,16 +192,16 @@ def _survey_storage(
     return records, names, run, True
 
 
-def _list_again(request: Request, *, trace: Trace) -> tuple[tuple[Incarnation, ...], list[CheckpointName]]:
+def _list_again(request: Request, *, host: Host, trace: Trace) -> tuple[tuple[Incarnation, ...], list[CheckpointName]]:
     """Return what an agent that was leaving, or of another version, has stored since the first look."""
-    repository = Repository(open_store(request.storage, trace=trace))
+    repository = Repository(host.open_store(request.storage, trace=trace))
     try:
         return repository.incarnations()[0], [checkpoint.name for checkpoint in repository.checkpoints()]
     finally:
         repository.close()
 
 
-def _refuse_vanished(request: Request, remembered: str) -> None:
+def _refuse_vanished(request: Request, remembered: str, *, host: Host) -> None:
     """Raise MismatchError where the repository is empty, but an agent still holds snapshots of a run that used this
     place.
 
@@ -212,7 +211,7 @@ def _refuse_vanished(request: Request, remembered: str) -> None:
         return
     try:
         client = AgentClient.connect(
-            runtime_folder(remembered, request.runtime_root), timeout_s=request.config.timeout_s
+            runtime_folder(remembered, request.runtime_root), timeout_s=request.config.timeout_s, host=host
         )
     except StoreUnavailableError:
         return
@@ -230,12 +229,12 @@ def _refuse_vanished(request: Request, remembered: str) -> None:
 
 
 def _survey_memory(
-    request: Request, run: str, pids: Sequence[int], notes: list[str], *, is_stored: bool, clock: Clock
+    request: Request, run: str, pids: Sequence[int], notes: list[str], *, is_stored: bool, host: Host
 ) -> tuple[list[Incarnation], list[Candidate]]:
     """Start the agent if need be, end what is left of earlier lives, and return the lives and snapshots it holds."""
 
     def before_drain(old: AgentClient) -> None:
-        _refuse_live_job(old, pids, clock=clock)
+        _refuse_live_job(old, pids, host=host)
         if not is_stored and old.status().get("arena_bytes"):
             raise StoreUnavailableError(
                 f"an agent of another version holds snapshots that it cannot store now: folder={old.folder} "
@@ -248,9 +247,10 @@ def _survey_memory(
         idle_s=request.agent_idle_s,
         timeout_s=request.config.timeout_s,
         before_drain=before_drain,
+        host=host,
     )
     try:
-        _refuse_live_job(client, pids, clock=clock)
+        _refuse_live_job(client, pids, host=host)
         fenced, _ = client.request("fence", {"spare_pids": list(pids)})
         if fenced["killed"]:
             notes.append(f"killed trainers of an earlier life: pids={fenced['killed']}")
@@ -275,7 +275,7 @@ def _survey_memory(
     ]
 
 
-def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, clock: Clock) -> None:
+def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) -> None:
     """Raise UsageError if an earlier life of this run still trains; wait while that is not clear.
 
     A life trains if all its trainers here are alive and their step advances: with one dead the collectives of the
@@ -298,9 +298,9 @@ def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, clock: Clock) 
         newest_ns = max(row.get("beat_ns") or 0 for row in rows)
         interval_ns = max(row.get("beat_interval_ns") or 0 for row in rows)
         patience_s = max(LIVE_BEAT_S, 3e-9 * interval_ns) if interval_ns else FIRST_STEP_S
-        if clock.now_s() - newest_ns * 1e-9 > patience_s:
+        if host.now_s() - newest_ns * 1e-9 > patience_s:
             return
-        clock.sleep(WATCH_INTERVAL_S)
+        host.sleep(WATCH_INTERVAL_S)
 
 
 def _refuse_mismatch(stored: Mapping[str, object], request: Request) -> None:

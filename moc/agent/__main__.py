@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
 from moc.agent.server import Agent
-from moc.clock import SystemClock
+from moc.host import SystemHost
 from moc.trace import JsonLinesSink, Trace
 
 AGENT_NICE = 10  # training goes first on the cores they share
@@ -29,7 +30,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     os.nice(AGENT_NICE)
     trace = Trace() if options.trace is None else Trace(JsonLinesSink(options.trace))
-    agent = Agent(options.folder, run=options.run, idle_s=options.idle_s, clock=SystemClock(), trace=trace)
+    agent = Agent(options.folder, run=options.run, idle_s=options.idle_s, host=SystemHost(), trace=trace)
+    signal.signal(signal.SIGTERM, agent.ask_to_leave)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole foreground group; the trainers decide
     if not agent.listen():
         return 0  # another agent has the lock
     if options.ready_fd is not None:

@@ -6,12 +6,9 @@ leaving.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +16,8 @@ from pathlib import Path
 import moc
 from moc.agent import wire
 from moc.agent.runtime import LOCK_NAME, LOG_NAME, SOCKET_NAME
-from moc.clock import Clock, SystemClock
 from moc.errors import CoordinationError, StoreUnavailableError, UsageError, WaitTimeoutError
+from moc.host import Host, SystemHost
 
 __all__ = ["AgentClient", "ensure_agent"]
 
@@ -28,19 +25,20 @@ START_TIMEOUT_S = 20.0
 DRAIN_TIMEOUT_S = 600.0
 LEAVE_TIMEOUT_S = 60.0  # between an agent's last reply and its end
 LEAVE_WAIT_S = 0.01
+SYSTEM = SystemHost()  # for the command line; the workflows pass their own
 
 
 class AgentClient:
     """One connection. Thread: any; requests are serialised."""
 
-    def __init__(self, sock: socket.socket, folder: Path) -> None:
-        self._sock, self.folder = sock, folder
+    def __init__(self, sock: socket.socket, folder: Path, *, host: Host) -> None:
+        self._sock, self.folder, self._host = sock, folder, host
         self._lock = threading.Lock()
 
     @classmethod
-    def connect(cls, folder: Path, *, timeout_s: float) -> AgentClient:
+    def connect(cls, folder: Path, *, timeout_s: float, host: Host = SYSTEM) -> AgentClient:
         """Connect to the agent of a runtime folder; raises StoreUnavailableError if none answers."""
-        return cls(wire.connect(str(folder / SOCKET_NAME), timeout_s), folder)
+        return cls(wire.connect(str(folder / SOCKET_NAME), timeout_s, host=host), folder, host=host)
 
     def request(
         self,
@@ -61,6 +59,8 @@ class AgentClient:
                 if timeout_s is not None:
                     self._sock.settimeout(timeout_s)
                 wire.send(self._sock, {"verb": verb, **(fields or {})}, descriptors)
+                if not self._host.wait_readable(self._sock, timeout_s or before):
+                    raise TimeoutError
                 reply, received = wire.receive(self._sock)
             except TimeoutError as error:
                 self._sock.close()  # the late reply must not answer the next request
@@ -100,9 +100,9 @@ class AgentClient:
 
     def hello(self, *, rank: int | None, incarnation: int | None) -> wire.Message:
         """Introduce this process, with a pidfd of it; the agent watches the pidfd of a trainer."""
-        pidfd = os.pidfd_open(os.getpid())
+        pidfd = self._host.pidfd()
         try:
-            fields = {"version": moc.__version__, "pid": os.getpid(), "rank": rank, "incarnation": incarnation}
+            fields = {"version": moc.__version__, "pid": self._host.pid, "rank": rank, "incarnation": incarnation}
             return self.request("hello", fields, [pidfd])[0]
         finally:
             os.close(pidfd)
@@ -118,7 +118,7 @@ class AgentClient:
         """
         reply, _ = self.request("drain", timeout_s=timeout_s)
         self.close()
-        _wait_unlocked(self.folder, SystemClock())
+        _wait_unlocked(self.folder, self._host)
         return reply
 
     def close(self) -> None:
@@ -132,6 +132,7 @@ def ensure_agent(
     idle_s: float,
     timeout_s: float,
     before_drain: Callable[[AgentClient], None] | None = None,
+    host: Host = SYSTEM,
 ) -> AgentClient:
     """Return a connection to this version's agent, starting one if need be and draining one of another version.
 
@@ -140,9 +141,9 @@ def ensure_agent(
     """
     for _ in range(3):  # connect; replace an old version; start
         try:
-            client = AgentClient.connect(folder, timeout_s=timeout_s)
+            client = AgentClient.connect(folder, timeout_s=timeout_s, host=host)
         except StoreUnavailableError:
-            _start(folder, run=run, idle_s=idle_s)
+            _start(folder, run=run, idle_s=idle_s, host=host)
             continue
         reply = client.hello(rank=None, incarnation=None)
         is_leaving = bool(reply.get("leaving"))
@@ -154,49 +155,22 @@ def ensure_agent(
     raise CoordinationError(f"agent could not be started: folder={folder} log={folder / LOG_NAME}")
 
 
-def _start(folder: Path, *, run: str, idle_s: float) -> None:
-    """Start an agent that outlives this process and its process tree; return when it listens, or when it gave up."""
-    ready, ready_child = os.pipe()
-    command = [sys.executable, "-m", "moc.agent", "--folder", str(folder), "--run", run, "--idle-s", str(idle_s)]
+def _start(folder: Path, *, run: str, idle_s: float, host: Host) -> None:
+    """Start an agent; return when it listens, or when it gave up."""
     try:
-        with (folder / LOG_NAME).open("ab") as log_file:
-            starter = subprocess.Popen(
-                [*command, "--ready-fd", str(ready_child)],
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                cwd=folder,
-                pass_fds=(ready_child,),
-                start_new_session=True,
-            )
-        os.close(ready_child)
-        ready_child = -1
-        starter.wait(
-            START_TIMEOUT_S
-        )  # it forks the agent and leaves, so that nobody finds the agent among our children
-        with os.fdopen(ready, "rb") as stream:
-            ready = -1
-            stream.read()  # ends when the agent listens, or has died
-    except subprocess.TimeoutExpired as error:
+        host.start_agent(folder, run=run, idle_s=idle_s, log=folder / LOG_NAME, timeout_s=START_TIMEOUT_S)
+    except TimeoutError as error:
         raise CoordinationError(f"agent did not start in time: folder={folder} timeout_s={START_TIMEOUT_S}") from error
-    finally:
-        for descriptor in (ready, ready_child):
-            if descriptor >= 0:
-                os.close(descriptor)
 
 
-def _wait_unlocked(folder: Path, clock: Clock) -> None:
+def _wait_unlocked(folder: Path, host: Host) -> None:
     """Wait until the agent that is leaving has let go of its lock; raises WaitTimeoutError."""
-    deadline_s = clock.now_s() + LEAVE_TIMEOUT_S
-    with (folder / LOCK_NAME).open("ab") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if clock.now_s() > deadline_s:
-                    raise WaitTimeoutError(
-                        f"agent does not leave: folder={folder} timeout_s={LEAVE_TIMEOUT_S}"
-                    ) from error
-                clock.sleep(LEAVE_WAIT_S)
-            else:
-                return
+    deadline_s = host.now_s() + LEAVE_TIMEOUT_S
+    while True:
+        lock = host.lock(folder / LOCK_NAME)
+        if lock is not None:
+            lock.close()
+            return
+        if host.now_s() > deadline_s:
+            raise WaitTimeoutError(f"agent does not leave: folder={folder} timeout_s={LEAVE_TIMEOUT_S}")
+        host.sleep(LEAVE_WAIT_S)

@@ -7,11 +7,11 @@ snapshots go on until the arena has no free record.
 from __future__ import annotations
 
 import logging
-import threading
 from pathlib import Path
 
 from moc.agent.client import AgentClient, ensure_agent
 from moc.errors import MocError
+from moc.host import Host, Task
 from moc.snapshot.arena import Arena
 
 __all__ = ["AgentLink"]
@@ -27,14 +27,23 @@ class AgentLink:
     """Thread: `ring` from the copy thread, the rest from the training thread."""
 
     def __init__(
-        self, folder: Path, *, run: str, rank: int, is_leader: bool, incarnation: int, idle_s: float, arena: Arena
+        self,
+        folder: Path,
+        *,
+        run: str,
+        rank: int,
+        is_leader: bool,
+        incarnation: int,
+        idle_s: float,
+        arena: Arena,
+        host: Host,
     ) -> None:
         """`is_leader` marks the one trainer of the node that starts agents."""
         self.folder, self._run, self._rank, self._is_leader = folder, run, rank, is_leader
-        self._incarnation, self._idle_s, self._arena = incarnation, idle_s, arena
-        self._bell = AgentClient.connect(folder, timeout_s=CONNECT_TIMEOUT_S)
-        self._closing = threading.Event()
-        self._reconnecting: threading.Thread | None = None
+        self._incarnation, self._idle_s, self._arena, self._host = incarnation, idle_s, arena, host
+        self._bell = AgentClient.connect(folder, timeout_s=CONNECT_TIMEOUT_S, host=host)
+        self._closing = host.event()
+        self._reconnecting: Task | None = None
         self.agents_replaced = 0
 
     def ring(self, _step: int) -> None:
@@ -47,8 +56,7 @@ class AgentLink:
             return
         if self._bell.is_gone():
             log.warning("agent is gone: folder=%s rank=%d", self.folder, self._rank)
-            self._reconnecting = threading.Thread(target=self._reconnect, name="moc-reconnect", daemon=True)
-            self._reconnecting.start()
+            self._reconnecting = self._host.spawn(self._reconnect, name="moc-reconnect")
 
     def wait_connected(self, timeout_s: float) -> None:
         """Wait until the agent is there, or a new one has adopted the arena, or the time is over."""
@@ -58,7 +66,7 @@ class AgentLink:
 
     def skip(self, step: int, attempt: str, reason: str) -> None:
         """Tell the agent that this rank has no snapshot for a save. Blocks: for one round trip. Raises: MocError."""
-        client = AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S)
+        client = AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S, host=self._host)
         try:
             client.request("skip", {"step": step, "attempt": attempt, "rank": self._rank, "reason": reason})
         finally:
@@ -82,7 +90,7 @@ class AgentLink:
                     return
                 continue
             client.close()
-            bell = AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S)
+            bell = AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S, host=self._host)
             self._bell, former = bell, self._bell
             former.close()
             self.agents_replaced += 1
@@ -91,5 +99,7 @@ class AgentLink:
 
     def _connect(self) -> AgentClient:
         if self._is_leader:
-            return ensure_agent(self.folder, run=self._run, idle_s=self._idle_s, timeout_s=CONNECT_TIMEOUT_S)
-        return AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S)
+            return ensure_agent(
+                self.folder, run=self._run, idle_s=self._idle_s, timeout_s=CONNECT_TIMEOUT_S, host=self._host
+            )
+        return AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S, host=self._host)

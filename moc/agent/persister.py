@@ -6,10 +6,8 @@ A save that fails is reported to whoever waits for it and counted; nothing here 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +16,12 @@ from moc.errors import FencedError, ManifestCorruptError, MocError, StorageError
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Parent
 from moc.gc import Retention
+from moc.host import Host
 from moc.persist import checkpoint_name, persist_rank
 from moc.plan.freeing import Moment
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
-from moc.store.open import open_store
 from moc.trace import Trace
 
 __all__ = ["Outcome", "Persister", "SaveJob"]
@@ -64,40 +62,41 @@ class Outcome:
 
 
 class Persister:
-    """Owns the persist thread. Thread: public methods from any; `on_end` is called on the persist thread."""
+    """Owns the persist thread. Thread: public methods from one; `on_end` is called on the persist thread."""
 
-    def __init__(
-        self, *, on_end: Callable[[SaveJob, list[Outcome]], None], now_s: Callable[[], float], trace: Trace
-    ) -> None:
-        self._on_end, self._now_s, self._trace = on_end, now_s, trace
-        self._jobs: queue.Queue[SaveJob | None] = queue.Queue(QUEUE_LIMIT)
+    def __init__(self, *, on_end: Callable[[SaveJob, list[Outcome]], None], host: Host, trace: Trace) -> None:
+        self._on_end, self._host, self._trace = on_end, host, trace
+        self._jobs: deque[SaveJob | None] = deque()
+        self._queued = host.semaphore()  # one permit per job in the queue
         self._repository: Repository | None = None
         self._retention: Retention | None = None
         self._prepared: tuple[str, int, str] | None = None
         self._commits: list[CheckpointName] = []
-        self._thread = threading.Thread(target=self._run, name="moc-persist", daemon=True)
-        self._thread.start()
+        self._thread = host.spawn(self._run, name="moc-persist")
 
     def offer(self, job: SaveJob) -> bool:
         """Queue a save; return False if the queue is full."""
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
+        if len(self._jobs) >= QUEUE_LIMIT:
             return False
+        self._put(job)
         return True
 
     def close(self) -> None:
         """Finish what is queued and stop. Blocks: for those saves."""
-        self._jobs.put(None)
+        self._put(None)
         self._thread.join()
 
+    def _put(self, job: SaveJob | None) -> None:
+        self._jobs.append(job)
+        self._queued.release()
+
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while self._queued.acquire() and (job := self._jobs.popleft()) is not None:
             self._on_end(job, [self._attempt(job)] if job.records else self._recall(job))
 
     def _attempt(self, job: SaveJob) -> Outcome:
         """Save and say how it went: the thread's top, nothing escapes."""
-        began_s = self._now_s()
+        began_s = self._host.now_s()
         size, error = 0, None
         try:
             size = self._save(job)
@@ -109,7 +108,7 @@ class Persister:
         except Exception as failure:  # a defect: recorded, reported, and the next save starts afresh
             error = f"InternalError: {type(failure).__name__}: {failure}"
             log.exception("save failed: name=%s", job.name)
-        return Outcome(name=job.name, size_bytes=size, seconds=self._now_s() - began_s, error=error)
+        return Outcome(name=job.name, size_bytes=size, seconds=self._host.now_s() - began_s, error=error)
 
     def _recall(self, job: SaveJob) -> list[Outcome]:
         """Return what the job's life has committed, nothing if the storage does not say."""
@@ -128,12 +127,13 @@ class Persister:
         if job.name in self._commits:
             # By an agent that died before it could say so; a key is written with one content only.
             return repository.read_manifest(job.name).size_bytes
-        with (
-            self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt),
-            ThreadPoolExecutor(_writers(repository), thread_name_prefix="moc-write") as pool,
-        ):
-            writes = pool.map(lambda r: persist_rank(job.arena, r, repository, trace=self._trace), job.records.values())
-            receipts = list(writes)
+        with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
+            receipts = self._host.map(
+                lambda record: persist_rank(job.arena, record, repository, trace=self._trace),
+                job.records.values(),
+                workers=_writers(repository),
+                name="moc-write",
+            )
         manifest = build_manifest(_commit_plan(job.descriptor), job.name, self._parent(job), receipts)
         commit(repository, manifest, trace=self._trace)
         self._commits.append(job.name)
@@ -160,7 +160,7 @@ class Persister:
         if self._repository is not None:
             self._repository.close()
         self._prepared = None
-        repository = Repository(open_store(str(job.descriptor["storage"]), trace=self._trace))
+        repository = Repository(self._host.open_store(str(job.descriptor["storage"]), trace=self._trace))
         self._repository = repository
         if not repository.exists():
             # Every life begins with a repository: an empty place is a folder that is not mounted, or was moved away.

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from moc.agent import wire
 from moc.agent.custody import Custody
 from moc.agent.persister import Outcome, Persister, SaveJob
-from moc.clock import Clock
 from moc.format.keys import CheckpointName
+from moc.host import Host
 from moc.plan.freeing import Moment
 from moc.snapshot.seal import EXPLICIT
 from moc.trace import Trace
@@ -42,11 +42,11 @@ class Saves:
     """Starts saves of sealed moments and remembers how they ended."""
 
     def __init__(
-        self, *, clock: Clock, trace: Trace, reply: Callable[[socket.socket, wire.Message], None], wake_fd: int
+        self, *, host: Host, trace: Trace, reply: Callable[[socket.socket, wire.Message], None], wake_fd: int
     ) -> None:
         """`wake_fd` is written to when a save has ended on the persist thread."""
-        self._clock, self._reply, self._wake_fd = clock, reply, wake_fd
-        self._persister = Persister(on_end=self.note_end, now_s=clock.now_s, trace=trace)
+        self._host, self._reply, self._wake_fd = host, reply, wake_fd
+        self._persister = Persister(on_end=self.note_end, host=host, trace=trace)
         self._custody_of: dict[int, Custody] = {}
         self._ended: list[tuple[SaveJob, Outcome]] = []
         self._lock = threading.Lock()
@@ -98,10 +98,10 @@ class Saves:
         unfinished = custody.unfinished_saves()
         self._first_seen_s = {moment: seen for moment, seen in self._first_seen_s.items() if moment in unfinished}
         for moment in unfinished:
-            first_s = self._first_seen_s.setdefault(moment, self._clock.now_s())
+            first_s = self._first_seen_s.setdefault(moment, self._host.now_s())
             if moment in custody.hopeless:
                 self.give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
-            elif not custody.is_saving(moment) and self._clock.now_s() - first_s > timeout_s:
+            elif not custody.is_saving(moment) and self._host.now_s() - first_s > timeout_s:
                 self.give_up(custody, moment, f"not every rank sealed in time: timeout_s={timeout_s}")
         custody.arena.publish(global_step=custody.global_step, committed_step=self.last_committed_step)
 
@@ -166,7 +166,7 @@ class Saves:
                     "seconds": outcome.seconds,
                 }
                 self._reply(waiter.connection, body)
-            elif self._clock.now_s() >= waiter.deadline_s:
+            elif self._host.now_s() >= waiter.deadline_s:
                 self._reply(waiter.connection, {"state": "pending"})
             else:
                 self._waiters.append(waiter)

@@ -5,11 +5,9 @@ One thread serves sockets and looks at the arena, one persists (`moc.agent.persi
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import selectors
-import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +19,8 @@ from moc.agent.custody import Custody
 from moc.agent.runtime import LOCK_NAME, SOCKET_NAME
 from moc.agent.saves import Saves, Waiter
 from moc.agent.trainers import Trainer, Trainers
-from moc.clock import Clock
 from moc.errors import MocError, UsageError
+from moc.host import Host
 from moc.snapshot.arena import Arena
 from moc.store.redact import redact_url
 from moc.trace import Trace
@@ -41,17 +39,17 @@ Descriptors = list[int]
 class Agent:
     """The agent of one run on one node. Thread: `serve` and everything it calls run on one thread."""
 
-    def __init__(self, folder: Path, *, run: str, idle_s: float, clock: Clock, trace: Trace) -> None:
-        self._folder, self._run, self._idle_s, self._clock = folder, run, idle_s, clock
+    def __init__(self, folder: Path, *, run: str, idle_s: float, host: Host, trace: Trace) -> None:
+        self._folder, self._run, self._idle_s, self._host = folder, run, idle_s, host
         self._selector = selectors.DefaultSelector()
         self._wake_receive, self._wake_send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._custody: Custody | None = None
-        self._trainers = Trainers(self._selector, on_death=self._note_activity)
-        self._saves = Saves(clock=clock, trace=trace, reply=self._reply, wake_fd=self._wake_send)
+        self._trainers = Trainers(self._selector, on_death=self._note_activity, host=host)
+        self._saves = Saves(host=host, trace=trace, reply=self._reply, wake_fd=self._wake_send)
         self._drainers: list[socket.socket] = []
         self._is_asked_to_leave = False
         self._is_leaving = False
-        self._active_s = clock.now_s()
+        self._active_s = host.now_s()
         self._verbs: dict[str, Callable[[socket.socket, wire.Message, Descriptors], None]] = {
             "hello": self._hello,
             "inventory": self._inventory,
@@ -70,10 +68,8 @@ class Agent:
 
     def listen(self) -> bool:
         """Take the folder's lock and listen; return False if another agent has it."""
-        self._lock_file = (self._folder / LOCK_NAME).open("ab")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._lock_file = self._host.lock(self._folder / LOCK_NAME)
+        if self._lock_file is None:
             log.info("another agent has the lock: folder=%s", self._folder)
             return False
         path = self._folder / SOCKET_NAME
@@ -85,28 +81,29 @@ class Agent:
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_receive, selectors.EVENT_READ, self._drain_wake)
-        log.info("agent listens: run=%s pid=%d version=%s", self._run, os.getpid(), moc.__version__)
+        log.info("agent listens: run=%s pid=%d version=%s", self._run, self._host.pid, moc.__version__)
         return True
 
     def serve(self) -> None:
-        """Serve until drained or idle. SIGTERM drains."""
-        signal.signal(signal.SIGTERM, self._ask_to_leave)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole foreground group; the trainers decide
+        """Serve until drained or idle."""
         while not (self._is_leaving and not self._saves.is_busy):
-            for key, _ in self._selector.select(TICK_S):
+            for key, _ in self._host.select(self._selector, TICK_S):
                 key.data(key.fileobj)
             self._turn()
         self._leave()
 
-    def _ask_to_leave(self, *_: object) -> None:
-        """Signal handler: runs between any two instructions of the loop, so it only notes and wakes."""
+    def ask_to_leave(self, *_: object) -> None:
+        """Have the agent persist and leave, as a drain does.
+
+        A signal handler too: it runs between any two instructions of the loop, so it only notes and wakes.
+        """
         self._is_asked_to_leave = True
         os.write(self._wake_send, b"x")
 
     def _turn(self) -> None:
         """What the loop does after every event, and at least every tick."""
         self._saves.collect(self._custody)
-        is_idle = not self._trainers.living() and self._clock.now_s() - self._active_s > self._idle_s
+        is_idle = not self._trainers.living() and self._host.now_s() - self._active_s > self._idle_s
         if (is_idle or self._is_asked_to_leave) and not self._is_leaving:
             log.info("leaving: idle=%s asked=%s", is_idle, self._is_asked_to_leave)
             self._is_leaving = True
@@ -121,7 +118,7 @@ class Agent:
 
         asking for the status keeps nothing alive.
         """
-        self._active_s = self._clock.now_s()
+        self._active_s = self._host.now_s()
 
     def _leave(self) -> None:
         self._saves.close()
@@ -199,8 +196,8 @@ class Agent:
             pidfd = descriptors.pop(0)
             trainer = Trainer(rank=rank, pid=message["pid"], pidfd=pidfd, incarnation=message["incarnation"])
             self._trainers.enter(trainer, newest_incarnation=life)
-            self._active_s = self._clock.now_s()
-        facts = {"pid": os.getpid(), "run": self._run, "incarnation": life, "leaving": self._is_leaving}
+            self._active_s = self._host.now_s()
+        facts = {"pid": self._host.pid, "run": self._run, "incarnation": life, "leaving": self._is_leaving}
         self._reply(connection, {"version": moc.__version__, **facts})
 
     def _inventory(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
@@ -243,7 +240,7 @@ class Agent:
                 self._custody = source
             self._custody = Custody.create(descriptor, earlier=source)
         self._saves.begin_life()
-        self._active_s = self._clock.now_s()
+        self._active_s = self._host.now_s()
         self._reply(connection, {})
 
     def _adopt(self, connection: socket.socket, message: wire.Message, descriptors: Descriptors) -> None:
@@ -272,7 +269,7 @@ class Agent:
         """Nothing to do: the loop looks at the arena after every event."""
 
     def _wait(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        deadline_s = self._clock.now_s() + float(message["timeout_s"])
+        deadline_s = self._host.now_s() + float(message["timeout_s"])
         moment = (message["step"], message["attempt"])
         self._saves.wait(Waiter(connection=connection, moment=moment, deadline_s=deadline_s))
 
@@ -286,14 +283,14 @@ class Agent:
 
     def _status(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         custody, saves = self._custody, self._saves
-        now_ns = int(self._clock.now_s() * 1e9)
+        now_ns = int(self._host.now_s() * 1e9)
         ranks = self._trainers.rows(None if custody is None else custody.arena)
         for row in ranks:
             beat_ns = row.get("beat_ns")
             row["beat_age_s"] = (now_ns - beat_ns) / 1e9 if isinstance(beat_ns, int) and beat_ns else None
         facts = {
             "run": self._run,
-            "pid": os.getpid(),
+            "pid": self._host.pid,
             "version": moc.__version__,
             "leaving": self._is_leaving,
             "ranks": ranks,

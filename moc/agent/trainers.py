@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import selectors
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moc.errors import UsageError
+from moc.host import Host
 from moc.snapshot.arena import Arena
 
 __all__ = ["Trainer", "Trainers"]
@@ -38,8 +37,8 @@ class Trainer:
 class Trainers:
     """The registry. A trainer whose rank was taken over while it was still alive is kept apart until it is dead."""
 
-    def __init__(self, selector: selectors.BaseSelector, *, on_death: Callable[[Trainer], None]) -> None:
-        self._selector, self._on_death = selector, on_death
+    def __init__(self, selector: selectors.BaseSelector, *, on_death: Callable[[Trainer], None], host: Host) -> None:
+        self._selector, self._on_death, self._host = selector, on_death, host
         self._by_rank: dict[int, Trainer] = {}
         self._displaced: list[Trainer] = []
 
@@ -77,13 +76,11 @@ class Trainers:
             if trainer.pid not in spare_pids:
                 killed.append(trainer)
                 try:
-                    signal.pidfd_send_signal(trainer.pidfd, signal.SIGKILL)
+                    self._host.kill(trainer.pidfd)
                 except ProcessLookupError:
                     log.info("trainer had ended already: pid=%d", trainer.pid)
         for trainer in killed:
-            poller = select.poll()
-            poller.register(trainer.pidfd, select.POLLIN)
-            if poller.poll(REAP_TIMEOUT_S * 1e3):
+            if self._host.wait_readable(trainer.pidfd, REAP_TIMEOUT_S):
                 self._note_death(trainer)
             else:
                 immortal.append(trainer.pid)

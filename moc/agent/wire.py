@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moc.errors import StoreUnavailableError, UsageError
+from moc.host import Host
 
-__all__ = ["Message", "peer_is_me", "receive", "send"]
+__all__ = ["Message", "connect", "peer_is_me", "receive", "send"]
 
 PACKET_LIMIT_BYTES = 60_000
 MESSAGE_LIMIT_BYTES = 1 << 28
@@ -76,21 +77,16 @@ def peer_is_me(sock: socket.socket) -> bool:
     return bool(uid == os.getuid())
 
 
-def connect(path: str, timeout_s: float) -> socket.socket:
+def connect(path: str, timeout_s: float, *, host: Host) -> socket.socket:
     """Return a connection to an agent.
 
     Raises UsageError for somebody else's socket, StoreUnavailableError where nobody listens.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(timeout_s)
     try:
-        sock.connect(path)
-        if not peer_is_me(sock):
-            raise UsageError(f"agent belongs to another user: socket={path}")
+        sock = host.connect(path, timeout_s)
     except OSError as error:
-        sock.close()
         raise StoreUnavailableError(f"agent does not answer: socket={path} reason={error}") from error
-    except UsageError:
+    if not peer_is_me(sock):
         sock.close()
-        raise
+        raise UsageError(f"agent belongs to another user: socket={path}")
     return sock

@@ -9,17 +9,16 @@ waits for a snapshot.
 from __future__ import annotations
 
 import logging
-import threading
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 from moc._native import crc32c
-from moc.clock import Clock
 from moc.errors import MocError, UsageError
 from moc.format.object import ALIGNMENT, align
 from moc.format.tagged import encode_state
+from moc.host import Event, Host
 from moc.plan.freeing import attempt_ordinal
 from moc.snapshot.arena import Arena, CorruptSeal
 from moc.snapshot.seal import EXPLICIT, SealRecord
@@ -59,8 +58,8 @@ class _Filling:
     slots: array[int]
     state_bytes: int
     state_crc32c: int
-    copied: threading.Event
-    finished: threading.Event
+    copied: Event
+    finished: Event
 
 
 class Begun(Enum):
@@ -84,28 +83,27 @@ class Snapshotter:
         incarnation: int,
         digest: str,
         on_sealed: Callable[[int], None],
-        clock: Clock,
+        host: Host,
         trace: Trace,
     ) -> None:
         """`on_sealed(step)` rings the agent's bell; thread: copy thread; must not block."""
         self._state, self._arena, self._rank = state, arena, rank
         self._run, self._incarnation, self._digest = run, incarnation, digest
-        self._on_sealed, self._clock, self._trace = on_sealed, clock, trace
+        self._on_sealed, self._host, self._trace = on_sealed, host, trace
         self._lengths = array("Q", (shard.size_bytes for shard in arena.catalog(rank).shards))
         self._slots_of_record = {i: record.slots for i, record in arena.seals(rank).items()}
         self._targets_of_slots: dict[bytes, array[int]] = {}
         self._filling: _Filling | None = None
-        self._work = threading.Semaphore(0)
+        self._work = host.semaphore()
         self._closing = False
         self._sealed = self._skipped = self._failed = 0
         self._stall_last = self._stall_total = self._capture_last = self._copy_last = 0.0
         self._problem: str | None = None
-        self._thread = threading.Thread(target=self._copy_loop, name="moc-copy", daemon=True)
-        self._thread.start()
+        self._thread = host.spawn(self._copy_loop, name="moc-copy")
 
     def begin(self, step: int, *, flags: int, attempt: str) -> Begun:
         """Start the snapshot of the present state. Never raises. Blocks: for the capture of small state only."""
-        began_s = self._clock.now_s()
+        began_s = self._host.now_s()
         try:
             with self._trace.span("snapshot.capture", step=step, rank=self._rank):
                 filling = self._claim(step, flags=flags, attempt=attempt)
@@ -121,7 +119,7 @@ class Snapshotter:
             return Begun.FAILED
         self._filling = filling
         self._work.release()
-        self._capture_last = 1e3 * (self._clock.now_s() - began_s)
+        self._capture_last = 1e3 * (self._host.now_s() - began_s)
         return Begun.STARTED
 
     def wait_copied(self) -> float:
@@ -133,10 +131,10 @@ class Snapshotter:
         if filling is None or filling.copied.is_set():
             self._stall_last = 0.0
             return 0.0
-        began_s = self._clock.now_s()
+        began_s = self._host.now_s()
         with self._trace.span("snapshot.stall", step=filling.step, rank=self._rank):
             filling.copied.wait()
-        self._stall_last = 1e3 * (self._clock.now_s() - began_s)
+        self._stall_last = 1e3 * (self._host.now_s() - began_s)
         self._stall_total += self._stall_last
         return self._stall_last
 
@@ -189,8 +187,8 @@ class Snapshotter:
             slots=slots,
             state_bytes=0,
             state_crc32c=0,
-            copied=threading.Event(),
-            finished=threading.Event(),
+            copied=self._host.event(),
+            finished=self._host.event(),
         )
 
     def _known_slots(self, index: int) -> array[int]:
@@ -244,13 +242,13 @@ class Snapshotter:
                 return
 
     def _copy(self, filling: _Filling) -> None:
-        began_s = self._clock.now_s()
+        began_s = self._host.now_s()
         try:
             crcs = array("I", bytes(4 * len(self._lengths)))
             with self._trace.span("snapshot.copy", step=filling.step, rank=self._rank):
                 self._state.copy_shards(self._targets(filling.slots), crcs)
             filling.copied.set()
-            self._copy_last = 1e3 * (self._clock.now_s() - began_s)
+            self._copy_last = 1e3 * (self._host.now_s() - began_s)
             with self._trace.span("snapshot.seal", step=filling.step, rank=self._rank):
                 self._seal(filling, crcs)
             self._sealed += 1

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moc.agent.server import Agent
-from moc.clock import SystemClock
+from moc.host import SystemHost
 from moc.trace import Trace
 from tests.support.kill import KillAt
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     trace = Trace(*([] if options.kill is None else [KillAt.parse(options.kill)]))
-    agent = Agent(options.folder, run=options.run, idle_s=options.idle_s, clock=SystemClock(), trace=trace)
+    agent = Agent(options.folder, run=options.run, idle_s=options.idle_s, host=SystemHost(), trace=trace)
     if not agent.listen():
         raise SystemExit(f"another agent has the lock: folder={options.folder}")
     agent.serve()

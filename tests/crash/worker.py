@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from moc.clock import SystemClock
 from moc.config import Config
 from moc.errors import MocError, SaveFailedError, WaitTimeoutError
+from moc.host import SystemHost
 from moc.session import Session
 from moc.survey import Request
 from moc.trace import Trace
@@ -85,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resource.setrlimit(number, (int(value), resource.getrlimit(number)[1]))
     try:
         request = _request(options, state)
-        session = Session(
-            state, world, request, ep_sizes=(), software={"worker": "1"}, clock=SystemClock(), trace=trace
-        )
+        session = Session(state, world, request, ep_sizes=(), software={"worker": "1"}, host=SystemHost(), trace=trace)
     except MocError as error:
         note("refused", error=type(error).__name__, words=str(error))
         raise SystemExit(REFUSED) from error
