@@ -135,6 +135,11 @@ class Repository:
         parsed = [parse_incarnation_key(entry.key) for entry in self.store.list(INCARNATIONS)]
         return tuple(sorted((p for p in parsed if p is not None), key=lambda p: (p[1], p[0])))
 
+    def incarnation_time_s(self, run: str, number: int) -> float:
+        """Return when a life's record was written, by the store's own time; 0.0 where that is not known."""
+        key = incarnation_key(run, number)
+        return next((entry.modified_s for entry in self.store.list(INCARNATIONS) if entry.key == key), 0.0)
+
     def put_incarnation(self, record: Incarnation) -> None:
         """Write an incarnation record.
 
@@ -231,12 +236,14 @@ class Repository:
             parse_object_key(str(victim))  # whoever wrote the list: only objects are deleted by it
         return tuple(sorted(map(str, victims)))
 
-    def put_victims(self, run: str, incarnation: int, victims: Sequence[str]) -> None:
-        """Replace the victim list.
+    def put_victims(self, run: str, incarnation: int, victims: Sequence[str]) -> str:
+        """Replace the victim list of a life and return its key.
 
-        The one key that is re-written, by its own life only, because it is not part of any checkpoint.
+        The one key that is re-written, by its own life or once that is fenced, because no checkpoint depends on it.
         """
-        self.store.put(victims_key(run, incarnation), [memoryview(seal_record({"victims": sorted(victims)}))])
+        key = victims_key(run, incarnation)
+        self.store.put(key, [memoryview(seal_record({"victims": sorted(victims)}))])
+        return key
 
     def victim_lists(self) -> list[Entry]:
         return self.store.list(VICTIMS)

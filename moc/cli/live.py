@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from moc.agent.client import AgentClient
 from moc.agent.runtime import live_agents
 from moc.errors import CoordinationError, StoreUnavailableError
+from moc.store.redact import redact_url
 
-__all__ = ["ANSWER_TIMEOUT_S", "add_runtime_root", "living_ranks", "read_status", "read_statuses"]
+__all__ = ["ANSWER_TIMEOUT_S", "add_runtime_root", "living_ranks", "read_status", "read_statuses", "serving_agents"]
 
 ANSWER_TIMEOUT_S = 10.0
 
@@ -56,3 +58,18 @@ def living_ranks(run_id: str, root: Path | None) -> list[int]:
     return sorted(
         int(row["rank"]) for _, status in read_statuses(run_id, root) for row in status["ranks"] if row.get("alive")
     )
+
+
+def serving_agents(url: str, root: Path | None) -> list[tuple[Path, dict[str, Any]]]:
+    """Return folder and status of the agents of this machine that serve the repository at `url`."""
+    wanted = _location(redact_url(url))
+    return [
+        (folder, status)
+        for folder, status in read_statuses(None, root)
+        if isinstance(status.get("storage"), str) and _location(str(status["storage"])) == wanted
+    ]
+
+
+def _location(url: str) -> str:
+    """Return one spelling for one place."""
+    return url.rstrip("/") if "://" in url else os.path.realpath(url)

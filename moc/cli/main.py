@@ -18,6 +18,7 @@ VERBS = {
     "verify": "check checkpoints against their checksums",
     "restore": "copy one checkpoint out, as files that stand alone",
     "rewind": "let the next launch resume from an earlier step",
+    "gc": "delete what nothing references (without --apply: list it)",
     "status": "show the live jobs of this machine",
     "agent": "start, stop or look at the node agent",
     "run": "run a training command and restart it when it fails",

@@ -21,12 +21,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moc.cli.live import add_runtime_root, read_statuses
+from moc.cli.live import add_runtime_root, serving_agents
 from moc.cli.options import STORAGE_VARIABLE, add_repository, opened, repository_url
 from moc.cli.output import say
 from moc.errors import MocError, NoCheckpointError, UsageError
 from moc.plan.lineage import is_on_chain
-from moc.store.redact import redact_url
 from moc.supervise import Limits, supervise
 
 __all__ = ["configure", "run"]
@@ -94,18 +93,7 @@ def last_beat_s(args: argparse.Namespace) -> float | None:
 
 
 def _statuses(args: argparse.Namespace) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the status of the agents that serve this repository."""
-    wanted = _location(redact_url(repository_url(args)))
-    return [
-        (folder, status)
-        for folder, status in read_statuses(None, args.runtime_root)
-        if isinstance(status.get("storage"), str) and _location(str(status["storage"])) == wanted
-    ]
-
-
-def _location(url: str) -> str:
-    """Return one spelling for one place."""
-    return url.rstrip("/") if "://" in url else os.path.realpath(url)
+    return serving_agents(repository_url(args), args.runtime_root)
 
 
 def _drain_agents(args: argparse.Namespace) -> None:

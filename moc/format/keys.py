@@ -10,6 +10,7 @@ from moc.errors import ManifestCorruptError, UsageError
 __all__ = [
     "FORMAT_KEY",
     "INCARNATIONS",
+    "LAST_STEP",
     "MANIFESTS",
     "OBJECTS",
     "VICTIMS",
@@ -31,6 +32,9 @@ INCARNATIONS = "incarnations"
 MANIFESTS = "manifests"
 OBJECTS = "objects"
 VICTIMS = "victims"
+
+LAST_STEP = 10**12 - 1
+"""The largest step that a key can name."""
 
 _RUN = r"[a-z0-9][a-z0-9-]{0,31}"
 _LIFE = rf"(?P<incarnation>\d{{6}})-(?P<run>{_RUN})"

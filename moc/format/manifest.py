@@ -33,7 +33,10 @@ RECORD_LIMIT_BYTES = 1 << 28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parent:
-    """What a life or a checkpoint grew from; `attempt` is None when it was a snapshot in memory."""
+    """What a life or a checkpoint grew from; `attempt` is None when it was a snapshot in memory.
+
+    `step` is `keys.LAST_STEP` where a life includes its parent as a whole.
+    """
 
     incarnation: int
     step: int
@@ -54,7 +57,7 @@ class Incarnation:
     reason: str
     fingerprint: Mapping[str, object] = field(default_factory=dict)
 
-    REASONS = ("start", "recover", "rewind", "load_checkpoint", "weights")
+    REASONS = ("start", "recover", "rewind", "load_checkpoint", "weights", "gc")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

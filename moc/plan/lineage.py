@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from moc.format.keys import LAST_STEP
 from moc.format.manifest import Incarnation, Parent
 
 __all__ = ["Candidate", "Link", "candidates", "chain", "is_on_chain", "merge_incarnations", "tip"]
@@ -81,7 +82,7 @@ def chain(records: dict[int, Incarnation], newest: int) -> tuple[Link, ...]:
         links.append(
             Link(
                 incarnation=number,
-                last_step=None if parent is None else parent.step,
+                last_step=None if parent is None or parent.step >= LAST_STEP else parent.step,
                 last_attempt=None if parent is None else parent.attempt,
                 is_known=number in records,
             )

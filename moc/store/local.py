@@ -135,7 +135,7 @@ class LocalStore:
     def close(self) -> None:
         self._is_closed = True
 
-    def sweep(self, *, older_than_s: float) -> int:
+    def sweep(self, *, older_than_s: float, is_dry_run: bool = False) -> int:
         """Remove what crashed puts left behind, and return how many files that were.
 
         `older_than_s` counts from the last write, so a minute is plenty of time for a writer that is alive.
@@ -149,7 +149,8 @@ class LocalStore:
             for name, facts in list(self._tree.walk("")):
                 if _TEMPORARY.fullmatch(facts.name) and facts.modified_s <= newest_s:
                     with contextlib.suppress(FileNotFoundError):
-                        self._files.unlink(f"{self._root}/{name}")
+                        if not is_dry_run:
+                            self._files.unlink(f"{self._root}/{name}")
                         removed += 1
         return removed
 

@@ -74,7 +74,7 @@ class MemoryStore:
             self._require_open()
             self._objects.pop(key, None)
 
-    def sweep(self, *, older_than_s: float) -> int:
+    def sweep(self, *, older_than_s: float, is_dry_run: bool = False) -> int:
         return 0  # a put is one assignment: nothing can be left behind
 
     def free_bytes(self) -> int | None:

@@ -75,8 +75,11 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove the object; removing a missing key is no error."""
 
-    def sweep(self, *, older_than_s: float) -> int:
-        """Remove what interrupted puts left behind and nobody can see, if older than this; return how many."""
+    def sweep(self, *, older_than_s: float, is_dry_run: bool = False) -> int:
+        """Remove what interrupted puts left behind and nobody can see, if older than this; return how many.
+
+        With `is_dry_run` only count them.
+        """
 
     def free_bytes(self) -> int | None:
         """Return the space left for this user, or None where the store cannot say."""

@@ -154,12 +154,12 @@ class RemoteStore:
                 if class_for_remote(error) is not ObjectMissingError:
                     raise
 
-    def sweep(self, *, older_than_s: float) -> int:
+    def sweep(self, *, older_than_s: float, is_dry_run: bool = False) -> int:
         if not self._is_s3:
             return 0  # parts of interrupted uploads are invisible here; stores expire them by themselves or by a rule
         with self._translated("sweep") as files:
             uploads = stale_uploads(files, self._base, older_than_s=older_than_s, **self._bound())
-            for upload in uploads:
+            for upload in () if is_dry_run else uploads:
                 files.call_s3("abort_multipart_upload", **upload, **self._bound())
             return len(uploads)
 

@@ -71,8 +71,8 @@ class RetryingStore:
     def delete(self, key: str) -> None:
         self._repeat(lambda: self._inner.delete(key))
 
-    def sweep(self, *, older_than_s: float) -> int:
-        return self._repeat(lambda: self._inner.sweep(older_than_s=older_than_s))
+    def sweep(self, *, older_than_s: float, is_dry_run: bool = False) -> int:
+        return self._repeat(lambda: self._inner.sweep(older_than_s=older_than_s, is_dry_run=is_dry_run))
 
     def free_bytes(self) -> int | None:
         return self._repeat(self._inner.free_bytes)

@@ -70,7 +70,7 @@ def test_an_unknown_step_is_three_and_names_the_others(verb: tuple[str, ...], hi
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", [("ls",), ("show", "1"), ("verify",), ("restore",), ("rewind", "--step", "1")])
+@pytest.mark.parametrize("verb", [("ls",), ("show", "1"), ("verify",), ("restore",), ("rewind", "--step", "1"), ("gc",)])
 def test_a_folder_without_repository_is_three(verb: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a repository")
     for url in (tmp_path, tmp_path / "missing"):
@@ -272,7 +272,7 @@ def test_help_names_the_exit_codes() -> None:
 
     assert result.returncode == 0
     assert EXIT_HELP in result.stdout
-    for verb in ("ls", "show", "verify", "restore", "rewind", "status", "agent", "run"):
+    for verb in ("ls", "show", "verify", "restore", "rewind", "gc", "status", "agent", "run"):
         text = moc(verb, "--help")
         assert text.returncode == 0
         assert "Exit codes:" in text.stdout
