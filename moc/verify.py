@@ -2,12 +2,13 @@
 
 Read-only. Everything found wrong becomes a `Finding` and the check goes on; only a store that gives no answer raises.
 Without data, manifests, headers and state blobs are checked; with data, also the crc32c of every shard, or of a part of
-them that depends on the checkpoint's name only, so that a second run looks at the same bytes. Padding has no checksum.
+them that depends on names and a seed only, so that a second run looks at the same bytes. Padding has no checksum.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import threading
 from collections import Counter
@@ -28,12 +29,12 @@ from moc.errors import (
 from moc.format.keys import (
     FORMAT_KEY,
     OBJECTS,
-    VICTIMS,
     CheckpointName,
     manifest_key,
     parse_incarnation_key,
     parse_manifest_key,
     parse_object_key,
+    parse_victims_key,
 )
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
@@ -52,7 +53,7 @@ __all__ = [
     "verify_repository",
 ]
 
-WINDOW_BYTES = 64 * 2**20  # of data in memory per reader
+WINDOW_BYTES = 16 * 2**20  # of data in memory per reader: more leaves the processor's caches, less asks more often
 GAP_BYTES = 2**20  # reading a smaller gap costs less than another request
 READERS_LOCAL = 4  # never more than there are cores: the checksum is the cost
 READERS_REMOTE = 8  # waiting is the cost
@@ -113,11 +114,12 @@ def verify_checkpoint(
     name: CheckpointName,
     *,
     read_data_fraction: float = 0.0,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check one checkpoint. Thread: any. Blocks: on the store. Raises: StorageError when the store gives no answer.
 
-    `read_data_fraction` is the part of the shards whose bytes are read, 0.0 to 1.0; `progress` gets bytes read.
+    `read_data_fraction`, 0.0 to 1.0, is how many of the shards are read, `seed` chooses which; `progress` gets bytes.
     """
     if not 0.0 <= read_data_fraction <= 1.0:
         raise UsageError(f"fraction is out of range: read_data_fraction={read_data_fraction} allowed=0.0..1.0")
@@ -133,7 +135,7 @@ def verify_checkpoint(
     findings += found
     shards, data_read = 0, 0
     if read_data_fraction > 0:
-        work = [(o.row, _sample(name, o, read_data_fraction)) for o in objects]
+        work = [(o.row, _sample(name, o, read_data_fraction, seed)) for o in objects]
         shards = sum(len(regions) for _, regions in work)
         found, data_read = _check_data(repository, work, progress)
         findings += found
@@ -147,17 +149,17 @@ def verify_checkpoint(
 
 
 def verify_repository(
-    repository: Repository, *, read_data_fraction: float = 0.0, progress: Progress | None = None
+    repository: Repository, *, read_data_fraction: float = 0.0, seed: int = 0, progress: Progress | None = None
 ) -> RepositoryReport:
     """Check everything in a repository. Raises: NoCheckpointError, FormatUnsupportedError, StorageError."""
     repository.require()
     _, findings = repository.incarnations()
-    checkpoints = [stored.name for stored in repository.checkpoints()]
+    names = [stored.name for stored in repository.checkpoints()]
     reports = tuple(
-        verify_checkpoint(repository, name, read_data_fraction=read_data_fraction, progress=progress)
-        for name in checkpoints
+        verify_checkpoint(repository, name, read_data_fraction=read_data_fraction, seed=seed, progress=progress)
+        for name in names
     )
-    return RepositoryReport(checkpoints=reports, findings=tuple(findings), notes=tuple(_notes(repository, checkpoints)))
+    return RepositoryReport(checkpoints=reports, findings=tuple(findings), notes=tuple(_notes(repository, names)))
 
 
 def data_bytes(manifest: Manifest) -> int:
@@ -266,14 +268,12 @@ def _check_states(repository: Repository, objects: Sequence[CheckedObject]) -> t
     return findings, bytes_read
 
 
-def _sample(name: CheckpointName, entry: CheckedObject, fraction: float) -> tuple[Region, ...]:
-    """Return the shards of an object to read, by position; which ones follows from the names alone."""
+def _sample(name: CheckpointName, entry: CheckedObject, fraction: float, seed: int) -> tuple[Region, ...]:
+    """Return the shards of an object to read, by position; which ones follows from the names and the seed alone."""
 
     def is_chosen(shard: str) -> bool:
-        if fraction >= 1:
-            return True
-        digest = hashlib.blake2b(f"{name}/{entry.row.key}/{shard}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") < fraction * 2**64
+        digest = hashlib.blake2b(f"{seed}/{name}/{entry.row.key}/{shard}".encode(), digest_size=8).digest()
+        return fraction >= 1 or int.from_bytes(digest, "little") < fraction * 2**64
 
     regions = [
         Region(name=s.shard.name, position=s.position, length=s.shard.size_bytes, crc32c=s.crc32c)
@@ -309,13 +309,14 @@ def _check_data(
 
     def read_until_done() -> None:
         bytes_read = 0
+        buffer = memoryview(mmap.mmap(-1, WINDOW_BYTES))  # used again and again: fresh pages cost as much as the read
         while True:
             with lock:
                 row, window = next(queue, (None, ()))
             if row is None:
                 break
             bytes_read += sum(region.length for region in window)
-            errors = _check_window(repository, row, window, progress)
+            errors = _check_window(repository, row, window, buffer, progress)
             with lock:
                 findings.extend(Finding(key=row.key, error=error) for error in errors)
         counts.append(bytes_read)
@@ -329,15 +330,15 @@ def _check_data(
 
 
 def _check_window(
-    repository: Repository, row: ObjectRow, window: Sequence[Region], progress: Progress | None
+    repository: Repository, row: ObjectRow, window: Sequence[Region], buffer: memoryview, progress: Progress | None
 ) -> list[MocError]:
     first, last = window[0].position, max(region.position + region.length for region in window)
     try:
         if last - first > WINDOW_BYTES:
             (region,) = window
-            _require_crc(row.key, region.name, region.crc32c, _long_crc(repository, row, region, progress))
+            _require_crc(row.key, region.name, region.crc32c, _long_crc(repository, row, region, buffer, progress))
             return []
-        view = memoryview(bytearray(last - first))
+        view = buffer[: last - first]
         repository.read_range(row, first, view)
         if progress is not None:
             progress(view.nbytes)
@@ -353,9 +354,10 @@ def _check_window(
     return errors
 
 
-def _long_crc(repository: Repository, row: ObjectRow, region: Region, progress: Progress | None) -> int:
+def _long_crc(
+    repository: Repository, row: ObjectRow, region: Region, buffer: memoryview, progress: Progress | None
+) -> int:
     """Return the checksum of a region that is too large to hold."""
-    buffer = memoryview(bytearray(WINDOW_BYTES))
     actual = 0
     for offset in range(0, region.length, WINDOW_BYTES):
         piece = buffer[: min(WINDOW_BYTES, region.length - offset)]
@@ -393,8 +395,5 @@ def _notes(repository: Repository, checkpoints: Sequence[CheckpointName]) -> Ite
 
 
 def _is_record(key: str) -> bool:
-    parsers: tuple[Callable[[str], object], ...] = (parse_manifest_key, parse_incarnation_key)
-    if key == FORMAT_KEY or any(parse(key) is not None for parse in parsers):
-        return True
-    folder, _, rest = key.partition("/")
-    return folder == VICTIMS and parse_incarnation_key(f"incarnations/{rest}") is not None
+    parsers: tuple[Callable[[str], object], ...] = (parse_manifest_key, parse_incarnation_key, parse_victims_key)
+    return key == FORMAT_KEY or any(parse(key) is not None for parse in parsers)

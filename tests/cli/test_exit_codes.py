@@ -70,7 +70,9 @@ def test_an_unknown_step_is_three_and_names_the_others(verb: tuple[str, ...], hi
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", [("ls",), ("show", "1"), ("verify",), ("restore",), ("rewind", "--step", "1"), ("gc",)])
+@pytest.mark.parametrize(
+    "verb", [("ls",), ("show", "1"), ("verify",), ("restore",), ("rewind", "--step", "1"), ("gc",)]
+)
 def test_a_folder_without_repository_is_three(verb: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a repository")
     for url in (tmp_path, tmp_path / "missing"):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import re
+import subprocess
 from pathlib import Path
 
 from moc.format.manifest import Parent
 from moc.repository import Repository
 from moc.store.local import LocalStore
-from tests.cli.console import flip_bit, manifest_path, moc, moc_json, shard_place
+from tests.cli.console import MOC, clean_env, flip_bit, manifest_path, moc, moc_json, shard_place
 from tests.support.repository import Model, RepositoryBuilder
 
 NAME = {"name", "run", "incarnation", "step", "attempt"}
@@ -114,7 +119,8 @@ def test_verify_reports_each_checkpoint(damaged: Path) -> None:
 
     report = moc_json("verify", "--read-data", "-r", damaged, code=4)
 
-    assert set(report) == {"repository", "is_sound", "read_data_fraction", "checkpoints", "findings", "notes"}
+    fields = {"repository", "is_sound", "read_data_fraction", "seed", "seconds", "checkpoints", "findings", "notes"}
+    assert set(report) == fields
     assert (report["is_sound"], report["read_data_fraction"], report["findings"]) == (False, 1.0, [])
     for row in report["checkpoints"]:
         assert set(row) == NAME | {"is_sound", "objects", "shards_read", "bytes_read", "findings"}
@@ -129,9 +135,38 @@ def test_verify_reports_each_checkpoint(damaged: Path) -> None:
 def test_a_part_of_the_data_is_always_the_same_part(history: Path) -> None:
     first = moc_json("verify", "--read-data=30%", "-r", history)
     second = moc_json("verify", "--read-data=30%", "-r", history)
+    other = moc_json("verify", "--read-data=30%", "--seed", "1", "-r", history)
 
-    assert first == second
+    assert first["checkpoints"] == second["checkpoints"] != other["checkpoints"]
+    assert (first["seed"], other["seed"]) == (0, 1)
     assert 0 < sum(c["shards_read"] for c in first["checkpoints"]) < 5 * 36
+
+
+def test_reading_data_tells_the_rate_and_the_sample(history: Path) -> None:
+    whole = moc("verify", "--read-data", "-r", history)
+    part = moc("verify", "--read-data=30%", "--seed", "7", "-r", history)
+
+    assert re.search(r"moc verify: read \S+ \S+ in [\d.]+ s, \S+ [KMG]iB/s\n", whole.stderr), whole.stderr
+    assert "30 % of the shards, seed 7" in part.stderr
+
+
+def test_a_bar_is_shown_to_who_looks_at_stderr(history: Path) -> None:
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [MOC, "verify", "--read-data", "-r", str(history)], stdout=subprocess.PIPE, stderr=slave, env=clean_env()
+    ) as process:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end open any more
+            while chunk := os.read(master, 4096):
+                shown += chunk
+        os.close(master)
+        assert process.stdout is not None
+        assert process.stdout.read().count(b"ok;") == 5
+
+    assert process.returncode == 0
+    assert b"\x1b[" in shown
+    assert b"verify" in shown
 
 
 def test_restore_takes_the_newest_on_the_lineage(history: Path, tmp_path: Path) -> None:

@@ -249,3 +249,19 @@ class _Changed:
 
     def __exit__(self, *_: object) -> None:
         self._store.put(self._key, [memoryview(self._before)])
+
+
+def test_the_seed_chooses_which_shards_a_sample_reads() -> None:
+    builder = RepositoryBuilder(MemoryStore(), model=Model(experts=16))
+    builder.begin(1)
+    name = builder.commit(1, 10).name
+    read: dict[int, list[int]] = {}
+    for seed in (0, 1, 2):
+        for _ in range(2):
+            seen: list[int] = []
+            report = verify_checkpoint(
+                builder.repository, name, read_data_fraction=0.3, seed=seed, progress=seen.append
+            )
+            assert read.setdefault(seed, [report.shards, report.bytes_read]) == [report.shards, report.bytes_read]
+
+    assert len({tuple(counts) for counts in read.values()}) == 3
