@@ -15,6 +15,7 @@ __all__ = ["main"]
 VERBS = {
     "ls": "list the checkpoints of a repository",
     "show": "show what one checkpoint holds",
+    "diff": "compare two checkpoints",
     "verify": "check checkpoints against their checksums",
     "restore": "copy one checkpoint out, as files that stand alone",
     "rewind": "let the next launch resume from an earlier step",
