@@ -1,10 +1,10 @@
 """Compare two checkpoints: topology, versions, small state, and every tensor.
 
 A and B are steps, STEP-ATTEMPTs or names, as for 'moc show'; B may be in
-another repository (--other). Tensors are compared by their stored checksums, so no data
-are read; where the shards are cut differently (other numbers of ranks) that
-cannot tell, and --read-data does. It also counts the elements that differ and
-gives the largest absolute difference.
+another repository (--other). Tensors are compared by their stored checksums,
+so no data are read; where the shards are cut differently (other numbers of
+ranks) that cannot tell, and --read-data does. It also counts the elements that
+differ and gives the largest absolute difference.
 
 JSON: {"a": NAME, "b": NAME, "is_equal": bool or null (unknown), "facts":
 [{"name", "a", "b"}] that differ, "shared_objects": int, "shared_bytes": int,
