@@ -11,10 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import moc
-from moc.adapters.deepspeed import DeepSpeedState, Hooks, refuse_attached
+from moc.adapters.deepspeed import DeepSpeedState, Hooks, plain_json, refuse_attached
 from moc.adapters.world import TorchWorld
 from moc.agreement import agree
 from moc.config import Config
@@ -55,7 +55,11 @@ class CheckpointManager:
         self._pid = os.getpid()
         self._hooked_steps = 0
         self._hooks = Hooks(engine, session.before_update, self._on_engine_step, self._on_load, self.detach)
-        self._termination = Termination(ask=session.ask_to_terminate, patience_s=self._patience_s)
+        try:
+            self._termination = Termination(ask=session.ask_to_terminate, patience_s=self._patience_s)
+        except BaseException:
+            self._hooks.detach()
+            raise
         atexit.register(self._at_exit)
         self.resume_step = state.step
 
@@ -104,16 +108,16 @@ class CheckpointManager:
                     on_mismatch=tuple(on_mismatch),
                     runtime_root=runtime_dir,
                     agent_idle_s=AGENT_IDLE_S,
-                    fingerprint=_plain(state.fingerprint),
+                    fingerprint=plain_json(state.fingerprint),
                 ),
             )
             trace = agree(world, lambda: _open_trace(trace_dir, world.rank))
             grid, host = state.ep_sizes, SystemHost()
             session = Session(state, world, request, ep_sizes=grid, software=_software(), host=host, trace=trace)
+            return cls._hooked(engine, state, world, session)
         except BaseException:
             world.close()
             raise
-        return cls(engine, state, world, session)
 
     @property
     def recovery(self) -> RecoveryReport | None:
@@ -164,12 +168,28 @@ class CheckpointManager:
 
     # Inside
 
+    @classmethod
+    def _hooked(
+        cls, engine: DeepSpeedEngine, state: DeepSpeedState, world: TorchWorld, session: Session
+    ) -> CheckpointManager:
+        """Hook the engine on all ranks, or on none and end the session. Collective."""
+        made: list[CheckpointManager] = []
+        try:
+            agree(world, lambda: made.append(cls(engine, state, world, session)))
+        except BaseException:
+            for manager in made:
+                manager._unhook()
+            session.close(is_collective=False)
+            raise
+        return made[0]
+
     def _on_engine_step(self) -> None:
         """The boundary for loops that do not call `step()`.
 
         The first engine step of a life is not snapshotted here: only its end shows whether the loop calls `step()`, and
         a snapshot taken too early would miss what the loop does after `engine.step()`.
         """
+        self._state.note_update()
         self._hooked_steps += 1
         if not self._is_explicit and self._hooked_steps > 1:
             self._boundary()
@@ -180,6 +200,7 @@ class CheckpointManager:
 
     def _on_load(self) -> None:
         """The engine's state was replaced by one of DeepSpeed's checkpoints: a new life without parent. Collective."""
+        self._state.note_loaded()
         self._session.begin_life("load_checkpoint")
 
     def _terminate(self) -> None:
@@ -210,17 +231,6 @@ class CheckpointManager:
             return  # a forked child, which does not have the arena
         self._unhook()
         self._session.close(is_collective=False)
-
-
-def _plain(value: Any) -> Any:
-    """Return a JSON value without floats, whose text would not be canonical: a float becomes its repr."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in sorted(value.items())}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return repr(value)
 
 
 def _software() -> dict[str, str]:

@@ -33,33 +33,38 @@ class Termination:
         self._ask, self._patience_s = ask, patience_s
         self._pid = os.getpid()
         self._former: Any = None
-        self._heard_read, self._heard_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._woken_read, self._woken_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._former_wakeup = -1
-        self._thread: threading.Thread | None = None
         self.is_installed = threading.current_thread() is threading.main_thread()
         if not self.is_installed:
             return
-        self._former = signal.signal(signal.SIGTERM, self._note)
-        self._former_wakeup = signal.set_wakeup_fd(self._woken_write, warn_on_full_buffer=False)
+        self._heard_read, self._heard_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self._woken_read, self._woken_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            os.close(self._heard_read)
+            os.close(self._heard_write)
+            raise
         self._thread = threading.Thread(target=self._watch, name="moc-termination", daemon=True)
         self._thread.start()
+        self._former = signal.signal(signal.SIGTERM, self._note)
+        self._former_wakeup = signal.set_wakeup_fd(self._woken_write, warn_on_full_buffer=False)
 
     def heard(self) -> None:
         """Say that the ranks have agreed to end: from here on the save has its own deadline."""
+        if not self.is_installed:
+            return
         os.write(self._heard_write, b"x")
 
     def restore(self) -> None:
         """Give SIGTERM back to whoever had it; again is harmless."""
         if not self.is_installed or threading.current_thread() is not threading.main_thread():
             return
-        self.is_installed = False
         # None: the handler was not installed from Python, and cannot be put back from here.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if self._former is None else self._former)
         signal.set_wakeup_fd(self._former_wakeup)
         self.heard()
-        if self._thread is not None:
-            self._thread.join()
+        self.is_installed = False
+        self._thread.join()
         for descriptor in (self._heard_read, self._heard_write, self._woken_read, self._woken_write):
             os.close(descriptor)
 

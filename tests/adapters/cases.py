@@ -36,9 +36,10 @@ def attach(engine, stateful: dict[str, object] | None = None) -> DeepSpeedState:
     return DeepSpeedState(engine, stateful or {}, extra_fingerprint={"seed": 1})
 
 
-def snapshot(state: DeepSpeedState) -> tuple[Copies, bytes]:
+def snapshot(state: DeepSpeedState, between: Callable[[], object] = lambda: None) -> tuple[Copies, bytes]:
     """Copy the state as a manager does: encode the tree at the boundary, then copy the shards; checks every crc."""
     blob = encode_state(state.capture()).to_bytes()
+    between()
     assert len(blob) <= state.catalog.state_capacity_bytes
     shards = state.catalog.shards
     memory = [np.full(shard.size_bytes + 1, 0xA5, dtype=np.uint8) for shard in shards]

@@ -14,6 +14,8 @@ REWOUND = "2ranks-bf16-zerobf16-fused-stacked-gas1-multistep-skip"
 RESUMED = {ranks: [f"resume:{s.name}" for s in DEFAULT if s.ranks == ranks] for ranks in (2, 4)}
 SLOWLY_RESUMED = {ranks: [f"resume:{s.name}" for s in SLOW if s.ranks == ranks] for ranks in (2, 4)}
 SINGLE = [
+    "forced",
+    "frozen",
     "hooks",
     "loaded",
     "moved",

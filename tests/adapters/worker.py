@@ -16,7 +16,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from tests.adapters.cases import CASES
+from tests.adapters import cases, interludes
+
+CASES = {**cases.CASES, **interludes.CASES}
 
 
 def main(folder: Path, names: list[str]) -> None:

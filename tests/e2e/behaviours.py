@@ -39,12 +39,12 @@ NATIVE = replace(DENSE, model="native", zero="2", dtype="bf16", accumulation=3)
 HOOKED = ("_take_model_step", "step", "load_checkpoint", "destroy")
 
 
-def run(spec: Mapping[str, Any], note: Note) -> None:
+def run(spec: Mapping[str, Any], note: Note, behaviours: Mapping[str, Callable[[Place, Note], None]]) -> None:
     """Run the named behaviours one after the other. The first that fails ends the world: its ranks may be anywhere."""
     for name in spec["behaviours"]:
         folder = Path(spec["folder"]) / name
         try:
-            BEHAVIOURS[name](Place(folder, Path(spec["runtime"])), note)
+            behaviours[name](Place(folder, Path(spec["runtime"])), note)
         except BaseException:
             note("behaviour", name=name, verdict=traceback.format_exc())
             raise

@@ -30,6 +30,7 @@ SHARED = (
     "one_bad_rank",
     "failed_save",
     "destroyed_engine",
+    "failed_hooking",
 )
 SIGTERM_CASE = Case(
     model="grouped", zero="2", dtype="bf16", ranks=2, accumulation=1, optimizer="adamw", skips=True, boundary="step",

@@ -44,9 +44,9 @@ def main(spec: Mapping[str, Any]) -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
     )
     if "behaviours" in spec:
-        from tests.e2e import behaviours
+        from tests.e2e import behaviours, interference
 
-        behaviours.run(spec, note)
+        behaviours.run(spec, note, {**behaviours.BEHAVIOURS, **interference.BEHAVIOURS})
         return
     train_case(spec, note)
 

@@ -51,12 +51,16 @@ class Hooks:
         self._is_destroyed = False
         self._is_detached = False
         self._previous: dict[tuple[Any, str], Any] = {}
-        self._wrap(engine, "_take_model_step", self._take_model_step)
-        self._wrap(engine, "step", self._step)
-        self._wrap(engine, "load_checkpoint", self._load_checkpoint)
-        self._wrap(engine, "destroy", self._destroy)
-        for name in ("offload_states", "reload_states"):
-            self._wrap(engine, name, self._move_states)
+        try:
+            self._wrap(engine, "_take_model_step", self._take_model_step)
+            self._wrap(engine, "step", self._step)
+            self._wrap(engine, "load_checkpoint", self._load_checkpoint)
+            self._wrap(engine, "destroy", self._destroy)
+            for name in ("offload_states", "reload_states"):
+                self._wrap(engine, name, self._move_states)
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Leave the engine's attributes as they were; again is harmless."""
@@ -72,13 +76,13 @@ class Hooks:
 
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         original = getattr(owner, name)
-        self._previous[owner, name] = owner.__dict__.get(name)
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return original(*args, **kwargs) if self._is_detached else around(original, *args, **kwargs)
 
         setattr(wrapper, MARK, self)
+        self._previous[owner, name] = owner.__dict__.get(name)
         setattr(owner, name, wrapper)
 
     def _move_states(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from moc.adapters.deepspeed.names import NamedParameter
 from moc.adapters.deepspeed.zero import ZeroOptimizer
 from moc.errors import UsageError
 
-__all__ = ["build_fingerprint"]
+__all__ = ["build_fingerprint", "plain_json"]
 
 MATCHED_OPTIONS = (
     "amsgrad",
@@ -60,6 +60,17 @@ def build_fingerprint(
     except (TypeError, ValueError) as error:
         raise UsageError(f"fingerprint values must be plain JSON: {error}") from error
     return restored
+
+
+def plain_json(value: Any) -> Any:
+    """Return a JSON value without floats, whose text would not be canonical: a float becomes its repr."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return repr(value)
 
 
 def _hyper_parameters(zero: ZeroOptimizer) -> list[object]:

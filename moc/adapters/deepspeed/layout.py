@@ -21,7 +21,7 @@ from moc.adapters.deepspeed.zero import ZeroOptimizer
 from moc.errors import InternalError, UsageError
 from moc.state import Shard, shard_order
 
-__all__ = ["Layout", "Piece", "build_layout"]
+__all__ = ["WEIGHT", "Layout", "Piece", "build_layout"]
 
 MASTER = "master"
 WEIGHT = "weight"

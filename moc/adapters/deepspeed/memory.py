@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 
 from moc import _native
 from moc.adapters.deepspeed.layout import Piece
+from moc.adapters.deepspeed.still import FrozenPieces, bytes_of_piece
 from moc.adapters.deepspeed.values import bytes_of
 from moc.errors import InternalError, UsageError
 from moc.state import DTYPE_BYTES
@@ -25,7 +26,11 @@ __all__ = ["ShardMemory"]
 
 
 class ShardMemory:
-    """The memory of a fixed list of pieces. Addresses are looked up again whenever a tensor has moved."""
+    """The memory of a fixed list of pieces. Addresses are looked up again whenever a tensor has moved.
+
+    From `mark_boundary` to the end of the next `copy_to` the tensors are held: what the loop replaces meanwhile is read
+    as it was.
+    """
 
     def __init__(self, buffers: Sequence[Callable[[], torch.Tensor]], pieces: Sequence[Piece]) -> None:
         self._pieces = tuple(pieces)
@@ -38,9 +43,17 @@ class ShardMemory:
         self._accelerator = get_accelerator()
         self._device_index = None if self._accelerator.device_name() == "cpu" else self._accelerator.current_device()
         self._boundary: object = None
+        self._tensors: list[torch.Tensor] = []
+        self._frozen = FrozenPieces(self._pieces, lambda buffer: self._tensors[buffer])
+
+    def forget_frozen(self) -> None:
+        """Say that frozen parameters have got other values, from a checkpoint."""
+        self._frozen.forget()
 
     def mark_boundary(self) -> None:
-        """Remember the point of the current stream after which the pieces hold their values."""
+        """Hold the tensors, and remember the point of the current stream after which they have their values."""
+        self._locate()
+        self._frozen.mark()
         if self._device_index is not None:
             self._boundary = self._accelerator.Event()
             self._boundary.record()  # type: ignore[attr-defined]
@@ -51,9 +64,20 @@ class ShardMemory:
             raise InternalError(
                 f"one target and crc per shard: shards={len(self._pieces)} targets={len(targets)} crcs={len(crcs)}"
             )
-        self._locate()
+        if not self._tensors:
+            self._locate()
+        self._copy(targets, crcs)
+        try:
+            self._frozen.check(crcs)
+        finally:
+            self._tensors = []
+
+    def _copy(self, targets: array[int], crcs: array[int]) -> None:
+        sources = self._sources.copy()
+        for index, staged in self._frozen.staged.items():
+            sources[index] = staged.data_ptr()
         if not self._on_device:
-            _native.copy_crc32c(self._sources, targets, self._lengths, crcs)
+            _native.copy_crc32c(sources, targets, self._lengths, crcs)
             return
         goals = np.frombuffer(targets, dtype=np.uint64)
         sums = np.frombuffer(crcs, dtype=np.uint32)
@@ -64,7 +88,7 @@ class ShardMemory:
         _native.crc32c_gather(goals[on_device], self._lengths[on_device], partial)
         sums[on_device] = partial
         partial = np.zeros(len(on_host), dtype=np.uint32)
-        _native.copy_crc32c(self._sources[on_host], goals[on_host], self._lengths[on_host], partial)
+        _native.copy_crc32c(sources[on_host], goals[on_host], self._lengths[on_host], partial)
         sums[on_host] = partial
 
     def write(self, index: int, offset: int, view: memoryview) -> None:
@@ -85,7 +109,7 @@ class ShardMemory:
 
     def _locate(self) -> None:
         """Refresh the source addresses if any buffer was replaced: `offload_states` and `load_state_dict` do that."""
-        tensors = [read() for read in self._buffers]
+        self._tensors = tensors = [read() for read in self._buffers]
         found = tuple((tensor.data_ptr(), tensor.device.type) for tensor in tensors)
         if found == self._found:
             return
@@ -115,10 +139,11 @@ class ShardMemory:
                 side.wait_event(self._boundary)
             for i in self._on_device:
                 piece, size = self._pieces[i], int(self._lengths[i])
-                first = piece.start * DTYPE_BYTES[piece.shard.dtype]
                 memory = (ctypes.c_char * size).from_address(int(targets[i]))
-                target = torch.frombuffer(memory, dtype=torch.uint8)
-                target.copy_(bytes_of(self._buffers[piece.buffer]())[first : first + size], non_blocking=True)
+                source = self._frozen.staged.get(i)
+                if source is None:
+                    source = bytes_of_piece(self._tensors[piece.buffer], piece)
+                torch.frombuffer(memory, dtype=torch.uint8).copy_(source, non_blocking=True)
             done = self._accelerator.Event()
             done.record(side)
         done.synchronize()

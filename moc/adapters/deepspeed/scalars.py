@@ -191,14 +191,16 @@ def _plain_attributes(owner: Any, names: Iterable[str]) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is None or type(value) in (bool, int, float)}
 
 
-def check_boundary(engine: Any) -> None:
-    """Raise UsageError unless the engine holds no accumulated gradients."""
+def check_boundary(engine: Any, *, updated_at: int) -> None:
+    """Raise UsageError unless the engine holds no accumulated gradients; `updated_at` is the engine's count of
+    micro-batches after its last update.
+    """
     if not engine.managed_gradient_accumulation():
         pending = engine._unmanaged_backward_count
     elif engine._is_gradient_accumulation_boundary is None:
         pending = engine.micro_steps % engine.gradient_accumulation_steps()
     else:  # the caller tells the engine where its boundaries are
-        pending = 0
+        pending = engine.micro_steps - updated_at
     if pending:
         raise UsageError(f"not at the boundary of a step: accumulated_micro_batches={pending} allowed=0")
 

@@ -64,6 +64,7 @@ class DeepSpeedState:
         check_scheduler(engine)
         self._engine: Any = engine
         self._stateful = _checked_stateful(stateful)
+        self._updated_at = int(engine.micro_steps)
         self._zero = ZeroOptimizer(engine.optimizer)
         self._named = name_parameters(engine.module)
         self._state_names = name_state(engine.module)
@@ -115,18 +116,29 @@ class DeepSpeedState:
         """Copy and checksum every catalog shard. Thread: the snapshot thread. Blocks: until all bytes are in place."""
         self._held.copy_to(targets, crcs)
 
+    def note_update(self) -> None:
+        """Say that the engine has made a step: no gradients are accumulated now."""
+        self._updated_at = int(self._engine.micro_steps)
+
+    def note_loaded(self) -> None:
+        """Say that the engine has loaded one of DeepSpeed's own checkpoints."""
+        self.note_update()
+        self._held.forget_frozen()
+
     def capture(self) -> dict[str, object]:
         """Return everything that is not a shard; arrays alias live CPU memory where they can.
 
         Raises: UsageError between the micro-batches of one step, whose gradients are not part of any state.
         """
+        tree = self._tree()
         self._held.mark_boundary()
-        return self._tree()
+        return tree
 
     def begin_restore(self) -> None:
         """Create the optimizer moments if the optimizer has lost them since construction."""
         check_engine(self._engine)
         self._materialise()
+        self._held.forget_frozen()
 
     def write_shard(self, index: int, offset: int, view: memoryview) -> None:
         """Copy `view` into needed shard `index` from its element `offset` on. Thread: any, on distinct ranges."""
@@ -143,6 +155,7 @@ class DeepSpeedState:
         restore_engine(self._engine, self._zero, state)
         restore_groups(self._zero, self._named, state["groups"])  # after the scheduler, which may set learning rates
         restore_buffers(self._engine.module, state["buffers"])
+        self.note_update()
 
     def derive_weights(self) -> None:
         """Derive the model's weights and the running powers from masters and steps. Collective."""
@@ -160,7 +173,7 @@ class DeepSpeedState:
             derive_rng(state["rng"], self._catalog.rank)
 
     def _tree(self) -> dict[str, object]:
-        check_boundary(self._engine)
+        check_boundary(self._engine, updated_at=self._updated_at)
         return {
             **capture_engine(self._engine, self._zero),
             "groups": capture_groups(self._zero, self._named),
