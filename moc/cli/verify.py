@@ -8,8 +8,8 @@ of the shards, which --seed chooses: the same seed, the same part.
 JSON: {"repository", "is_sound": bool, "read_data_fraction": float, "seed":
 int, "seconds": float, "checkpoints": [{"name", "run", "incarnation", "step",
 "attempt", "is_sound", "objects", "shards_read", "bytes_read", "findings":
-[FINDING]}], "findings": [FINDING], "notes": [str]} with FINDING {"key", "kind": class of the error,
-"message"}
+[FINDING]}], "findings": [FINDING], "notes": [str]} with FINDING {"key", "kind":
+class of the error, "message"}
 
 Exit codes: 0 everything checked is sound, 3 no such checkpoint, 4 something is
 wrong, 5 storage unavailable, 6 other format.
