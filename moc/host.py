@@ -120,7 +120,10 @@ class Host(Clock, Protocol):
 
 
 class SystemHost(SystemClock):
-    """This process on Linux. It holds no state."""
+    """This process on Linux. Agents that it starts write their spans to `trace_dir`."""
+
+    def __init__(self, *, trace_dir: Path | None = None) -> None:
+        self._trace_dir = trace_dir
 
     @property
     def pid(self) -> int:
@@ -161,6 +164,8 @@ class SystemHost(SystemClock):
     def start_agent(self, folder: Path, *, run: str, idle_s: float, log: Path, timeout_s: float) -> None:
         ready, ready_child = os.pipe()
         command = [sys.executable, "-m", "moc.agent", "--folder", str(folder), "--run", run, "--idle-s", str(idle_s)]
+        if self._trace_dir is not None:
+            command += ["--trace", str(self._trace_dir)]
         try:
             with log.open("ab") as log_file:
                 starter = subprocess.Popen(

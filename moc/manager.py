@@ -18,14 +18,14 @@ from moc.adapters.deepspeed import DeepSpeedState, Hooks, plain_json, refuse_att
 from moc.adapters.world import TorchWorld
 from moc.agreement import agree
 from moc.config import Config
-from moc.errors import MocError
+from moc.errors import MocError, UsageError
 from moc.handle import SaveHandle
 from moc.host import SystemHost
 from moc.recover import RecoveryReport
 from moc.session import Session, Status
 from moc.survey import Request
 from moc.termination import Termination
-from moc.trace import JsonLinesSink, Trace
+from moc.trace import Trace, open_trace
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -77,7 +77,7 @@ class CheckpointManager:
         take_over: bool = False,
         on_mismatch: Sequence[str] = (),
         runtime_dir: Path | None = None,
-        trace_dir: Path | None = None,
+        trace_dir: str | Path | None = None,
     ) -> CheckpointManager:
         """Attach to an engine: recover what there is, begin a new life, hook the engine. Collective.
 
@@ -85,7 +85,7 @@ class CheckpointManager:
         (the data loader). restore: "auto" (newest on the lineage, or a fresh start), "never", "weights" (weights only),
         or a step. fingerprint: further values that must be equal to resume. on_mismatch: fingerprint keys that may
         differ. take_over: use another run's repository. runtime_dir: where the node's agents live (two "nodes" on one
-        machine need two). trace_dir: write spans as JSON lines.
+        machine need two). trace_dir: write each rank's and the agent's spans there, for `moc trace`.
 
         Blocks: for recovery. Raises: MocError, the same on every rank; the engine is then not hooked, and unusable only
         if the error came from a restore under way.
@@ -111,8 +111,9 @@ class CheckpointManager:
                     fingerprint=plain_json(state.fingerprint),
                 ),
             )
-            trace = agree(world, lambda: _open_trace(trace_dir, world.rank))
-            grid, host = state.ep_sizes, SystemHost()
+            folder = None if not trace_dir else Path(trace_dir).absolute()
+            trace = agree(world, lambda: _open_trace(folder, world.rank))
+            grid, host = state.ep_sizes, SystemHost(trace_dir=folder)
             session = Session(state, world, request, ep_sizes=grid, software=_software(), host=host, trace=trace)
             return cls._hooked(engine, state, world, session)
         except BaseException:
@@ -243,7 +244,7 @@ def _software() -> dict[str, str]:
 
 
 def _open_trace(folder: Path | None, rank: int) -> Trace:
-    if folder is None:
-        return Trace()
-    folder.mkdir(parents=True, exist_ok=True)
-    return Trace(JsonLinesSink(folder / f"rank{rank:05d}.jsonl"))
+    try:
+        return open_trace(folder, f"rank{rank:05d}")
+    except OSError as error:
+        raise UsageError(f"no trace can be written there: trace_dir={folder} reason={error.strerror}") from error

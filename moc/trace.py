@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["JsonLinesSink", "Sink", "Trace"]
+__all__ = ["JsonLinesSink", "Sink", "Trace", "open_trace", "trace_name"]
 
 Sink = Callable[[str, str, dict[str, object]], None]
 """Called as ``sink(event, span, fields)`` with event ``"begin"``, ``"end"`` or ``"error"``.
@@ -43,6 +44,22 @@ class Trace:
     def _emit(self, event: str, name: str, fields: dict[str, object]) -> None:
         for sink in self._sinks:
             sink(event, name, fields)
+
+
+def open_trace(folder: Path | None, name: str) -> Trace:
+    """Return a trace that appends to the file of this name in a folder, which is made; without a folder, a silent one.
+
+    Raises: OSError.
+    """
+    if folder is None:
+        return Trace()
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trace(JsonLinesSink(folder / f"{name}.jsonl"))
+
+
+def trace_name(kind: str) -> str:
+    """Return a name for the trace file of this process, which no other one has: kind, host and process number."""
+    return f"{kind}-{socket.gethostname()}-{os.getpid()}"
 
 
 class JsonLinesSink:

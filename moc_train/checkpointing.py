@@ -85,6 +85,7 @@ def attach(
         engine,
         storage=config.storage or os.environ.get("MOC_STORAGE") or "checkpoints",
         config=Config(**settings),
+        trace_dir=os.environ.get("MOC_TRACE"),
         stateful=stateful,
         # A restarted job goes on from where it was, whatever its first start had asked for.
         restore=config.restore if int(os.environ.get("MOC_LIFE", "1")) == 1 else "auto",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moc.agent.server import Agent
 from moc.host import SystemHost
-from moc.trace import JsonLinesSink, Trace
+from moc.trace import Trace, open_trace, trace_name
 
 AGENT_NICE = 10  # training goes first on the cores they share
 
@@ -23,14 +23,15 @@ def main() -> int:
     parser.add_argument("--idle-s", type=float, required=True)
     parser.add_argument("--ready-fd", type=int, default=None, help="a pipe that is closed once the agent listens")
     parser.add_argument("--foreground", action="store_true", help="stay in this process, for a sidecar container")
-    parser.add_argument("--trace", type=Path, default=None, help="append spans to this file")
+    parser.add_argument("--trace", metavar="DIR", type=Path, default=None, help="write spans to a file in this folder")
     options = parser.parse_args()
     if not options.foreground and os.fork():
         os._exit(0)  # the parent: the agent is now nobody's child and survives a kill of the trainer's process tree
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     os.nice(AGENT_NICE)
-    trace = Trace() if options.trace is None else Trace(JsonLinesSink(options.trace))
-    agent = Agent(options.folder, run=options.run, idle_s=options.idle_s, host=SystemHost(), trace=trace)
+    agent = Agent(
+        options.folder, run=options.run, idle_s=options.idle_s, host=SystemHost(), trace=_trace(options.trace)
+    )
     signal.signal(signal.SIGTERM, agent.ask_to_leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole foreground group; the trainers decide
     if not agent.listen():
@@ -39,6 +40,14 @@ def main() -> int:
         os.close(options.ready_fd)
     agent.serve()
     return 0
+
+
+def _trace(folder: Path | None) -> Trace:
+    try:
+        return open_trace(folder, trace_name("agent"))
+    except OSError as error:
+        logging.getLogger(__name__).warning("no trace is written: folder=%s reason=%s", folder, error)
+        return Trace()
 
 
 if __name__ == "__main__":

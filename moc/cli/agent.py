@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--foreground", action="store_true", help="start: become the agent, for a sidecar container")
     parser.add_argument("--timeout", metavar="S", type=float, default=600.0, help="stop: wait at most S seconds (600)")
+    parser.add_argument("--trace", metavar="DIR", type=Path, help="start: write the agent's spans to a file there")
     add_runtime_root(parser)
     add_json(parser)
 
@@ -58,14 +59,18 @@ def run(args: argparse.Namespace) -> int:
 def _start(args: argparse.Namespace) -> int:
     from moc.agent.client import ensure_agent
     from moc.agent.runtime import runtime_folder
+    from moc.host import SystemHost
 
     if args.run_id is None:
         raise UsageError("no run id given allowed=moc agent start --run-id ID")
     folder = runtime_folder(args.run_id, args.runtime_root)
+    trace_dir = None if args.trace is None else args.trace.absolute()
     if args.foreground:
         command = [sys.executable, "-m", "moc.agent", "--foreground", "--folder", str(folder), "--run", args.run_id]
-        os.execv(sys.executable, [*command, "--idle-s", str(args.idle)])
-    client = ensure_agent(folder, run=args.run_id, idle_s=args.idle, timeout_s=ANSWER_TIMEOUT_S)
+        tracing = [] if trace_dir is None else ["--trace", str(trace_dir)]
+        os.execv(sys.executable, [*command, "--idle-s", str(args.idle), *tracing])
+    host = SystemHost(trace_dir=trace_dir)
+    client = ensure_agent(folder, run=args.run_id, idle_s=args.idle, timeout_s=ANSWER_TIMEOUT_S, host=host)
     client.close()
     _report(args, args.run_id, folder, "started", {})
     return OK

@@ -20,6 +20,7 @@ VERBS = {
     "restore": "copy one checkpoint out, as files that stand alone",
     "rewind": "let the next launch resume from an earlier step",
     "gc": "delete what nothing references (without --apply: list it)",
+    "trace": "merge the traces of ranks and agents into one timeline",
     "status": "show the live jobs of this machine",
     "agent": "start, stop or look at the node agent",
     "run": "run a training command and restart it when it fails",

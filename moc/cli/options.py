@@ -9,9 +9,18 @@ from collections.abc import Iterator
 
 from moc.repository import Repository
 
-__all__ = ["DEFAULT_REPOSITORY", "STORAGE_VARIABLE", "add_json", "add_repository", "opened", "repository_url"]
+__all__ = [
+    "DEFAULT_REPOSITORY",
+    "STORAGE_VARIABLE",
+    "TRACE_VARIABLE",
+    "add_json",
+    "add_repository",
+    "opened",
+    "repository_url",
+]
 
 STORAGE_VARIABLE = "MOC_STORAGE"
+TRACE_VARIABLE = "MOC_TRACE"
 DEFAULT_REPOSITORY = "checkpoints"
 
 

@@ -2,7 +2,8 @@
 
   moc run -- deepspeed train.py
 
-The command gets a session of its own and MOC_STORAGE if -r is given. SIGTERM,
+The command gets a session of its own, MOC_STORAGE if -r is given, and MOC_TRACE
+with --trace, which are for its attach(storage=..., trace_dir=...). SIGTERM,
 SIGINT and SIGHUP are passed on to all its processes, which then have
 --grace seconds for a last durable save. A command that fails is started again,
 after a growing delay, until --max-restarts is used up, or until three lives in
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from moc.cli.live import add_runtime_root, serving_agents
-from moc.cli.options import STORAGE_VARIABLE, add_repository, opened, repository_url
+from moc.cli.options import STORAGE_VARIABLE, TRACE_VARIABLE, add_repository, opened, repository_url
 from moc.cli.output import say
 from moc.errors import MocError, NoCheckpointError, UsageError
 from moc.plan.lineage import is_on_chain
 from moc.supervise import Limits, supervise
+from moc.trace import Trace, open_trace, trace_name
 
 __all__ = ["configure", "run"]
 
@@ -39,6 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--grace", metavar="S", type=float, default=120.0, help="time to save when ended (default: 120)"
     )
     parser.add_argument("--delay", metavar="S", type=float, default=1.0, help="before the first restart (default: 1)")
+    parser.add_argument("--trace", metavar="DIR", type=Path, help="trace supervisor, ranks and agent into this folder")
     add_runtime_root(parser)
     add_repository(parser)
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -51,7 +54,12 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(
         max_restarts=args.max_restarts, grace_s=args.grace, hang_timeout_s=args.hang_timeout, delay_s=args.delay
     )
-    env = None if args.repo is None else {**os.environ, STORAGE_VARIABLE: args.repo}
+    env = dict(os.environ)
+    if args.repo is not None:
+        env[STORAGE_VARIABLE] = args.repo
+    trace_dir = None if args.trace is None else args.trace.absolute()
+    if trace_dir is not None:
+        env[TRACE_VARIABLE] = str(trace_dir)
     code = supervise(
         command,
         limits=limits,
@@ -59,10 +67,18 @@ def run(args: argparse.Namespace) -> int:
         last_beat_s=lambda: last_beat_s(args),
         say=lambda text: say(f"moc run: {text}"),
         env=env,
+        trace=_trace(trace_dir),
     )
     if os.getpid() == 1:
         _drain_agents(args)
     return code
+
+
+def _trace(folder: Path | None) -> Trace:
+    try:
+        return open_trace(folder, trace_name("run"))
+    except OSError as error:
+        raise UsageError(f"no trace can be written there: folder={folder} reason={error.strerror}") from error
 
 
 def newest_step(args: argparse.Namespace) -> int | None:

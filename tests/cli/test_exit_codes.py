@@ -274,7 +274,7 @@ def test_help_names_the_exit_codes() -> None:
 
     assert result.returncode == 0
     assert EXIT_HELP in result.stdout
-    for verb in ("ls", "show", "verify", "restore", "rewind", "gc", "diff", "status", "agent", "run"):
+    for verb in ("ls", "show", "verify", "restore", "rewind", "gc", "diff", "trace", "status", "agent", "run"):
         text = moc(verb, "--help")
         assert text.returncode == 0
         assert "Exit codes:" in text.stdout

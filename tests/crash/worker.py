@@ -26,7 +26,7 @@ from moc.errors import MocError, SaveFailedError, WaitTimeoutError
 from moc.host import SystemHost
 from moc.session import Session
 from moc.survey import Request
-from moc.trace import Trace
+from moc.trace import JsonLinesSink, Sink, Trace
 from tests.support.kill import KillAt
 from tests.support.plain import PlainState, SocketWorld
 
@@ -78,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     def note(event: str, **fields: object) -> None:
         log.write(json.dumps({"event": event, "rank": options.rank, "pid": os.getpid(), **fields}) + "\n")
 
-    trace = Trace(*([] if options.kill is None else [KillAt.parse(options.kill)]))
+    sinks: list[Sink] = [] if options.kill is None else [KillAt.parse(options.kill)]
+    trace_dir = Path(os.environ["MOC_TRACE"]) if "MOC_TRACE" in os.environ else None
+    if trace_dir is not None:
+        sinks.append(JsonLinesSink(trace_dir / f"rank{options.rank:05d}.jsonl"))
+    trace = Trace(*sinks)
     state = PlainState(options.rank, options.size, scale=options.scale, model=options.model)
     world = SocketWorld(options.rank, options.size, options.rendezvous)
     for name, _, value in (word.partition("=") for word in options.limit):
@@ -86,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         resource.setrlimit(number, (int(value), resource.getrlimit(number)[1]))
     try:
         request = _request(options, state)
-        session = Session(state, world, request, ep_sizes=(), software={"worker": "1"}, host=SystemHost(), trace=trace)
+        host = SystemHost() if trace_dir is None else SystemHost(trace_dir=trace_dir)  # an older edition has no traces
+        session = Session(state, world, request, ep_sizes=(), software={"worker": "1"}, host=host, trace=trace)
     except MocError as error:
         note("refused", error=type(error).__name__, words=str(error))
         raise SystemExit(REFUSED) from error
