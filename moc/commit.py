@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moc.errors import FencedError, PlanDivergedError
-from moc.format.keys import CheckpointName
+from moc.format.keys import CheckpointName, parse_object_key
 from moc.format.manifest import Manifest, Parent
 from moc.persist import Receipt
 from moc.repository import Repository
@@ -83,8 +83,10 @@ def commit(repository: Repository, manifest: Manifest, *, trace: Trace) -> None:
     name = manifest.name
     with trace.span("commit.fence", step=name.step):
         refuse_if_fenced(repository, name.run, name.incarnation)
-        condemned = set(repository.read_victims(name.run, name.incarnation))
-        doomed = sorted(row.key for row in manifest.objects if row.key in condemned)
+        # What this attempt wrote itself was never part of a checkpoint, so nobody has condemned it.
+        older = [row.key for row in manifest.objects if parse_object_key(row.key)[0] != name]
+        condemned = set(repository.read_victims(name.run, name.incarnation)) if older else set()
+        doomed = sorted(key for key in older if key in condemned)
         if doomed:
             raise PlanDivergedError(
                 f"manifest references an object that is being deleted: step={name.step} key={doomed[0]}"

@@ -95,7 +95,7 @@ class Retention:
     def _drop(self, doomed: tuple[CheckpointName, ...]) -> None:
         condemned = {row.key for name in doomed for row in self._manifests[name].objects}
         kept = {row.key for name, m in self._manifests.items() if name not in doomed for row in m.objects}
-        earlier = self._repository.read_victims(self._run, self._incarnation)
+        earlier = self._read_condemned()
         with self._trace.span("retention.condemn", objects=len(condemned - kept)):
             self._repository.put_victims(self._run, self._incarnation, sorted((condemned - kept) | set(earlier)))
         for name in doomed:
@@ -108,12 +108,20 @@ class Retention:
         """Delete what an earlier round condemned, except what a manifest still names (a crash before the manifest's
         deletion).
         """
-        condemned = self._repository.read_victims(self._run, self._incarnation)
+        condemned = self._read_condemned()
         victims = [key for key in condemned if key not in self._named()]
         self._delete(victims)
         if condemned:
             self._repository.put_victims(self._run, self._incarnation, [])
         return len(victims)
+
+    def _read_condemned(self) -> tuple[str, ...]:
+        """Return the life's own list; one that is damaged is emptied, and what it named is left to the next life."""
+        try:
+            return self._repository.read_victims(self._run, self._incarnation)
+        except ManifestCorruptError:
+            self._repository.put_victims(self._run, self._incarnation, [])
+            return ()
 
     def _sweep(self) -> int:
         """Delete what lives before this one left behind: objects that no manifest names, victim lists, temporary files.

@@ -14,7 +14,8 @@ from itertools import groupby
 from typing import Protocol
 
 from moc._native import crc32c
-from moc.errors import CoverageError, IntegrityError, ShardCorruptError
+from moc.errors import CoverageError, ShardCorruptError
+from moc.format.contents import contradictions
 from moc.format.keys import parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
@@ -188,11 +189,8 @@ class StorageSource:
     def _header(self, row: ObjectRow) -> ObjectHeader:
         if row.key not in self._headers:
             header = self._repository.read_header(row)
-            if header.name != self._manifest.name:
-                raise IntegrityError(
-                    f"object belongs to another attempt: key={row.key} header={header.name} "
-                    f"manifest={self._manifest.name}"
-                )
+            for error in contradictions(self._manifest, row, header):
+                raise error
             self._headers[row.key] = header
         return self._headers[row.key]
 

@@ -14,13 +14,12 @@ from moc._native import crc32c
 from moc.errors import (
     FormatUnsupportedError,
     IntegrityError,
-    MismatchError,
+    ManifestCorruptError,
     MocError,
     NoCheckpointError,
     ObjectMissingError,
     ShardCorruptError,
 )
-from moc.format.canonical import open_record, seal_record
 from moc.format.keys import (
     FORMAT_KEY,
     INCARNATIONS,
@@ -36,6 +35,7 @@ from moc.format.keys import (
     victims_key,
 )
 from moc.format.manifest import (
+    FORMAT_LIMIT_BYTES,
     RECORD_LIMIT_BYTES,
     Incarnation,
     Manifest,
@@ -43,11 +43,13 @@ from moc.format.manifest import (
     decode_format,
     decode_incarnation,
     decode_manifest,
+    decode_victims,
     encode_format,
     encode_incarnation,
     encode_manifest,
+    encode_victims,
 )
-from moc.format.object import HEADER_LIMIT_BYTES, ObjectHeader, header_length, parse_header
+from moc.format.object import ObjectHeader, header_length, parse_header
 from moc.plan.lineage import Link, chain, merge_incarnations, tip
 from moc.store.port import Entry, Segment, Store
 
@@ -89,7 +91,9 @@ class Repository:
         Raises FormatUnsupportedError if there is another kind.
         """
         try:
-            content = self.store.read(FORMAT_KEY, limit_bytes=4096)
+            content = self.store.read(FORMAT_KEY, limit_bytes=FORMAT_LIMIT_BYTES)
+        except IntegrityError as error:
+            raise FormatUnsupportedError(f"not a moc repository: url={self.url} {error}") from error
         except ObjectMissingError:
             if self.store.list(MANIFESTS) or self.store.list(INCARNATIONS):
                 raise FormatUnsupportedError(
@@ -121,12 +125,12 @@ class Repository:
             try:
                 record = decode_incarnation(self.store.read(entry.key, limit_bytes=RECORD_LIMIT_BYTES), name=entry.key)
                 if (record.run, record.number) != parsed:
-                    raise MismatchError(
+                    raise ManifestCorruptError(
                         f"record names another life than its key: key={entry.key} run={record.run} "
                         f"number={record.number}"
                     )
                 records.append(record)
-            except (IntegrityError, MismatchError, ObjectMissingError) as error:
+            except (IntegrityError, ObjectMissingError) as error:
                 findings.append(Finding(key=entry.key, error=error))
         return tuple(sorted(records, key=lambda r: (r.number, r.run))), tuple(findings)
 
@@ -171,7 +175,7 @@ class Repository:
         key = manifest_key(name)
         manifest = decode_manifest(self.store.read(key, limit_bytes=RECORD_LIMIT_BYTES), name=key)
         if manifest.name != name:
-            raise ShardCorruptError(f"manifest names another checkpoint than its key: key={key} name={manifest.name}")
+            raise ManifestCorruptError(f"manifest names another checkpoint than its key: {key=} name={manifest.name}")
         return manifest
 
     def put_manifest(self, manifest: Manifest) -> None:
@@ -195,11 +199,6 @@ class Repository:
         size = self.store.size_bytes(row.key)
         if size != row.size_bytes:
             raise ShardCorruptError(f"object has a wrong size: key={row.key} expected={row.size_bytes} actual={size}")
-        if row.header_bytes > min(row.size_bytes, 8 + HEADER_LIMIT_BYTES):  # before any memory is taken for it
-            raise ShardCorruptError(
-                f"object header is longer than the object or the limit: key={row.key} header={row.header_bytes} "
-                f"allowed={min(row.size_bytes, 8 + HEADER_LIMIT_BYTES)}"
-            )
         encoded = bytearray(row.header_bytes)
         self.store.read_into(row.key, 0, memoryview(encoded))
         actual = crc32c(encoded)
@@ -212,6 +211,17 @@ class Repository:
         header = parse_header(bytes(encoded), key=row.key)
         if row.header_bytes + header.data_bytes != row.size_bytes:
             raise ShardCorruptError(f"object data have a wrong length: key={row.key} data_bytes={header.data_bytes}")
+        name, rank, piece = parse_object_key(row.key)
+        facts = (
+            ("checkpoint", str(name), str(header.name)),
+            ("rank", rank, header.rank),
+            ("piece", piece, header.piece),
+        )
+        for what, expected, found in facts:
+            if expected != found:
+                raise ShardCorruptError(
+                    f"object names another {what} than its key: key={row.key} {expected=} actual={found!r}"
+                )
         return header
 
     def read_range(self, row: ObjectRow, position: int, view: memoryview) -> None:
@@ -225,16 +235,15 @@ class Repository:
     # Deletion in two phases (docs/format.md, invariant I5)
 
     def read_victims(self, run: str, incarnation: int) -> tuple[str, ...]:
-        """Return the object keys that a life has condemned, sorted; empty if there is no list."""
+        """Return the object keys that a life has condemned, sorted; empty if there is no list.
+
+        Raises ManifestCorruptError naming the list.
+        """
         key = victims_key(run, incarnation)
         try:
-            fields = open_record(self.store.read(key, limit_bytes=RECORD_LIMIT_BYTES), name=key)
+            return decode_victims(self.store.read(key, limit_bytes=RECORD_LIMIT_BYTES), name=key, run=run)
         except ObjectMissingError:
             return ()
-        victims = fields.rows("victims")
-        for victim in victims:
-            parse_object_key(str(victim))  # whoever wrote the list: only objects are deleted by it
-        return tuple(sorted(map(str, victims)))
 
     def put_victims(self, run: str, incarnation: int, victims: Sequence[str]) -> str:
         """Replace the victim list of a life and return its key.
@@ -242,7 +251,7 @@ class Repository:
         The one key that is re-written, by its own life or once that is fenced, because no checkpoint depends on it.
         """
         key = victims_key(run, incarnation)
-        self.store.put(key, [memoryview(seal_record({"victims": sorted(victims)}))])
+        self.store.put(key, [memoryview(encode_victims(victims))])
         return key
 
     def victim_lists(self) -> list[Entry]:

@@ -38,6 +38,7 @@ DTYPE_BYTES = {
     "F64": 8,
 }
 """Element sizes in bytes by safetensors dtype name."""
+EXTENT_LIMIT = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -91,13 +92,14 @@ class Shard:
         tensor, part, dtype, shape, offset, length, expert = row
         if not (isinstance(tensor, str) and isinstance(part, str) and isinstance(dtype, str)):
             raise TypeError(f"shard row has a wrong type: tensor={tensor!r} part={part!r} dtype={dtype!r}")
+        tensor.encode(), part.encode()  # no lone surrogates: other readers of JSON refuse them
         if not is_shape(shape):
             raise TypeError(f"shard row has a wrong shape: tensor={tensor} allowed=up to {DIMENSION_LIMIT} dimensions")
         if type(offset) is not int or type(length) is not int:
             raise TypeError(f"shard row has a wrong range: tensor={tensor} offset={offset!r} length={length!r}")
         owner = None
         if expert is not None:
-            if not (isinstance(expert, list) and len(expert) == 2 and all(type(n) is int for n in expert)):
+            if not (isinstance(expert, list) and len(expert) == 2 and all(type(n) is int and n >= 0 for n in expert)):
                 raise TypeError(f"shard row has a wrong expert: tensor={tensor} expert={expert!r}")
             owner = Expert(layer=expert[0], index=expert[1])
         return Shard(
@@ -132,7 +134,10 @@ class RankCatalog:
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> RankCatalog:
-        """Build a catalog from `to_json`'s value."""
+        """Build a catalog from `to_json`'s value; raises InternalError, LookupError, TypeError or ValueError."""
+        numbers = (row["rank"], row["state_capacity_bytes"])
+        if not all(type(n) is int and 0 <= n <= EXTENT_LIMIT for n in numbers):
+            raise TypeError(f"catalog row has a wrong number: {numbers=}")
         return RankCatalog(
             rank=row["rank"],
             shards=tuple(Shard.from_json(shard) for shard in row["shards"]),
@@ -160,7 +165,7 @@ def is_shape(value: object) -> TypeGuard[list[int]]:
     """Return whether a value from storage is a list of dimensions whose product is quickly computed."""
     if not isinstance(value, list) or len(value) > DIMENSION_LIMIT:
         return False
-    return all(type(length) is int and 0 <= length < 2**63 for length in value)
+    return all(type(length) is int and 0 <= length <= EXTENT_LIMIT for length in value)
 
 
 def check_coverage(shards: Iterable[Shard]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from moc.errors import TopologyError
 
@@ -48,3 +50,12 @@ class Topology:
             "node_of_rank": list(self.node_of_rank),
             "ep_sizes": [list(row) for row in self.ep_sizes],
         }
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> Topology:
+        """Build a topology from `to_json`'s value; raises TopologyError, LookupError, TypeError or ValueError."""
+        sizes = tuple((name, size) for name, size in row["ep_sizes"])
+        numbers = [row["world_size"], *row["node_of_rank"], *(size for _, size in sizes)]
+        if not all(type(n) is int and n >= 0 for n in numbers) or not all(isinstance(name, str) for name, _ in sizes):
+            raise TypeError("topology has a wrong type")
+        return Topology(world_size=row["world_size"], node_of_rank=tuple(row["node_of_rank"]), ep_sizes=sizes)

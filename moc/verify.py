@@ -2,7 +2,7 @@
 
 Read-only. Everything found wrong becomes a `Finding` and the check goes on; only a store that gives no answer raises.
 Without data, manifests, headers and state blobs are checked; with data, also the crc32c of every shard, or of a part of
-them that depends on names and a seed only, so that a second run looks at the same bytes. Padding has no checksum.
+them that depends on names and a seed only, so that a second run looks at the same bytes. Padding must be zero.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import hashlib
 import mmap
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moc._native import crc32c
 from moc.errors import (
@@ -26,10 +26,12 @@ from moc.errors import (
     ShardCorruptError,
     UsageError,
 )
+from moc.format.contents import contradictions
 from moc.format.keys import (
     FORMAT_KEY,
     OBJECTS,
     CheckpointName,
+    incarnation_key,
     manifest_key,
     parse_incarnation_key,
     parse_manifest_key,
@@ -58,6 +60,7 @@ GAP_BYTES = 2**20  # reading a smaller gap costs less than another request
 READERS_LOCAL = 4  # never more than there are cores: the checksum is the cost
 READERS_REMOTE = 8  # waiting is the cost
 STATE_NAME = "state"
+PAD_PREFIX = "__pad__/"
 
 WRONG = (IntegrityError, ObjectMissingError, UsageError)
 """What stored bytes can raise; other storage errors say nothing about the bytes and fly."""
@@ -136,7 +139,7 @@ def verify_checkpoint(
     shards, data_read = 0, 0
     if read_data_fraction > 0:
         work = [(o.row, _sample(name, o, read_data_fraction, seed)) for o in objects]
-        shards = sum(len(regions) for _, regions in work)
+        shards = sum(not region.name.startswith(PAD_PREFIX) for _, regions in work for region in regions)
         found, data_read = _check_data(repository, work, progress)
         findings += found
     return VerifyReport(
@@ -155,6 +158,8 @@ def verify_repository(
     repository.require()
     _, findings = repository.incarnations()
     names = [stored.name for stored in repository.checkpoints()]
+    findings += tuple(_life_findings(repository.incarnation_numbers(), names))
+    findings += tuple(_victim_findings(repository))
     reports = tuple(
         verify_checkpoint(repository, name, read_data_fraction=read_data_fraction, seed=seed, progress=progress)
         for name in names
@@ -179,47 +184,10 @@ def check_structure(repository: Repository, manifest: Manifest) -> tuple[list[Ch
             findings.append(Finding(key=row.key, error=error))
             continue
         objects.append(CheckedObject(row=row, header=header))
-        findings += [Finding(key=row.key, error=error) for error in _object_errors(manifest, row, header)]
-    findings += [Finding(key=key, error=error) for error in _manifest_errors(manifest)]
+        findings += [Finding(key=row.key, error=error) for error in contradictions(manifest, row, header)]
     if len(objects) == len(manifest.objects):  # else elements are missing for a reason that was already given
         findings += [Finding(key=key, error=error) for error in _whole_errors(manifest, objects)]
     return objects, findings
-
-
-def _object_errors(manifest: Manifest, row: ObjectRow, header: ObjectHeader) -> Iterator[MocError]:
-    """Yield what one header says that its key or its manifest contradicts."""
-    name, rank, piece = parse_object_key(row.key)
-    facts = (("checkpoint", str(name), str(header.name)), ("rank", rank, header.rank), ("piece", piece, header.piece))
-    for what, expected, actual in facts:
-        if expected != actual:
-            yield ShardCorruptError(f"object names another {what} than its key: key={row.key} {expected=} {actual=}")
-    is_dense = piece == "d"
-    if (is_dense and name != manifest.name) or (name.run, name.step) > (manifest.name.run, manifest.name.step):
-        yield ShardCorruptError(f"object is of another attempt: key={row.key} expected={manifest.name} actual={name}")
-    if is_dense != (header.state is not None):
-        yield ShardCorruptError(
-            f"state blob is {'missing' if is_dense else 'not expected'}: key={row.key} piece={piece}"
-        )
-    for stored in header.shards:
-        where = f"key={row.key} shard={stored.shard.name}"
-        if is_dense != (stored.shard.expert is None):
-            yield ShardCorruptError(f"shard is in an object of the other kind: {where} expert={stored.shard.expert}")
-        if stored.step > name.step or (is_dense and stored.step != name.step):
-            yield ShardCorruptError(f"shard has an impossible step: {where} expected={name.step} actual={stored.step}")
-
-
-def _manifest_errors(manifest: Manifest) -> Iterator[MocError]:
-    """Yield contradictions inside the manifest."""
-    key = manifest_key(manifest.name)
-    keys = [row.key for row in manifest.objects]
-    for repeated in sorted(k for k, count in Counter(keys).items() if count > 1):
-        yield ManifestCorruptError(f"object is named twice: key={key} object={repeated}")
-    world_size = manifest.topology.get("world_size")
-    ranks = sorted({rank for _, rank, piece in map(parse_object_key, keys) if piece == "d"})
-    if type(world_size) is not int or len(ranks) != world_size or ranks != list(range(len(ranks))):
-        yield ManifestCorruptError(
-            f"dense objects are not one per rank: key={key} expected_ranks={world_size} actual={len(ranks)}"
-        )
 
 
 def _whole_errors(manifest: Manifest, objects: Sequence[CheckedObject]) -> Iterator[MocError]:
@@ -269,7 +237,7 @@ def _check_states(repository: Repository, objects: Sequence[CheckedObject]) -> t
 
 
 def _sample(name: CheckpointName, entry: CheckedObject, fraction: float, seed: int) -> tuple[Region, ...]:
-    """Return the shards of an object to read, by position; which ones follows from the names and the seed alone."""
+    """Return the shards and pads to read, by position; which ones follows from the names and the seed alone."""
 
     def is_chosen(shard: str) -> bool:
         digest = hashlib.blake2b(f"{seed}/{name}/{entry.row.key}/{shard}".encode(), digest_size=8).digest()
@@ -280,6 +248,10 @@ def _sample(name: CheckpointName, entry: CheckedObject, fraction: float, seed: i
         for s in entry.header.shards
         if is_chosen(s.shard.name)
     ]
+    for position, length in entry.header.pads:
+        if is_chosen(f"{PAD_PREFIX}{position}"):
+            zeros = crc32c(bytes(length))
+            regions.append(Region(name=f"{PAD_PREFIX}{position}", position=position, length=length, crc32c=zeros))
     return tuple(sorted(regions, key=lambda region: (region.position, region.name)))
 
 
@@ -373,8 +345,32 @@ def _require_crc(key: str, shard: str, expected: int, actual: int) -> None:
         raise ShardCorruptError(f"checksum mismatch: {key=} {shard=} expected={expected:08x} actual={actual:08x}")
 
 
+def _life_findings(numbers: Sequence[tuple[str, int]], checkpoints: Sequence[CheckpointName]) -> Iterator[Finding]:
+    """Yield what is wrong between the records of lives: one that is missing, two with one number. Pure."""
+    for (run, number), (other, next_number) in pairwise(numbers):
+        if number == next_number:
+            words = f"two lives have one number: number={number} runs={run},{other}"
+            yield Finding(key=incarnation_key(other, number), error=ManifestCorruptError(words))
+    for run, number in sorted({(name.run, name.incarnation) for name in checkpoints} - set(numbers)):
+        words = f"life has checkpoints but no record: run={run} incarnation={number}"
+        yield Finding(key=incarnation_key(run, number), error=ManifestCorruptError(words))
+
+
+def _victim_findings(repository: Repository) -> Iterator[Finding]:
+    for entry in repository.victim_lists():
+        life = parse_victims_key(entry.key)
+        if life is not None:
+            try:
+                repository.read_victims(*life)
+            except IntegrityError as error:
+                yield Finding(key=entry.key, error=error)
+
+
 def _notes(repository: Repository, checkpoints: Sequence[CheckpointName]) -> Iterator[str]:
-    """Yield what lies in the repository without being part of a checkpoint."""
+    """Yield what lies in the repository without being part of a checkpoint, and where its lineage ends too early."""
+    for link in repository.lineage():
+        if not link.is_known:  # also of a life that never reached the storage, and was recovered from memory
+            yield f"lineage ends at a life without a readable record: incarnation={link.incarnation}"
     referenced: set[str] = set()
     for name in checkpoints:
         try:

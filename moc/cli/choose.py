@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moc.errors import NoCheckpointError, UsageError
-from moc.plan.lineage import STORAGE, Candidate, Link, candidates, is_on_chain
-from moc.repository import Repository, StoredCheckpoint
+from moc.format.keys import parse_incarnation_key
+from moc.plan.lineage import STORAGE, Candidate, Link, candidates, chain, is_on_chain, merge_incarnations, tip
+from moc.repository import Finding, Repository, StoredCheckpoint
 
 __all__ = ["Catalogue", "choose", "choose_on_lineage", "read_catalogue"]
 
@@ -24,6 +25,8 @@ class Catalogue:
     links: tuple[Link, ...]
     lineage: tuple[StoredCheckpoint, ...]
     others: tuple[StoredCheckpoint, ...]
+    unreadable: Finding | None = None
+    """A record newer than all readable ones: what it grew from cannot be told, so the lineage is a guess."""
 
     @property
     def everything(self) -> tuple[StoredCheckpoint, ...]:
@@ -35,7 +38,10 @@ class Catalogue:
 
 def read_catalogue(repository: Repository) -> Catalogue:
     """List a repository's checkpoints by what they are to recovery."""
-    links = repository.lineage()
+    records, findings = repository.incarnations()
+    merged = merge_incarnations(records, ())
+    links = chain(merged, tip(merged))
+    newer = [finding for finding in findings if (parse_incarnation_key(finding.key) or ("", 0))[1] > tip(merged)]
     by_candidate = {
         Candidate(
             source=STORAGE, run=c.name.run, incarnation=c.name.incarnation, step=c.name.step, attempt=c.name.attempt
@@ -50,6 +56,7 @@ def read_catalogue(repository: Repository) -> Catalogue:
         links=links,
         lineage=tuple(by_candidate[candidate] for candidate in candidates(links, by_candidate)),
         others=tuple(sorted(others, key=lambda c: (-c.name.incarnation, -c.name.step, c.name.attempt))),
+        unreadable=newer[-1] if newer else None,
     )
 
 

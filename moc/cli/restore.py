@@ -86,6 +86,11 @@ def run(args: argparse.Namespace) -> int:
 def _wanted(catalogue: Catalogue, step: str | None) -> Sequence[StoredCheckpoint]:
     if step is not None:
         return (choose(catalogue, step),)
+    if catalogue.unreadable is not None:
+        raise IntegrityError(
+            f"the newest incarnation record is unreadable, so the lineage is unknown: {catalogue.unreadable} "
+            "allowed=--step for a checkpoint of your choice"
+        )
     if not catalogue.lineage:
         raise NoCheckpointError(
             f"no checkpoint on the lineage: off_chain={len(catalogue.others)} repository={catalogue.url}"

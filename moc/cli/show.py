@@ -77,7 +77,8 @@ def _lives(repository: Repository, stored: StoredCheckpoint) -> list[tuple[Incar
     """Return the lives that led to the checkpoint, newest first."""
     records, _ = repository.incarnations()
     by_number = {record.number: record for record in records if record.run == stored.name.run}
-    return [(by_number[link.incarnation], link) for link in chain(by_number, stored.name.incarnation)]
+    links = chain(by_number, stored.name.incarnation)
+    return [(by_number[link.incarnation], link) for link in links if link.is_known]
 
 
 def _to_json(

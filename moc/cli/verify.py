@@ -22,9 +22,10 @@ import re
 import time
 
 from moc.cli.choose import choose, read_catalogue
-from moc.cli.exits import INTEGRITY, OK
+from moc.cli.exits import FORMAT, INTEGRITY, OK
 from moc.cli.options import add_json, add_repository, opened
 from moc.cli.output import describe_bytes, finding_json, name_json, print_json, printable, progress_bar, say
+from moc.errors import FormatUnsupportedError
 from moc.format.keys import CheckpointName
 from moc.repository import Repository
 from moc.verify import WRONG, RepositoryReport, VerifyReport, data_bytes, verify_checkpoint, verify_repository
@@ -80,7 +81,15 @@ def run(args: argparse.Namespace) -> int:
             say(_describe_rate(report, fraction, args.seed, seconds))
         if not report.checkpoints:
             say(f"moc verify: no checkpoints yet: repository={url}")
-    return INTEGRITY if report.all_findings else OK
+    return _exit_code(report)
+
+
+def _exit_code(report: RepositoryReport) -> int:
+    """Return FORMAT only if nothing worse was found: what another version wrote need not be damaged."""
+    if not report.all_findings:
+        return OK
+    is_other = all(isinstance(finding.error, FormatUnsupportedError) for finding in report.all_findings)
+    return FORMAT if is_other else INTEGRITY
 
 
 def _describe_rate(report: RepositoryReport, fraction: float, seed: int, seconds: float) -> str:

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from moc.errors import ManifestCorruptError, UsageError
 
 __all__ = [
+    "ATTEMPT_PATTERN",
     "FORMAT_KEY",
     "INCARNATIONS",
+    "INCARNATION_LIMIT",
     "LAST_STEP",
     "MANIFESTS",
     "OBJECTS",
+    "RUN_PATTERN",
     "VICTIMS",
     "CheckpointName",
     "check_run_id",
     "incarnation_key",
-    "incarnation_prefix",
     "manifest_key",
     "object_key",
     "parse_incarnation_key",
@@ -35,10 +37,12 @@ VICTIMS = "victims"
 
 LAST_STEP = 10**12 - 1
 """The largest step that a key can name."""
+INCARNATION_LIMIT = 10**6 - 1
+RUN_PATTERN = r"[a-z0-9][a-z0-9-]{0,31}"
+ATTEMPT_PATTERN = r"[0-9a-f]{8}"
 
-_RUN = r"[a-z0-9][a-z0-9-]{0,31}"
-_LIFE = rf"(?P<incarnation>\d{{6}})-(?P<run>{_RUN})"
-_ATTEMPT = r"(?P<step>\d{12})-(?P<attempt>[0-9a-f]{8})"
+_LIFE = rf"(?P<incarnation>(?!000000)\d{{6}})-(?P<run>{RUN_PATTERN})"
+_ATTEMPT = rf"(?P<step>\d{{12}})-(?P<attempt>{ATTEMPT_PATTERN})"
 _INCARNATION_KEY = re.compile(rf"{INCARNATIONS}/{_LIFE}\.json", re.ASCII)
 _VICTIMS_KEY = re.compile(rf"{VICTIMS}/{_LIFE}\.json", re.ASCII)
 _MANIFEST_KEY = re.compile(rf"{MANIFESTS}/{_LIFE}/{_ATTEMPT}\.json", re.ASCII)
@@ -62,22 +66,18 @@ class CheckpointName:
 
 def check_run_id(run: str) -> str:
     """Return the run id, or raise UsageError: lower-case letters, digits and hyphens, at most 32."""
-    if not re.fullmatch(_RUN, run):
+    if not re.fullmatch(RUN_PATTERN, run):
         raise UsageError(f"run id is not usable in keys: run_id={run!r} allowed=1 to 32 of a-z, 0-9 and '-', not first")
     return run
 
 
-def incarnation_prefix(root: str, run: str, incarnation: int) -> str:
-    return f"{root}/{incarnation:06d}-{run}"
-
-
 def incarnation_key(run: str, incarnation: int) -> str:
-    return incarnation_prefix(INCARNATIONS, run, incarnation) + ".json"
+    return _built(_INCARNATION_KEY, f"{INCARNATIONS}/{incarnation:06d}-{run}.json")
 
 
 def victims_key(run: str, incarnation: int) -> str:
     """Return the key of the list of objects that a life is about to delete."""
-    return incarnation_prefix(VICTIMS, run, incarnation) + ".json"
+    return _built(_VICTIMS_KEY, f"{VICTIMS}/{incarnation:06d}-{run}.json")
 
 
 def parse_victims_key(key: str) -> tuple[str, int] | None:
@@ -87,12 +87,12 @@ def parse_victims_key(key: str) -> tuple[str, int] | None:
 
 
 def manifest_key(name: CheckpointName) -> str:
-    return f"{MANIFESTS}/{name}.json"
+    return _built(_MANIFEST_KEY, f"{MANIFESTS}/{name}.json")
 
 
 def object_key(name: CheckpointName, rank: int, piece: str) -> str:
     """Return the key of one rank's object; `piece` is "d" (dense part and small state) or "e00" (experts)."""
-    return f"{OBJECTS}/{name}/r{rank:05d}-{piece}.safetensors"
+    return _built(_OBJECT_KEY, f"{OBJECTS}/{name}/r{rank:05d}-{piece}.safetensors")
 
 
 def parse_incarnation_key(key: str) -> tuple[str, int] | None:
@@ -116,6 +116,13 @@ def parse_object_key(key: str) -> tuple[CheckpointName, int, str]:
     if match is None:
         raise ManifestCorruptError(f"not an object key: key={key!r}")
     return _name(match), int(match["rank"]), match["piece"]
+
+
+def _built(grammar: re.Pattern[str], key: str) -> str:
+    """Return the key; raises UsageError for one that no listing would find again (a number with too many digits)."""
+    if grammar.fullmatch(key) is None:
+        raise UsageError(f"not a key of this format: key={key!r} allowed={grammar.pattern}")
+    return key
 
 
 def _name(match: re.Match[str]) -> CheckpointName:

@@ -1,14 +1,27 @@
-"""Manifests and incarnation records: the two kinds of small record that decide what exists and what led to it."""
+"""Manifests and incarnation records: the small records that decide what exists and what led to it; and victim lists.
+
+What decodes does not contradict itself, and encodes to the same bytes again as long as it has no unknown fields.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from moc.errors import FormatUnsupportedError, ManifestCorruptError, UsageError
-from moc.format.canonical import Fields, open_record, seal_record
-from moc.format.keys import CheckpointName, check_run_id, parse_object_key
+from moc.errors import FormatUnsupportedError, ManifestCorruptError, TopologyError
+from moc.format.canonical import RECORD_LIMIT_BYTES, Fields, open_record, seal_record
+from moc.format.keys import (
+    ATTEMPT_PATTERN,
+    INCARNATION_LIMIT,
+    LAST_STEP,
+    RUN_PATTERN,
+    CheckpointName,
+    parse_object_key,
+)
+from moc.format.object import ALIGNMENT, HEADER_LIMIT_BYTES
+from moc.topology import Topology
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,15 +33,18 @@ __all__ = [
     "decode_format",
     "decode_incarnation",
     "decode_manifest",
+    "decode_victims",
     "encode_format",
     "encode_incarnation",
     "encode_manifest",
+    "encode_victims",
 ]
 
 FORMAT_VERSION = 1
 FEATURES: tuple[str, ...] = ()
 """Features that a repository may require and that this version has."""
-RECORD_LIMIT_BYTES = 1 << 28
+FORMAT_LIMIT_BYTES = 4096
+CRC_LIMIT = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,19 +117,21 @@ def encode_format() -> bytes:
 
 def decode_format(content: bytes, *, url: str) -> None:
     """Raise FormatUnsupportedError unless this version can read and write the repository."""
-    lines = content.decode("utf-8", "replace").splitlines()
-    match = re.fullmatch(r"moc repository (\d+)", lines[0]) if lines else None
-    if match is None:
-        raise FormatUnsupportedError(f"not a moc repository: url={url} first_line={(lines or [''])[0][:60]!r}")
+    first, *lines = content.decode("utf-8", "replace").split("\n")
+    match = re.fullmatch(r"moc repository ([1-9]\d{0,8})", first, re.ASCII)
+    if match is None or len(content) > FORMAT_LIMIT_BYTES:
+        raise FormatUnsupportedError(f"not a moc repository: url={url} first_line={first[:60]!r} bytes={len(content)}")
     if int(match[1]) != FORMAT_VERSION:
         raise FormatUnsupportedError(
             f"repository has another format version: url={url} version={match[1]} allowed={FORMAT_VERSION}"
         )
-    for line in lines[1:]:
+    for line in lines[:-1]:
         if not line.startswith("requires ") or line.removeprefix("requires ") not in FEATURES:
             raise FormatUnsupportedError(
                 f"repository needs an unknown feature: url={url} line={line[:60]!r} allowed={list(FEATURES)}"
             )
+    if not lines or lines[-1]:
+        raise FormatUnsupportedError(f"FORMAT is cut off: url={url} bytes={len(content)} allowed=whole lines")
 
 
 def encode_incarnation(record: Incarnation) -> bytes:
@@ -133,14 +151,17 @@ def encode_incarnation(record: Incarnation) -> bytes:
 def decode_incarnation(encoded: bytes, *, name: str) -> Incarnation:
     fields = open_record(encoded, name=name)
     _check_version(fields)
-    return Incarnation(
-        run=_run(fields),
-        number=fields.integer("number", minimum=1),
-        token=fields.text("token"),
+    record = Incarnation(
+        run=fields.text("run", RUN_PATTERN),
+        number=fields.integer("number", minimum=1, maximum=INCARNATION_LIMIT),
+        token=fields.text("token", ATTEMPT_PATTERN),
         parent=_parent(fields.optional("parent")),
-        reason=fields.text("reason"),
+        reason=fields.text("reason", "|".join(Incarnation.REASONS)),
         fingerprint=fields.mapping("fingerprint"),
     )
+    if record.parent is not None and record.parent.incarnation >= record.number:
+        raise fields.wrong("parent", "an earlier life")
+    return record
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -174,35 +195,50 @@ def decode_manifest(encoded: bytes, *, name: str) -> Manifest:
     """Parse and check a manifest; raises ManifestCorruptError naming `name`."""
     fields = open_record(encoded, name=name)
     _check_version(fields)
-    objects = []
-    for row in fields.objects("objects"):
-        parse_object_key(row.text("key"))
-        objects.append(
-            ObjectRow(
-                key=row.text("key"),
-                size_bytes=row.integer("size"),
-                header_bytes=row.integer("header", minimum=1),
-                header_crc32c=row.integer("header_crc32c"),
-            )
-        )
+    checkpoint = CheckpointName(
+        run=fields.text("run", RUN_PATTERN),
+        incarnation=fields.integer("incarnation", minimum=1, maximum=INCARNATION_LIMIT),
+        step=fields.integer("step", maximum=LAST_STEP),
+        attempt=fields.text("attempt", ATTEMPT_PATTERN),
+    )
+    parent = _parent(fields.optional("parent"))
+    if parent is not None and not _is_earlier(parent, checkpoint):
+        raise fields.wrong("parent", "an earlier moment")
+    objects = tuple(_object_row(row) for row in fields.objects("objects"))
+    _check_objects(fields, checkpoint, objects)
     return Manifest(
-        name=CheckpointName(
-            run=_run(fields),
-            incarnation=fields.integer("incarnation", minimum=1),
-            step=fields.integer("step"),
-            attempt=fields.text("attempt"),
-        ),
-        parent=_parent(fields.optional("parent")),
-        topology=fields.mapping("topology"),
-        catalog_digest=fields.text("catalog_digest"),
+        name=checkpoint,
+        parent=parent,
+        topology=_topology(fields),
+        catalog_digest=fields.text("catalog_digest", "[0-9a-f]{16}"),
         tensors=fields.integer("tensors"),
-        objects=tuple(objects),
+        objects=objects,
         fingerprint=fields.mapping("fingerprint"),
         versions=fields.mapping("versions"),
         is_finite=fields.boolean("is_finite"),
         stale_experts=tuple(_stale(row, fields.name) for row in fields.rows("stale_experts")),
         plt=fields.mapping("plt"),
     )
+
+
+def encode_victims(victims: Iterable[str]) -> bytes:
+    """Return the list of objects that a life is about to delete."""
+    return seal_record({"victims": sorted(victims)})
+
+
+def decode_victims(encoded: bytes, *, name: str, run: str) -> tuple[str, ...]:
+    """Return the listed object keys, sorted.
+
+    Raises ManifestCorruptError for a list that names anything but objects of this run, so that nothing else is deleted.
+    """
+    fields = open_record(encoded, name=name)
+    victims = fields.rows("victims")
+    if not all(isinstance(key, str) for key in victims) or victims != sorted(set(victims)):
+        raise fields.wrong("victims", "object keys, sorted, each once")
+    for key in victims:
+        if parse_object_key(key)[0].run != run:
+            raise ManifestCorruptError(f"victim belongs to another run: name={name} victim={key} allowed={run}")
+    return tuple(victims)
 
 
 def _check_version(fields: Fields) -> None:
@@ -213,18 +249,65 @@ def _check_version(fields: Fields) -> None:
         )
 
 
-def _run(fields: Fields) -> str:
-    try:
-        return check_run_id(fields.text("run"))
-    except UsageError as error:
-        raise ManifestCorruptError(f"record field is wrong: name={fields.name} field=run {error}") from error
-
-
 def _parent(fields: Fields | None) -> Parent | None:
     if fields is None:
         return None
-    attempt = None if fields.body.get("attempt") is None else fields.text("attempt")
-    return Parent(incarnation=fields.integer("incarnation", minimum=1), step=fields.integer("step"), attempt=attempt)
+    return Parent(
+        incarnation=fields.integer("incarnation", minimum=1, maximum=INCARNATION_LIMIT),
+        step=fields.integer("step", maximum=LAST_STEP),
+        attempt=None if fields.body.get("attempt") is None else fields.text("attempt", ATTEMPT_PATTERN),
+    )
+
+
+def _is_earlier(parent: Parent, name: CheckpointName) -> bool:
+    """Return whether a checkpoint can have grown from `parent`: of an earlier life, or saved before it in its own."""
+    if parent.incarnation != name.incarnation:
+        return parent.incarnation < name.incarnation
+    return parent.attempt is not None and (parent.step, parent.attempt) < (name.step, name.attempt)
+
+
+def _object_row(row: Fields) -> ObjectRow:
+    header_bytes = row.integer("header", minimum=ALIGNMENT, maximum=HEADER_LIMIT_BYTES)
+    if header_bytes % ALIGNMENT:
+        raise row.wrong("header", f"a multiple of {ALIGNMENT}")
+    return ObjectRow(
+        key=row.text("key"),  # parsed by `_check_objects`
+        size_bytes=row.integer("size", minimum=header_bytes),
+        header_bytes=header_bytes,
+        header_crc32c=row.integer("header_crc32c", maximum=CRC_LIMIT),
+    )
+
+
+def _check_objects(fields: Fields, name: CheckpointName, objects: tuple[ObjectRow, ...]) -> None:
+    """Raise ManifestCorruptError unless each object may belong to the checkpoint and each rank has a dense one."""
+    keys = [row.key for row in objects]
+    dense_ranks = []
+    for key in keys:
+        owner, rank, piece = parse_object_key(key)
+        is_own = owner == name if piece == "d" else owner.run == name.run and owner <= name
+        if not is_own:
+            raise ManifestCorruptError(f"object is of another attempt: name={fields.name} object={key}")
+        if piece == "d":
+            dense_ranks.append(rank)
+    for first, second in pairwise(keys):
+        if first >= second:
+            what = "named twice" if first == second else "out of order"
+            raise ManifestCorruptError(f"object is {what}: name={fields.name} object={second}")
+    world_size = fields.mapping("topology").get("world_size")
+    if type(world_size) is not int or dense_ranks != list(range(min(world_size, len(objects) + 1))):
+        raise ManifestCorruptError(
+            f"dense objects are not one per rank: name={fields.name} expected_ranks={world_size} "
+            f"actual={len(dense_ranks)}"
+        )
+
+
+def _topology(fields: Fields) -> Mapping[str, object]:
+    topology = fields.mapping("topology")
+    try:
+        Topology.from_json(topology)
+    except (TopologyError, LookupError, TypeError, ValueError) as error:
+        raise ManifestCorruptError(f"record field is wrong: name={fields.name} field=topology {error}") from error
+    return topology
 
 
 def _stale(row: object, name: str) -> tuple[int, int, int]:

@@ -2,9 +2,10 @@
 checksum.
 
 Bytes: 8 bytes little-endian header length, header JSON padded with spaces so that the data starts at a multiple of
-4096, then the data. Gaps between tensors are explicit U8 tensors named ``__pad__/<n>`` because safetensors readers
-refuse holes. The reserved entry ``__metadata__`` holds one string ``moc``: JSON with run, incarnation, step, attempt,
-rank, piece and one row per shard.
+4096, then the data. Each tensor begins at the first multiple of 4096 after the one before it, and the data end at one.
+The gaps are zero, and explicit U8 tensors named ``__pad__/<n>``, because safetensors readers refuse holes. The
+reserved entry ``__metadata__`` holds one string ``moc``: JSON with run, incarnation, step, attempt, rank, piece and
+one row per shard.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = ["ALIGNMENT", "HEADER_LIMIT_BYTES", "ObjectHeader", "StoredShard", "al
 ALIGNMENT = 4096  # direct I/O and page granularity
 HEADER_LIMIT_BYTES = 1 << 28  # 256 MiB: some 800,000 shards; refuses hostile lengths
 STATE_TENSOR = "__state__"
+NUMBER_LIMIT = (1 << 63) - 1
 
 
 def align(offset: int) -> int:
@@ -56,18 +58,24 @@ class ObjectHeader:
     state: tuple[int, int, int] | None
     data_bytes: int
 
+    @property
+    def pads(self) -> tuple[tuple[int, int], ...]:
+        """Position and length of each gap between the tensors and after them, ascending."""
+        found, reached = [], 0
+        for _, _, _, position, length in (*_entries(self), ("", "", (), self.data_bytes, 0)):
+            if position > reached:
+                found.append((reached, position - reached))
+            reached = position + length
+        return tuple(found)
+
 
 def encode_header(header: ObjectHeader) -> bytes:
     """Return the header bytes, length prefix and padding included; its size is a multiple of 4096."""
+    rows = [(position, length, name, dtype, shape) for name, dtype, shape, position, length in _entries(header)]
+    rows += [(position, length, f"__pad__/{position}", "U8", (length,)) for position, length in header.pads]
     tensors: dict[str, object] = {"__metadata__": {"moc": _metadata(header)}}
-    reached = 0
-    for name, dtype, shape, position, length in _entries(header):
-        if position > reached:
-            tensors[f"__pad__/{reached}"] = _entry("U8", [position - reached], reached, position)
+    for position, length, name, dtype, shape in sorted(rows, key=lambda row: row[:3]):
         tensors[name] = _entry(dtype, shape, position, position + length)
-        reached = position + length
-    if header.data_bytes > reached:
-        tensors[f"__pad__/{reached}"] = _entry("U8", [header.data_bytes - reached], reached, header.data_bytes)
     text = json.dumps(tensors, separators=(",", ":"), ensure_ascii=True).encode()
     padded = text.ljust(align(8 + len(text)) - 8)
     return struct.pack("<Q", len(padded)) + padded
@@ -125,7 +133,8 @@ def _entries(header: ObjectHeader) -> list[tuple[str, str, Sequence[int], int, i
         rows.append((shard.name, shard.dtype, shape, stored.position, shard.size_bytes))
     if header.state is not None:
         rows.append((STATE_TENSOR, "U8", (header.state[1],), header.state[0], header.state[1]))
-    return sorted(rows, key=lambda row: (row[3], row[0]))
+    # An empty tensor lies before the one that begins at its place, whatever their names.
+    return sorted(rows, key=lambda row: (row[3], row[4], row[0]))
 
 
 def _entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, object]:
@@ -134,8 +143,8 @@ def _entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, 
 
 def _from_body(body: dict[str, object]) -> ObjectHeader:
     def integer(value: object) -> int:
-        if type(value) is not int or value < 0:
-            raise TypeError(f"expected a non-negative integer: value={value!r}")
+        if type(value) is not int or not 0 <= value <= NUMBER_LIMIT:
+            raise TypeError(f"expected an integer from 0 to {NUMBER_LIMIT}: value={value!r}")
         return value
 
     rows, state = body["shards"], body["state"]
@@ -165,12 +174,13 @@ def _from_body(body: dict[str, object]) -> ObjectHeader:
 
 
 def _check_positions(header: ObjectHeader) -> None:
-    reached = 0
+    expected, names = 0, set()
     for name, dtype, shape, position, length in _entries(header):
-        if position % ALIGNMENT or position < reached or prod(shape) * DTYPE_BYTES[dtype] != length:
-            raise ValueError(
-                f"tensor is misplaced: name={name} position={position} expected>={reached} length={length}"
-            )
-        reached = position + length
-    if reached > header.data_bytes:
-        raise ValueError(f"tensors end after the data: end={reached} data_bytes={header.data_bytes}")
+        if position != expected or prod(shape) * DTYPE_BYTES[dtype] != length:
+            raise ValueError(f"tensor is misplaced: name={name!r} {position=} {expected=} {length=}")
+        if name in names:
+            raise ValueError(f"tensor is named twice: name={name!r}")
+        names.add(name)
+        expected = align(position + length)
+    if header.data_bytes != expected:
+        raise ValueError(f"data end elsewhere: data_bytes={header.data_bytes} {expected=}")

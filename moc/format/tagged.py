@@ -11,7 +11,8 @@ integers; every other value is an object with a single tag:
     {"a": [dtype, [shape], kind, offset, length]}
                                    array; offset and length in bytes from the start of the array area
 
-Limits: 64 levels, 1,000,000 values, integers of 4096 bits, 1 GiB of JSON text.
+Limits: 64 levels, 1,000,000 values, integers of 4096 bits, 1 GiB of JSON text. The gaps between text and arrays are
+zero. One tree has one text: the reader takes no other.
 """
 
 from __future__ import annotations
@@ -63,11 +64,15 @@ class EncodedState:
 
     def write_into(self, target: memoryview) -> None:
         """Write the blob to the first `size_bytes` of a writable byte view."""
-        base = _array_base(len(self.text))
+        base, reached = _array_base(len(self.text)), 8 + len(self.text)
         target[:8] = struct.pack("<Q", len(self.text))
-        target[8 : 8 + len(self.text)] = self.text
+        target[8:reached] = self.text
         for offset, data in self.arrays:
-            target[base + offset : base + offset + data.nbytes] = data.cast("B")
+            begin = base + offset
+            target[reached:begin] = bytes(begin - reached)  # what an earlier blob left there is no part of this one
+            reached = begin + data.nbytes
+            target[begin:reached] = data.cast("B")
+        target[reached : self.size_bytes] = bytes(self.size_bytes - reached)
 
     def to_bytes(self) -> bytes:
         blob = bytearray(self.size_bytes)
@@ -100,8 +105,11 @@ def decode_state(blob: memoryview | bytes) -> object:
     if length > min(view.nbytes - 8, TEXT_LIMIT_BYTES):
         raise ManifestCorruptError(f"state blob is truncated: json_bytes={length} bytes={view.nbytes}")
     try:
-        tree = load_json(bytes(view[8 : 8 + length]))
-        return _Decoder(view[_array_base(length) :]).decode(tree, 0)
+        tree = _Decoder(view[_array_base(length) :]).decode(load_json(bytes(view[8 : 8 + length])), 0)
+        again = encode_state(tree)
+        if again.text != view[8 : 8 + length] or again.size_bytes != view.nbytes:
+            raise ValueError("not what a writer makes of these values")
+        return tree
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError, UsageError) as error:
         raise ManifestCorruptError(f"state blob is malformed: {error!s:.300}") from error
 
@@ -173,10 +181,12 @@ class _Decoder:
 
     def __init__(self, area: memoryview) -> None:
         self._area = area
+        self._values = 0
 
     def decode(self, node: object, depth: int) -> object:
-        if depth > DEPTH_LIMIT:
-            raise ValueError("nested too deep")
+        self._values += 1
+        if depth > DEPTH_LIMIT or self._values > VALUE_LIMIT:
+            raise ValueError("nested too deep or too many values")
         if node is None or isinstance(node, bool | int | str):
             return node
         if isinstance(node, list):

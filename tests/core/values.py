@@ -15,42 +15,59 @@ attempts = st.from_regex(r"[0-9a-f]{8}", fullmatch=True)
 numbers = st.integers(1, 999_999)
 steps = st.integers(0, 10**12 - 1)
 names = st.builds(CheckpointName, run=runs, incarnation=numbers, step=steps, attempt=attempts)
-parents = st.none() | st.builds(Parent, incarnation=numbers, step=steps, attempt=st.none() | attempts)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=8,
 )
 mappings = st.dictionaries(st.text(max_size=6), plain, max_size=3)
-incarnations = st.builds(
-    Incarnation,
-    run=runs,
-    number=numbers,
-    token=st.text(max_size=8),
-    parent=parents,
-    reason=st.sampled_from(Incarnation.REASONS),
-    fingerprint=mappings,
+
+
+def _parents(number: int) -> st.SearchStrategy[Parent | None]:
+    """Return what a life may have grown from: something of an earlier one."""
+    if number == 1:
+        return st.none()
+    return st.none() | st.builds(
+        Parent, incarnation=st.integers(1, number - 1), step=steps, attempt=st.none() | attempts
+    )
+
+
+incarnations = numbers.flatmap(
+    lambda number: st.builds(
+        Incarnation,
+        run=runs,
+        number=st.just(number),
+        token=attempts,
+        parent=_parents(number),
+        reason=st.sampled_from(Incarnation.REASONS),
+        fingerprint=mappings,
+    )
 )
 
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     name = draw(names)
+    size = draw(st.integers(1, 2))
     rows = [
         ObjectRow(
             key=object_key(name, rank, piece),
-            size_bytes=draw(st.integers(0, 2**50)),
-            header_bytes=draw(st.integers(1, 2**28)),
+            size_bytes=draw(st.integers(2**28, 2**50)),
+            header_bytes=draw(st.integers(1, 2**16)) * 4096,
             header_crc32c=draw(st.integers(0, 2**32 - 1)),
         )
-        for rank in range(draw(st.integers(1, 2)))
+        for rank in range(size)
         for piece in ("d", "e00")
     ]
     return Manifest(
         name=name,
-        parent=draw(parents),
-        topology=draw(mappings),
-        catalog_digest=draw(st.text(max_size=16)),
+        parent=draw(_parents(name.incarnation)),
+        topology={
+            "world_size": size,
+            "node_of_rank": [0] * size,
+            "ep_sizes": draw(st.just([]) | st.just([["e", size]])),
+        },
+        catalog_digest=draw(st.from_regex("[0-9a-f]{16}", fullmatch=True)),
         tensors=draw(st.integers(0, 10**6)),
         objects=tuple(rows),
         fingerprint=draw(mappings),
