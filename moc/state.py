@@ -17,7 +17,16 @@ from typing import Any, TypeGuard
 
 from moc.errors import CoverageError, InternalError
 
-__all__ = ["DTYPE_BYTES", "Expert", "RankCatalog", "Shard", "catalog_digest", "check_coverage", "is_shape"]
+__all__ = [
+    "DTYPE_BYTES",
+    "Expert",
+    "RankCatalog",
+    "Shard",
+    "catalog_digest",
+    "catalogs_from_json",
+    "check_coverage",
+    "is_shape",
+]
 
 DIMENSION_LIMIT = 64  # torch has no tensors with more
 DTYPE_BYTES = {
@@ -143,6 +152,17 @@ class RankCatalog:
             shards=tuple(Shard.from_json(shard) for shard in row["shards"]),
             state_capacity_bytes=row["state_capacity_bytes"],
         )
+
+
+def catalogs_from_json(rows: object) -> tuple[RankCatalog, ...]:
+    """Build the catalogs of a node, by rank; raises InternalError, LookupError, TypeError or ValueError."""
+    if not isinstance(rows, list):
+        raise TypeError(f"catalogs are not a list: type={type(rows).__name__}")
+    catalogs = tuple(RankCatalog.from_json(row) for row in rows)
+    ranks = [catalog.rank for catalog in catalogs]
+    if not ranks or ranks != sorted(set(ranks)):
+        raise ValueError(f"catalogs are not one per rank, ascending: {ranks=}")
+    return catalogs
 
 
 def shard_order(shard: Shard) -> tuple[bool, tuple[int, int], str, str, int]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moc.agent import wire
 from moc.agent.memory import available_memory
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, decode_incarnation
@@ -26,7 +27,7 @@ from moc.plan.freeing import (
 from moc.plan.layout import ArenaLayout, arrange_arena
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
-from moc.state import RankCatalog
+from moc.state import catalogs_from_json
 
 __all__ = ["Custody", "Life"]
 
@@ -46,7 +47,17 @@ class Life:
 
     @staticmethod
     def of(descriptor: Mapping[str, Any]) -> Life:
-        records = [decode_incarnation(text.encode(), name="arena descriptor") for text in descriptor["lineage"]]
+        """Return the life; raises UsageError, IntegrityError or TypeError for what no trainer has described."""
+        for field in ("run", "storage", "digest"):
+            wire.text(descriptor, field)
+        for field in ("tensors", "keep_last", "keep_every"):
+            wire.integer(descriptor, field)
+        for field in ("topology", "fingerprint", "software"):
+            wire.mapping(descriptor, field)
+        wire.number(descriptor, "timeout_s")
+        records = [decode_incarnation(str(text).encode(), name="arena descriptor") for text in descriptor["lineage"]]
+        if not records:
+            raise UsageError("the descriptor names no life")
         records[-1] = replace(records[-1], fingerprint=descriptor["fingerprint"])
         return Life(
             record=records[-1],
@@ -71,13 +82,26 @@ class Custody:
     def create(cls, descriptor: Mapping[str, Any], *, earlier: Custody | None) -> Custody:
         """Create an arena for a life. Blocks: about 0.7 s per GB. Raises: UsageError if it does not fit."""
         layout = cls.refuse_too_large(descriptor, earlier=earlier)
-        return cls(Arena.create(descriptor, layout, name=str(descriptor["run"])), earlier=earlier)
+        return cls._of(Arena.create(descriptor, layout, name=str(descriptor["run"])), earlier)
+
+    @classmethod
+    def adopt(cls, fd: int) -> Custody:
+        """Take over the arena of an agent that died. Owns `fd`. Raises: IntegrityError, UsageError if it is none."""
+        return cls._of(Arena.attach(fd), None)
+
+    @classmethod
+    def _of(cls, arena: Arena, earlier: Custody | None) -> Custody:
+        try:
+            return cls(arena, earlier=earlier)
+        except BaseException:
+            arena.close()
+            raise
 
     @staticmethod
     def refuse_too_large(descriptor: Mapping[str, Any], *, earlier: Custody | None) -> ArenaLayout:
         """Return the layout of a new arena; raises UsageError if it does not fit into memory."""
         layout = arrange_arena(
-            tuple(RankCatalog.from_json(row) for row in descriptor["catalogs"]),
+            catalogs_from_json(descriptor["catalogs"]),
             versions=descriptor["versions"],
             descriptor_bytes=descriptor_room(descriptor),
         )

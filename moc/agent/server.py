@@ -15,13 +15,12 @@ from typing import Any
 
 import moc
 from moc.agent import wire
-from moc.agent.custody import Custody
+from moc.agent.custody import Custody, Life
 from moc.agent.runtime import LOCK_NAME, SOCKET_NAME
 from moc.agent.saves import Saves, Waiter
 from moc.agent.trainers import Trainer, Trainers
 from moc.errors import MocError, UsageError
 from moc.host import Host
-from moc.snapshot.arena import Arena
 from moc.store.redact import redact_url
 from moc.trace import Trace
 
@@ -163,7 +162,7 @@ class Agent:
             serve(connection, message, descriptors)
         except MocError as error:
             self._reply(connection, {"error": str(error), "is_usage": isinstance(error, UsageError)})
-        except (LookupError, TypeError, ValueError, OSError) as error:
+        except Exception as error:  # whatever a message brings about: answered, and the agent goes on
             log.exception("request failed: verb=%s", verb)
             self._reply(connection, {"error": f"{type(error).__name__}: {error}"})
         finally:
@@ -191,10 +190,9 @@ class Agent:
 
     def _hello(self, connection: socket.socket, message: wire.Message, descriptors: Descriptors) -> None:
         life = None if self._custody is None else self._custody.life.record.number
-        rank = message.get("rank")
-        if isinstance(rank, int) and descriptors:
-            pidfd = descriptors.pop(0)
-            trainer = Trainer(rank=rank, pid=message["pid"], pidfd=pidfd, incarnation=message["incarnation"])
+        if message.get("rank") is not None and descriptors:
+            rank, pid, incarnation = (wire.integer(message, field) for field in ("rank", "pid", "incarnation"))
+            trainer = Trainer(rank=rank, pid=pid, pidfd=descriptors.pop(0), incarnation=incarnation)
             self._trainers.enter(trainer, newest_incarnation=life)
             self._active_s = self._host.now_s()
         facts = {"pid": self._host.pid, "run": self._run, "incarnation": life, "leaving": self._is_leaving}
@@ -212,25 +210,27 @@ class Agent:
 
         What cannot be reaped is named, and its memory never written again.
         """
-        killed, quarantined = self._trainers.fence(message["spare_pids"])
+        killed, quarantined = self._trainers.fence(wire.integers(message, "spare_pids"))
         self._reply(connection, {"killed": killed, "quarantined": quarantined})
 
     def _check(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Refuse, before anything is written, a life that `begin` would refuse."""
         if self._is_leaving:
             raise UsageError("the agent is leaving: attach again")
-        if self._custody is None or not self._custody.fits(message["descriptor"]):
-            Custody.refuse_too_large(message["descriptor"], earlier=self._custody)
+        descriptor = wire.mapping(message, "descriptor")
+        if self._custody is None or not self._custody.fits(descriptor):
+            Custody.refuse_too_large(descriptor, earlier=self._custody)
         self._reply(connection, {})
 
     def _begin(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Begin a life: on the same memory if the layout is the same and nobody of an earlier life can still write to
         it.
         """
-        descriptor, held = message["descriptor"], self._custody
+        descriptor, held = wire.mapping(message, "descriptor"), self._custody
+        Life.of(descriptor)  # before anything is given up for it
         if self._is_leaving:
             raise UsageError("the agent is leaving: attach again")
-        zombies = self._trainers.zombies(message["incarnation"])
+        zombies = self._trainers.zombies(wire.integer(message, "incarnation"))
         if held is not None and not zombies and held.fits(descriptor):
             held.renew(descriptor)
         else:
@@ -246,7 +246,9 @@ class Agent:
     def _adopt(self, connection: socket.socket, message: wire.Message, descriptors: Descriptors) -> None:
         """Take over the arena of an agent that died, from a trainer that kept it."""
         if self._custody is None:
-            self._custody = Custody(Arena.attach(descriptors.pop(0)))
+            if not descriptors:
+                raise UsageError("no arena was sent along")
+            self._custody = Custody.adopt(descriptors.pop(0))
             self._saves.recall(self._custody)
             log.info(
                 "adopted an arena: incarnation=%d bytes=%d",
@@ -269,16 +271,17 @@ class Agent:
         """Nothing to do: the loop looks at the arena after every event."""
 
     def _wait(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        deadline_s = self._host.now_s() + float(message["timeout_s"])
-        moment = (message["step"], message["attempt"])
+        deadline_s = self._host.now_s() + wire.number(message, "timeout_s")
+        moment = (wire.integer(message, "step"), wire.text(message, "attempt"))
         self._saves.wait(Waiter(connection=connection, moment=moment, deadline_s=deadline_s))
 
     def _skip(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """A rank could not take the snapshot of a save: the save cannot succeed."""
         if self._custody is None:
             raise UsageError("there is no arena yet")
-        reason = f"rank {message['rank']} skipped its snapshot: {message['reason']}"
-        self._saves.give_up(self._custody, (message["step"], message["attempt"]), reason)
+        moment = (wire.integer(message, "step"), wire.text(message, "attempt"))
+        reason = f"rank {wire.integer(message, 'rank')} skipped its snapshot: {wire.text(message, 'reason')}"
+        self._saves.give_up(self._custody, moment, reason)
         self._reply(connection, {})
 
     def _status(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:

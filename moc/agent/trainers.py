@@ -50,13 +50,17 @@ class Trainers:
                 f"a newer life has begun: rank={trainer.rank} incarnation={trainer.incarnation} "
                 f"newest={newest_incarnation}"
             )
+        try:
+            self._selector.register(trainer.pidfd, selectors.EVENT_READ, lambda _: self._note_death(trainer))
+        except OSError as error:
+            os.close(trainer.pidfd)
+            raise UsageError(f"not a pidfd: rank={trainer.rank} pid={trainer.pid} reason={error}") from error
         held = self._by_rank.get(trainer.rank)
         if held is not None and held.is_alive and held.pid != trainer.pid:
             self._displaced.append(held)
         elif held is not None:
             self._forget_pidfd(held)
         self._by_rank[trainer.rank] = trainer
-        self._selector.register(trainer.pidfd, selectors.EVENT_READ, lambda _: self._note_death(trainer))
 
     def living(self) -> list[Trainer]:
         """Return all that are alive."""
@@ -79,6 +83,8 @@ class Trainers:
                     self._host.kill(trainer.pidfd)
                 except ProcessLookupError:
                     log.info("trainer had ended already: pid=%d", trainer.pid)
+                except OSError as error:
+                    log.error("what came as a pidfd is none: pid=%d reason=%s", trainer.pid, error)
         for trainer in killed:
             if self._host.wait_readable(trainer.pidfd, REAP_TIMEOUT_S):
                 self._note_death(trainer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from moc.errors import StoreUnavailableError, UsageError
 from moc.host import Host
 
-__all__ = ["Message", "connect", "peer_is_me", "receive", "send"]
+__all__ = ["Message", "connect", "integer", "integers", "mapping", "number", "peer_is_me", "receive", "send", "text"]
 
 PACKET_LIMIT_BYTES = 60_000
 MESSAGE_LIMIT_BYTES = 1 << 28
@@ -52,23 +53,83 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]]:
             raise ConnectionResetError("the other side closed the connection")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ValueError(f"message was truncated: flags={flags}")
-        message = json.loads(text)
-        if isinstance(message, dict) and "spilled_bytes" in message:
+        message = _parse(text)
+        if "spilled_bytes" in message:
             length = message["spilled_bytes"]
             if type(length) is not int or not 0 <= length <= MESSAGE_LIMIT_BYTES or not descriptors:
-                raise ValueError(f"message has an impossible length: bytes={length} allowed={MESSAGE_LIMIT_BYTES}")
+                raise ValueError(f"message has an impossible length: allowed={MESSAGE_LIMIT_BYTES}")
             spill = descriptors.pop(0)
             try:
-                message = json.loads(os.pread(spill, length, 0))
+                message = _parse(_read_spill(spill, length))
             finally:
                 os.close(spill)
-        if not isinstance(message, dict):
-            raise ValueError("message is not an object")
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
     return message, descriptors
+
+
+def _parse(text: bytes) -> Message:
+    try:
+        message = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("message is nested too deep") from error
+    if not isinstance(message, dict):
+        raise ValueError("message is not an object")
+    return message
+
+
+def _read_spill(spill: int, length: int) -> bytes:
+    """Return the bytes of a memfd; raises ValueError if it is something else or holds another number of bytes."""
+    facts = os.fstat(spill)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size != length:
+        raise ValueError(f"spilled message has another length: bytes={facts.st_size} expected={length}")
+    return os.pread(spill, length, 0)
+
+
+def integer(message: Mapping[str, Any], field: str) -> int:
+    """Return a number of a message that counts something; raises UsageError."""
+    value = message.get(field)
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise _wrong(message, field, "an integer >= 0")
+    return value
+
+
+def number(message: Mapping[str, Any], field: str) -> float:
+    """Return a finite number of a message; raises UsageError."""
+    value = message.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e18:  # nor is NaN smaller
+        raise _wrong(message, field, "a finite number")
+    return float(value)
+
+
+def text(message: Mapping[str, Any], field: str) -> str:
+    """Return a text of a message; raises UsageError."""
+    value = message.get(field)
+    if not isinstance(value, str):
+        raise _wrong(message, field, "a text")
+    return value
+
+
+def integers(message: Mapping[str, Any], field: str) -> list[int]:
+    """Return a list of integers of a message; raises UsageError."""
+    value = message.get(field)
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise _wrong(message, field, "a list of integers")
+    return value
+
+
+def mapping(message: Mapping[str, Any], field: str) -> Message:
+    """Return an object inside a message; raises UsageError."""
+    value = message.get(field)
+    if not isinstance(value, dict):
+        raise _wrong(message, field, "an object")
+    return value
+
+
+def _wrong(message: Mapping[str, Any], field: str, allowed: str) -> UsageError:
+    return UsageError(f"field of a message is wrong: field={field} given={repr(message.get(field))[:80]} {allowed=}")
 
 
 def peer_is_me(sock: socket.socket) -> bool:

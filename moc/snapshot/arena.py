@@ -25,7 +25,7 @@ from moc.errors import IntegrityError, InternalError, ShardCorruptError
 from moc.format.object import align
 from moc.plan.layout import ArenaLayout, RankLayout, arrange_arena
 from moc.snapshot.seal import FREE, SEALED, SealRecord, decode_seal, encode_seal
-from moc.state import RankCatalog
+from moc.state import RankCatalog, catalogs_from_json
 
 __all__ = ["Arena", "CorruptSeal", "RankWords", "descriptor_room"]
 
@@ -112,11 +112,18 @@ class Arena:
 
         Raises IntegrityError if it is not one. Owns `fd`, also when it raises.
         """
-        size = os.fstat(fd).st_size
-        if size < 2 * mmap.PAGESIZE:
+        try:
+            size = os.fstat(fd).st_size
+            # Without the seal its owner could cut it short, and whoever reads it would die of SIGBUS.
+            if size < 2 * mmap.PAGESIZE or not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise IntegrityError(f"not an arena: bytes={size}")
+            arena = cls(fd, size_bytes=size)
+        except OSError as error:
             os.close(fd)
-            raise IntegrityError(f"not an arena: bytes={size}")
-        arena = cls(fd, size_bytes=size)
+            raise IntegrityError(f"not an arena: reason={error}") from error
+        except BaseException:
+            os.close(fd)
+            raise
         try:
             magic, version, _, stated = _PROLOGUE.unpack_from(arena._view, 0)
             if magic != _MAGIC or version != _VERSION or stated != size:
@@ -141,7 +148,7 @@ class Arena:
         room = self._room()
         if _AREA.size + len(text) > room:
             raise InternalError(f"descriptor does not fit: bytes={len(text)} allowed={room - _AREA.size}")
-        area = 1 - load_acquire_u64(self.address + _SELECTOR)
+        area = 1 - load_acquire_u64(self.address + _SELECTOR) % 2
         begin = mmap.PAGESIZE + area * room
         self._view[begin + _AREA.size : begin + _AREA.size + len(text)] = text
         _AREA.pack_into(self._view, begin, len(text), crc32c(text))
@@ -150,16 +157,22 @@ class Arena:
 
     def reload(self) -> None:
         """Read the valid descriptor and derive the layout from it; raises IntegrityError."""
-        begin = mmap.PAGESIZE + load_acquire_u64(self.address + _SELECTOR) % 2 * self._room()
+        room = self._room()
+        if mmap.PAGESIZE + 2 * room > self.size_bytes or room < _AREA.size:
+            raise IntegrityError(f"arena has no room for its descriptors: room={room} bytes={self.size_bytes}")
+        begin = mmap.PAGESIZE + load_acquire_u64(self.address + _SELECTOR) % 2 * room
         length, expected = _AREA.unpack_from(self._view, begin)
-        text = bytes(self._view[begin + _AREA.size : begin + _AREA.size + min(length, self._room())])
+        text = bytes(self._view[begin + _AREA.size : begin + _AREA.size + min(length, room - _AREA.size)])
         if crc32c(text) != expected:
             raise IntegrityError(f"arena descriptor checksum mismatch: expected={expected} actual={crc32c(text)}")
-        descriptor = json.loads(text)
-        catalogs = tuple(RankCatalog.from_json(row) for row in descriptor["catalogs"])
-        layout = arrange_arena(
-            catalogs, versions=descriptor["versions"], descriptor_bytes=mmap.PAGESIZE + 2 * self._room()
-        )
+        try:
+            descriptor = json.loads(text)
+            catalogs, versions = catalogs_from_json(descriptor["catalogs"]), descriptor["versions"]
+            if type(versions) is not int or versions < 1:
+                raise ValueError(f"wrong number of versions: {versions=}")
+        except (InternalError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise IntegrityError(f"arena descriptor is not readable: reason={type(error).__name__}: {error}") from error
+        layout = arrange_arena(catalogs, versions=versions, descriptor_bytes=mmap.PAGESIZE + 2 * room)
         if layout.size_bytes != self.size_bytes:
             raise IntegrityError(
                 f"arena size does not fit its descriptor: expected={layout.size_bytes} actual={self.size_bytes}"

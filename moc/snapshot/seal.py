@@ -49,7 +49,14 @@ class SealRecord:
 
 def encode_seal(record: SealRecord) -> bytes:
     """Return the record's bytes with a zero state word."""
-    fixed = _FIXED.pack(
+    fixed = _fixed(record)
+    body = record.slots.tobytes() + record.steps.tobytes() + record.crcs.tobytes()
+    return fixed + struct.pack("<I", crc32c(body, crc32c(fixed[8:]))) + body
+
+
+def _fixed(record: SealRecord) -> bytes:
+    """Return the fixed part without its checksum."""
+    return _FIXED.pack(
         _MAGIC,
         1,
         record.run.encode(),
@@ -64,12 +71,12 @@ def encode_seal(record: SealRecord) -> bytes:
         len(record.slots),
         len(record.crcs),
     ).ljust(_CRC_POSITION, b"\0")
-    body = record.slots.tobytes() + record.steps.tobytes() + record.crcs.tobytes()
-    return fixed + struct.pack("<I", crc32c(body, crc32c(fixed[8:]))) + body
 
 
 def decode_seal(view: memoryview) -> SealRecord | None:
-    """Return the record in these bytes, None if its checksum or shape is wrong. Does not look at the state word."""
+    """Return the record in these bytes, None if there is none that a writer can have made. Ignores the state word."""
+    if view.nbytes < RECORD_FIXED_BYTES:
+        return None
     magic, version, run, incarnation, step, rank, flags, attempt, digest, state_bytes, state_crc, units, shards = (
         _FIXED.unpack_from(view)
     )
@@ -83,7 +90,9 @@ def decode_seal(view: memoryview) -> SealRecord | None:
     slots.frombytes(view[RECORD_FIXED_BYTES : RECORD_FIXED_BYTES + 4 * units])
     steps.frombytes(view[RECORD_FIXED_BYTES + 4 * units : RECORD_FIXED_BYTES + 12 * units])
     crcs.frombytes(view[RECORD_FIXED_BYTES + 12 * units : end])
-    return SealRecord(
+    if not (run + attempt + digest).isascii():
+        return None
+    record = SealRecord(
         run=run.rstrip(b"\0").decode(),
         incarnation=incarnation,
         step=step,
@@ -97,3 +106,4 @@ def decode_seal(view: memoryview) -> SealRecord | None:
         steps=steps,
         crcs=crcs,
     )
+    return record if _fixed(record)[8:] == view[8:_CRC_POSITION] else None

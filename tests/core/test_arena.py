@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from array import array
@@ -42,9 +43,10 @@ def arena() -> Iterator[Arena]:
 
 def _copy(arena: Arena, content: bytes | bytearray | None = None) -> int:
     """Return a descriptor of a memfd with these bytes (default: the arena's)."""
-    fd = os.memfd_create("copy", os.MFD_CLOEXEC)
+    fd = os.memfd_create("copy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.truncate(fd, arena.size_bytes)
     os.pwrite(fd, bytes(arena.view(0, arena.size_bytes)) if content is None else content, 0)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return fd
 
 
