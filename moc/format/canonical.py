@@ -127,7 +127,13 @@ class Fields:
 
     def optional(self, key: str) -> Fields | None:
         """Return a nested object, or None where the field is null."""
-        return None if self.body.get(key) is None else Fields(self.mapping(key), f"{self.name}.{key}")
+        return None if self.is_null(key) else Fields(self.mapping(key), f"{self.name}.{key}")
+
+    def is_null(self, key: str) -> bool:
+        """Return whether a field is null; one that is missing is wrong."""
+        if key not in self.body:
+            raise self.wrong(key, "a value or null")
+        return self.body[key] is None
 
     def objects(self, key: str) -> list[Fields]:
         rows = self.rows(key)

@@ -255,7 +255,7 @@ def _parent(fields: Fields | None) -> Parent | None:
     return Parent(
         incarnation=fields.integer("incarnation", minimum=1, maximum=INCARNATION_LIMIT),
         step=fields.integer("step", maximum=LAST_STEP),
-        attempt=None if fields.body.get("attempt") is None else fields.text("attempt", ATTEMPT_PATTERN),
+        attempt=None if fields.is_null("attempt") else fields.text("attempt", ATTEMPT_PATTERN),
     )
 
 
