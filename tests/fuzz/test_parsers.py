@@ -66,12 +66,12 @@ def changed_json(draw: st.DrawFn, valid: tuple[bytes, ...]) -> bytes:
     """Return a valid JSON text with one or two values replaced, removed, repeated or added."""
     value = json.loads(draw(st.sampled_from(valid)))
     for _ in range(draw(st.integers(1, 2))):
-        value = _changed_at(draw, copy.deepcopy(value))
+        value = changed_at(draw, copy.deepcopy(value))
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return text.encode("utf-8", "surrogatepass")
 
 
-def _changed_at(draw: Callable[..., Any], value: Any) -> Any:
+def changed_at(draw: Callable[..., Any], value: Any) -> Any:
     """Go down to a random place and change it."""
     hostile = draw(st.sampled_from(HOSTILE_VALUES))
     if not isinstance(value, dict | list) or not value or draw(st.integers(0, 9)) == 0:
@@ -86,7 +86,7 @@ def _changed_at(draw: Callable[..., Any], value: Any) -> Any:
         case 1:
             value[draw(st.sampled_from(("added", "", "\ud800")))] = hostile
         case _:
-            value[place] = _changed_at(draw, value[place])
+            value[place] = changed_at(draw, value[place])
     return value
 
 
