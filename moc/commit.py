@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moc.errors import FencedError, PlanDivergedError
+from moc.errors import FencedError, ManifestCorruptError, PlanDivergedError
 from moc.format.keys import CheckpointName, parse_object_key
 from moc.format.manifest import Manifest, Parent
 from moc.persist import Receipt
@@ -83,13 +83,25 @@ def commit(repository: Repository, manifest: Manifest, *, trace: Trace) -> None:
     name = manifest.name
     with trace.span("commit.fence", step=name.step):
         refuse_if_fenced(repository, name.run, name.incarnation)
-        # What this attempt wrote itself was never part of a checkpoint, so nobody has condemned it.
-        older = [row.key for row in manifest.objects if parse_object_key(row.key)[0] != name]
-        condemned = set(repository.read_victims(name.run, name.incarnation)) if older else set()
-        doomed = sorted(key for key in older if key in condemned)
+        condemned = _condemned(repository, manifest)
+        doomed = sorted(row.key for row in manifest.objects if row.key in condemned)
         if doomed:
             raise PlanDivergedError(
                 f"manifest references an object that is being deleted: step={name.step} key={doomed[0]}"
             )
     with trace.span("commit.put", step=name.step, attempt=name.attempt):
         repository.put_manifest(manifest)
+
+
+def _condemned(repository: Repository, manifest: Manifest) -> frozenset[str]:
+    """Return what is being deleted; raises ManifestCorruptError where a damaged list may hide it."""
+    name = manifest.name
+    try:
+        return frozenset(repository.read_victims(name.run, name.incarnation))
+    except ManifestCorruptError:
+        # As long as the life is not fenced, only it writes its list, and it condemns what dropped checkpoints leave:
+        # never what the save under way has written. So a list that has rotted does not end all saves of the life.
+        refuse_if_fenced(repository, name.run, name.incarnation)
+        if any(parse_object_key(row.key)[0] != name for row in manifest.objects):
+            raise
+        return frozenset()

@@ -32,6 +32,7 @@ from moc.format.tagged import decode_state, encode_state
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import decode_seal, encode_seal
 from tests.fuzz import seeds
+from tests.support.forge import sealed
 
 __all__ = ["TARGETS", "Target"]
 
@@ -195,7 +196,7 @@ def _open_descriptors() -> int:
 
 
 def _sealed(check: Callable[[bytes], None]) -> Callable[[bytes], None]:
-    return lambda body: check(seeds.sealed(body))
+    return lambda body: check(sealed(body))
 
 
 def _metadata() -> tuple[bytes, ...]:

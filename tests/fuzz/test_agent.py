@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from moc.agent import wire
 from moc.agent.client import AgentClient, ensure_agent
 from moc.agent.runtime import SOCKET_NAME, runtime_folder
+from moc.host import SystemHost
 from tests.fuzz import seeds
 from tests.fuzz.test_parsers import HOSTILE_TEXTS, HOSTILE_VALUES, changed_at
 
@@ -111,7 +112,7 @@ class Prey:
             client.drain(timeout_s=DEADLINE_S)
 
     def _connect(self) -> socket.socket:
-        return wire.connect(str(self.folder / SOCKET_NAME), DEADLINE_S)
+        return wire.connect(str(self.folder / SOCKET_NAME), DEADLINE_S, host=SystemHost())
 
     def _open(self, kind: str) -> int:
         match kind:

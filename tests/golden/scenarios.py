@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from math import prod
 
 from moc._native import copy_crc32c
-from moc.clock import SystemClock
 from moc.commit import CommitPlan, build_manifest, commit
 from moc.format.manifest import Incarnation, Manifest, Parent
 from moc.format.tagged import ArrayValue
 from moc.gc import Retention
+from moc.host import SystemHost
 from moc.persist import checkpoint_name, persist_rank
 from moc.plan.layout import arrange_arena
 from moc.repository import Repository
@@ -108,7 +108,7 @@ class Golden:
                 incarnation=incarnation,
                 digest=self.plan.digest,
                 on_sealed=lambda _step: None,
-                clock=SystemClock(),
+                host=SystemHost(),
                 trace=Trace(),
             )
             for state in states

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moc._native import crc32c
-from moc.format.canonical import seal_record
 from moc.format.keys import CheckpointName, incarnation_key, manifest_key, object_key
 from moc.format.manifest import ObjectRow
 from moc.format.object import ObjectHeader, align, encode_header
 from moc.store.local import LocalStore
+from tests.support.forge import sealed
 from tests.support.repository import Model, RepositoryBuilder
 
 __all__ = ["CASES", "Hostile"]
@@ -42,7 +42,7 @@ class Hostile:
 
     def rewrite(self, **fields: object) -> None:
         """Replace fields of the manifest and seal it again."""
-        self.manifest_path.write_bytes(seal_record(self.body() | fields))
+        self.manifest_path.write_bytes(sealed(self.body() | fields))
 
     def put_dense(self, encoded: bytes, data: bytes, *, size_bytes: int | None = None, **row: int) -> None:
         """Replace rank 0's dense object and its manifest row."""
@@ -86,10 +86,6 @@ class Hostile:
         self.put_dense(len(padded).to_bytes(8, "little") + padded, b"")
 
 
-def _record(body: bytes) -> bytes:
-    return b'{"body":' + body + b',"crc32c":' + str(crc32c(body)).encode() + b"}\n"
-
-
 def _state(text: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
@@ -106,7 +102,7 @@ def _shape(dimensions: int) -> bytes:
 
 def _many_manifest_values(repository: Hostile, megabytes: int) -> None:
     filler = b"[" + b"[]," * (megabytes * 350_000) + b"[]]"
-    repository.manifest_path.write_bytes(_record(b'{"fingerprint":' + filler + b"}"))
+    repository.manifest_path.write_bytes(sealed(b'{"fingerprint":' + filler + b"}"))
 
 
 def _twice(repository: Hostile, count: int) -> None:
@@ -128,14 +124,14 @@ def _lives(repository: Hostile) -> None:
             "fingerprint": {},
         }
         path = repository.root / incarnation_key("run-7", number)
-        path.write_bytes(seal_record(body))
+        path.write_bytes(sealed(body))
 
 
 CASES: Mapping[str, Callable[[Hostile], None]] = {
     "manifest of 20 million values": lambda r: _many_manifest_values(r, 60),
     "manifest larger than any": lambda r: os.truncate(r.manifest_path, TIB),
     "manifest nested deep": lambda r: r.manifest_path.write_bytes(b"[" * 1_000_000),
-    "manifest of a huge number": lambda r: r.manifest_path.write_bytes(_record(b'{"step":' + b"9" * 5_000_000 + b"}")),
+    "manifest of a huge number": lambda r: r.manifest_path.write_bytes(sealed(b'{"step":' + b"9" * 5_000_000 + b"}")),
     "world of a trillion ranks": lambda r: r.rewrite(topology={"world_size": 10**12}),
     "objects named twice": lambda r: _twice(r, 8_000),
     "sizes beyond any disk": lambda r: r.rewrite(objects=[r.body()["objects"][0] | {"size": 10**400}]),
