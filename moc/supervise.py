@@ -32,6 +32,7 @@ COMMAND_HUNG = 124  # as timeout(1) has it
 COMMAND_NOT_EXECUTABLE = 126  # as shells have it
 COMMAND_NOT_FOUND = 127
 PR_SET_CHILD_SUBREAPER = 36
+PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)  # batch systems announce things by them; only the command knows which
 
 LIFE_VARIABLE = "MOC_LIFE"
 """Tells the command how often it was started, from 1: what the first start alone asks for must not be done again."""
@@ -127,7 +128,7 @@ def supervise(
 class _Signals:
     """Signals as values: handlers only write to a pipe, and `wait` reads it. Use: once, as a context manager."""
 
-    WANTED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    WANTED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *PASSED_ON)
 
     def __enter__(self) -> _Signals:
         self._read, self._write = os.pipe()
@@ -254,7 +255,9 @@ class _Supervisor:
     def _note_signals(self, numbers: set[int]) -> None:
         """Reap what has ended; pass a termination signal on, and treat a second one as impatience."""
         self._reap()
-        for number in sorted(numbers - {signal.SIGCHLD}):
+        for number in sorted(numbers & set(PASSED_ON)):
+            self._signal(number)
+        for number in sorted(numbers - {signal.SIGCHLD, *PASSED_ON}):
             name = signal.Signals(number).name
             if self.is_stopping:
                 self._kill(f"{name} again")
