@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moc.agent.runtime import node_identity
@@ -97,6 +97,7 @@ def describe_life(
         "keep_every": config.keep_every,
         "timeout_s": config.timeout_s,
         "memory_budget_bytes": config.memory_budget_bytes,
+        "config": asdict(config),
         # The newest life's fingerprint stands above; the others' would make the descriptor grow with every life.
         "lineage": [encode_incarnation(replace(life, fingerprint={})).decode() for life in lineage],
     }

@@ -167,7 +167,7 @@ class SystemHost(SystemClock):
         if self._trace_dir is not None:
             command += ["--trace", str(self._trace_dir)]
         try:
-            with log.open("ab") as log_file:
+            with _open_private(log) as log_file:
                 starter = subprocess.Popen(
                     [*command, "--ready-fd", str(ready_child)],
                     stdin=subprocess.DEVNULL,
@@ -201,7 +201,7 @@ class SystemHost(SystemClock):
         return sock
 
     def lock(self, path: Path) -> IO[bytes] | None:
-        file = path.open("ab")
+        file = _open_private(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -211,3 +211,8 @@ class SystemHost(SystemClock):
 
     def open_store(self, url: str, *, trace: Trace) -> Store:
         return open_store(url, trace=trace)
+
+
+def _open_private(path: Path) -> IO[bytes]:
+    """Open a file for appending, readable by this user only where it is made; a link is refused."""
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600))

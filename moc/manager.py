@@ -5,17 +5,16 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import platform
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import moc
 from moc.adapters.deepspeed import DeepSpeedState, Hooks, plain_json, refuse_attached
+from moc.adapters.software import software_versions
 from moc.adapters.world import TorchWorld
+from moc.agent.stacks import StackDump
 from moc.agreement import agree
 from moc.config import Config
 from moc.errors import MocError, UsageError
@@ -60,6 +59,7 @@ class CheckpointManager:
         except BaseException:
             self._hooks.detach()
             raise
+        self._stacks = StackDump(session.folder, f"rank{world.rank:05d}")
         atexit.register(self._at_exit)
         self.resume_step = state.step
 
@@ -114,7 +114,9 @@ class CheckpointManager:
             folder = None if not trace_dir else Path(trace_dir).absolute()
             trace = agree(world, lambda: _open_trace(folder, world.rank))
             grid, host = state.ep_sizes, SystemHost(trace_dir=folder)
-            session = Session(state, world, request, ep_sizes=grid, software=_software(), host=host, trace=trace)
+            session = Session(
+                state, world, request, ep_sizes=grid, software=software_versions(), host=host, trace=trace
+            )
             return cls._hooked(engine, state, world, session)
         except BaseException:
             world.close()
@@ -166,6 +168,7 @@ class CheckpointManager:
             self._session.close(is_collective=sys.exc_info()[0] is None)
         finally:
             self._world.close()
+            self._stacks.close()  # last: a rank that hangs above can still be asked where
 
     # Inside
 
@@ -215,6 +218,7 @@ class CheckpointManager:
             log.error("the save before leaving failed: %s", error)
         self._unhook()
         self._session.close(is_collective=False)
+        self._stacks.close()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _patience_s(self) -> float:
@@ -232,15 +236,7 @@ class CheckpointManager:
             return  # a forked child, which does not have the arena
         self._unhook()
         self._session.close(is_collective=False)
-
-
-def _software() -> dict[str, str]:
-    return {
-        "moc": moc.__version__,
-        "torch": version("torch"),
-        "deepspeed": version("deepspeed"),
-        "python": platform.python_version(),
-    }
+        self._stacks.close()
 
 
 def _open_trace(folder: Path | None, rank: int) -> Trace:

@@ -130,6 +130,11 @@ class Session:
     def run(self) -> str:
         return self._life.record.run
 
+    @property
+    def folder(self) -> Path:
+        """The runtime folder of this run's agent."""
+        return self._life.link.folder
+
     def status(self) -> Status:
         """Return what this rank knows; after `close`, what it knew last. Never blocks."""
         if self._last_status is not None:

@@ -11,11 +11,12 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["JsonLinesSink", "Sink", "Trace", "open_trace", "trace_name"]
+__all__ = ["JsonLinesSink", "RingSink", "Sink", "Trace", "open_trace", "trace_name"]
 
 Sink = Callable[[str, str, dict[str, object]], None]
 """Called as ``sink(event, span, fields)`` with event ``"begin"``, ``"end"`` or ``"error"``.
@@ -29,6 +30,10 @@ class Trace:
 
     def __init__(self, *sinks: Sink) -> None:
         self._sinks = sinks
+
+    def joined_by(self, sink: Sink) -> Trace:
+        """Return a trace that reports to one more sink, after the others."""
+        return Trace(*self._sinks, sink)
 
     @contextmanager
     def span(self, name: str, **fields: object) -> Iterator[None]:
@@ -60,6 +65,22 @@ def open_trace(folder: Path | None, name: str) -> Trace:
 def trace_name(kind: str) -> str:
     """Return a name for the trace file of this process, which no other one has: kind, host and process number."""
     return f"{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
+class RingSink:
+    """Keep the last events in memory. Thread: any."""
+
+    def __init__(self, limit: int, *, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self._rows: deque[dict[str, object]] = deque(maxlen=limit)
+
+    def __call__(self, event: str, name: str, fields: dict[str, object]) -> None:
+        thread = threading.current_thread().name
+        self._rows.append({"t_s": self._now_s(), "thread": thread, "event": event, "span": name} | fields)
+
+    def rows(self) -> list[dict[str, object]]:
+        """Return the events, oldest first, with values as JSON has them."""
+        return [json.loads(json.dumps(row, default=str)) for row in list(self._rows)]
 
 
 class JsonLinesSink:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
+from moc.agent.door import CONNECTION_LIMIT
+from moc.agent.log import log_to_file, log_to_stderr
+from moc.agent.runtime import LOG_NAME
 from moc.agent.server import Agent
+from moc.agent.stacks import StackDump
 from moc.host import SystemHost
 from moc.trace import Trace, open_trace, trace_name
 
@@ -27,7 +32,8 @@ def main() -> int:
     options = parser.parse_args()
     if not options.foreground and os.fork():
         os._exit(0)  # the parent: the agent is now nobody's child and survives a kill of the trainer's process tree
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    log_to_stderr() if options.foreground else log_to_file(options.folder / LOG_NAME)
+    _raise_descriptor_limit()
     os.nice(AGENT_NICE)
     agent = Agent(
         options.folder, run=options.run, idle_s=options.idle_s, host=SystemHost(), trace=_trace(options.trace)
@@ -38,7 +44,9 @@ def main() -> int:
         return 0  # another agent has the lock
     if options.ready_fd is not None:
         os.close(options.ready_fd)
+    stacks = StackDump(options.folder, "agent")
     agent.serve()
+    stacks.close()
     return 0
 
 
@@ -48,6 +56,16 @@ def _trace(folder: Path | None) -> Trace:
     except OSError as error:
         logging.getLogger(__name__).warning("no trace is written: folder=%s reason=%s", folder, error)
         return Trace()
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many descriptors as connections may need: the usual soft limit is for programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * CONNECTION_LIMIT
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 if __name__ == "__main__":

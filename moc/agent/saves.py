@@ -68,6 +68,13 @@ class Saves:
         failed = sum(1 for outcome in self._outcomes.values() if outcome.error)
         return {"saves": len(self._outcomes), "failed": failed}
 
+    def outcomes(self) -> list[dict[str, object]]:
+        """Return how the remembered saves ended, oldest first."""
+        return [
+            {"name": str(o.name), "size_bytes": o.size_bytes, "seconds": o.seconds, "error": o.error}
+            for o in self._outcomes.values()
+        ]
+
     def begin_life(self) -> None:
         """Forget what was remembered of the former life."""
         self.last_committed_step = None

@@ -16,21 +16,22 @@ from typing import Any
 import moc
 from moc.agent import wire
 from moc.agent.custody import Custody, Life
+from moc.agent.diagnosis import diagnose
+from moc.agent.door import Door
 from moc.agent.runtime import LOCK_NAME, SOCKET_NAME
 from moc.agent.saves import Saves, Waiter
 from moc.agent.trainers import Trainer, Trainers
 from moc.errors import MocError, UsageError
 from moc.host import Host
 from moc.store.redact import redact_url
-from moc.trace import Trace
+from moc.trace import RingSink, Trace
 
 __all__ = ["Agent"]
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.2  # a lost bell costs at most this
-REPLY_TIMEOUT_S = 10.0
-BACKLOG = 256
+SPAN_LIMIT = 512  # of the last spans, kept for `moc doctor`
 
 Descriptors = list[int]
 
@@ -44,6 +45,9 @@ class Agent:
         self._wake_receive, self._wake_send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._custody: Custody | None = None
         self._trainers = Trainers(self._selector, on_death=self._note_activity, host=host)
+        self._door = Door(self._selector, serve=self._serve_message, host=host)
+        self._spans = RingSink(SPAN_LIMIT, now_s=host.now_s)
+        trace = trace.joined_by(self._spans)
         self._saves = Saves(host=host, trace=trace, reply=self._reply, wake_fd=self._wake_send)
         self._drainers: list[socket.socket] = []
         self._is_asked_to_leave = False
@@ -62,6 +66,7 @@ class Agent:
             "wait": self._wait,
             "skip": self._skip,
             "status": self._status,
+            "diagnose": self._diagnose,
             "drain": self._drain,
         }
 
@@ -71,14 +76,7 @@ class Agent:
         if self._lock_file is None:
             log.info("another agent has the lock: folder=%s", self._folder)
             return False
-        path = self._folder / SOCKET_NAME
-        path.unlink(missing_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(path))
-        os.chmod(path, 0o600)
-        self._listener.listen(BACKLOG)
-        self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._door.open(self._folder / SOCKET_NAME)
         self._selector.register(self._wake_receive, selectors.EVENT_READ, self._drain_wake)
         log.info("agent listens: run=%s pid=%d version=%s", self._run, self._host.pid, moc.__version__)
         return True
@@ -101,6 +99,7 @@ class Agent:
 
     def _turn(self) -> None:
         """What the loop does after every event, and at least every tick."""
+        self._door.look()
         self._saves.collect(self._custody)
         is_idle = not self._trainers.living() and self._host.now_s() - self._active_s > self._idle_s
         if (is_idle or self._is_asked_to_leave) and not self._is_leaving:
@@ -124,27 +123,13 @@ class Agent:
         self._saves.collect(self._custody)
         self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
         (self._folder / SOCKET_NAME).unlink(missing_ok=True)
-        self._listener.close()
+        self._door.close()
         reply = {"last_committed_step": self._saves.last_committed_step, "last_error": self._saves.last_error}
         for connection in self._drainers:
             self._reply(connection, reply)
         log.info("agent leaves: last_committed_step=%s", self._saves.last_committed_step)
 
     # Connections
-
-    def _accept(self, _: object) -> None:
-        try:
-            connection, _address = self._listener.accept()
-        except OSError as error:
-            log.warning("accept failed: %s", error)
-            return
-        if not wire.peer_is_me(connection):
-            log.warning("refused a connection of another user")
-            connection.close()
-            return
-        connection.setblocking(True)
-        connection.settimeout(REPLY_TIMEOUT_S)  # a reply to a stopped client must not stop the agent for good
-        self._selector.register(connection, selectors.EVENT_READ, self._serve_message)
 
     def _serve_message(self, connection: Any) -> None:
         try:
@@ -173,15 +158,13 @@ class Agent:
         try:
             wire.send(connection, reply, descriptors or [])
         except OSError as error:
-            log.info("client left before its reply: %s", error)
+            log.info("client left before its reply, or does not read: %s", error)
             self._hang_up(connection)
 
     def _hang_up(self, connection: socket.socket) -> None:
         self._saves.forget_waiters(connection)
         self._drainers = [other for other in self._drainers if other is not connection]
-        if connection.fileno() >= 0:
-            self._selector.unregister(connection)
-            connection.close()
+        self._door.hang_up(connection)
 
     def _drain_wake(self, _: object) -> None:
         os.read(self._wake_receive, 4096)
@@ -192,7 +175,13 @@ class Agent:
         life = None if self._custody is None else self._custody.life.record.number
         if message.get("rank") is not None and descriptors:
             rank, pid, incarnation = (wire.integer(message, field) for field in ("rank", "pid", "incarnation"))
-            trainer = Trainer(rank=rank, pid=pid, pidfd=descriptors.pop(0), incarnation=incarnation)
+            trainer = Trainer(
+                rank=rank,
+                pid=pid,
+                pidfd=descriptors.pop(0),
+                incarnation=incarnation,
+                version=str(message.get("version"))[:64],
+            )
             self._trainers.enter(trainer, newest_incarnation=life)
             self._active_s = self._host.now_s()
         facts = {"pid": self._host.pid, "run": self._run, "incarnation": life, "leaving": self._is_leaving}
@@ -312,6 +301,11 @@ class Agent:
             "last_error": saves.last_error,
         }
         self._reply(connection, {**facts, **life, **saved})
+
+    def _diagnose(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
+        """Everything else that helps to judge a job from afar."""
+        found = diagnose(self._custody, self._saves, self._spans, connections=self._door.connections)
+        self._reply(connection, found)
 
     def _drain(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Persist the newest global snapshot and leave; the reply comes when that is done."""

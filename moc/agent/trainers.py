@@ -31,6 +31,7 @@ class Trainer:
     pid: int
     pidfd: int
     incarnation: int
+    version: str
     is_alive: bool = True
 
 
@@ -43,7 +44,7 @@ class Trainers:
         self._displaced: list[Trainer] = []
 
     def enter(self, trainer: Trainer, *, newest_incarnation: int | None) -> None:
-        """Register a trainer and own its pidfd; raises UsageError for one of an older life."""
+        """Register a trainer and own its pidfd; raises UsageError for one of an older life, or not to be watched."""
         if newest_incarnation is not None and trainer.incarnation < newest_incarnation:
             os.close(trainer.pidfd)
             raise UsageError(
@@ -101,6 +102,7 @@ class Trainers:
                 "pid": trainer.pid,
                 "alive": trainer.is_alive,
                 "incarnation": trainer.incarnation,
+                "version": trainer.version,
             }
             if arena is not None and any(catalog.rank == trainer.rank for catalog in arena.catalogs):
                 words = arena.words(trainer.rank)

@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from moc.agent.stacks import StackDump
 from moc.clock import SystemClock
 from moc.config import Config
 from moc.errors import MocError, SaveFailedError, WaitTimeoutError
@@ -99,8 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         note("failed", error=type(error).__name__, words=str(error))
         raise SystemExit(FAILED) from error
     signal.signal(signal.SIGTERM, lambda *_: session.ask_to_terminate())
+    stacks = StackDump(session.folder, f"rank{options.rank:05d}")
     try:
         train(options, session, state, trace, note)
+        stacks.close()
     except (MocError, OSError) as error:
         note("failed", error=type(error).__name__, words=str(error))
         raise SystemExit(FAILED) from error
