@@ -22,6 +22,7 @@ VERBS = {
     "gc": "delete what nothing references (without --apply: list it)",
     "trace": "merge the traces of ranks and agents into one timeline",
     "status": "show the live jobs of this machine",
+    "doctor": "collect what is needed to judge a job from afar, and say what looks wrong",
     "agent": "start, stop or look at the node agent",
     "run": "run a training command and restart it when it fails",
 }

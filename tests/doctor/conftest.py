@@ -1,0 +1,5 @@
+"""Repositories for the doctor."""
+
+from tests.cli.conftest import damaged, history
+
+__all__ = ["damaged", "history"]
