@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OPERATORS := $(VENV)/.operators
-EXTRAS := test,train,s3
+EXTRAS := test,train,s3,metrics
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
 # The launcher and DeepSpeed's native operators look for `deepspeed` and `ninja` on the path.

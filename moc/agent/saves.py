@@ -53,6 +53,7 @@ class Saves:
         self._outcomes: OrderedDict[tuple[int, Moment], Outcome] = OrderedDict()
         self._first_seen_s: dict[Moment, float] = {}
         self._waiters: list[Waiter] = []
+        self._saves_ended = self._saves_failed = 0
         self.last_committed_step: int | None = None
         self.last_error: str | None = None
         """Why the newest save failed; None again after a commit."""
@@ -64,9 +65,8 @@ class Saves:
             return bool(self._custody_of) or bool(self._ended)
 
     def counters(self) -> dict[str, int]:
-        """Return how many of the remembered saves there are and how many failed."""
-        failed = sum(1 for outcome in self._outcomes.values() if outcome.error)
-        return {"saves": len(self._outcomes), "failed": failed}
+        """Return how many saves have ended since the agent began, and how many of them failed."""
+        return {"saves": self._saves_ended, "failed": self._saves_failed}
 
     def outcomes(self) -> list[dict[str, object]]:
         """Return how the remembered saves ended, oldest first."""
@@ -239,6 +239,10 @@ class Saves:
 
     def _remember(self, outcome: Outcome) -> None:
         self.last_error = outcome.error
-        self._outcomes[outcome.name.incarnation, (outcome.name.step, outcome.name.attempt)] = outcome
+        key = (outcome.name.incarnation, (outcome.name.step, outcome.name.attempt))
+        if key not in self._outcomes:  # every rank that skips a snapshot gives up the same save
+            self._saves_ended += 1
+            self._saves_failed += outcome.error is not None
+        self._outcomes[key] = outcome
         while len(self._outcomes) > OUTCOME_LIMIT:
             self._outcomes.popitem(last=False)

@@ -4,7 +4,11 @@ JSON: {"agents": [{"folder": path, "run", "pid", "version", "incarnation",
 "storage", "ranks": [{"rank", "pid", "alive", "incarnation", "sealed_step",
 "beat_step", "beat_age_s"}], "global_step", "last_committed_step",
 "persisting", "arena_bytes", "versions", "counters": {"saves", "failed"},
-"last_error"}]}; null stands for what is not known yet
+"last_error"}]}; null stands for what is not known yet. The counters begin with
+the agent.
+
+--prometheus prints the same as metrics moc_*, for a textfile collector; it
+needs the extra 'metrics'. Without an agent moc_agents is 0.
 
 Exit codes: 0 an agent answers, 1 none does.
 """
@@ -15,23 +19,32 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moc.cli.exits import OK
+from moc.cli.exits import FAILURE, OK
 from moc.cli.live import add_runtime_root, read_statuses
 from moc.cli.options import add_json
 from moc.cli.output import describe_bytes, print_facts, print_json
-from moc.errors import CoordinationError
+from moc.errors import CoordinationError, UsageError
 
 __all__ = ["configure", "run", "show_agents"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-id", metavar="ID", help="only the job with this run id")
+    parser.add_argument("--prometheus", action="store_true", help="print metrics in Prometheus' text format")
     add_runtime_root(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    return show_agents(args)
+    if not args.prometheus:
+        return show_agents(args)
+    if args.json:
+        raise UsageError("two formats asked for: given=--json,--prometheus allowed=one of them")
+    from moc.cli.metrics import render_metrics
+
+    found = read_statuses(args.run_id, args.runtime_root)
+    print(render_metrics(found), end="")
+    return OK if found else FAILURE
 
 
 def show_agents(args: argparse.Namespace) -> int:

@@ -8,10 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from moc.agent.saves import OUTCOME_LIMIT
 from tests.cli.console import clean_env, moc, moc_json
+from tests.support.job import Job, until
 
 TRAINER = """
 import sys
@@ -123,3 +127,49 @@ def _trainer(folder: str) -> Iterator[None]:
         assert process.stdout.readline() == "ready\n"
         yield
         process.communicate(timeout=30)
+
+
+def test_without_an_agent_there_is_still_a_metric(runtime_root: Path) -> None:
+    result = moc("status", "--prometheus", "--runtime-root", runtime_root)
+    both = moc("status", "--prometheus", "--json", "--runtime-root", runtime_root)
+
+    assert result.returncode == 1
+    assert "\nmoc_agents 0.0\n" in result.stdout
+    assert both.returncode == 2
+
+
+def test_metrics_tell_what_the_status_tells() -> None:
+    with Job(size=2, persist_every=1, step_s=0.001) as job:
+        life = job.start()
+        life.event("committed", step=1)
+        until(lambda: _saves(job) > OUTCOME_LIMIT, "more saves than an agent remembers")
+        life.kill()
+        until(lambda: not _status(job)["persisting"], "the end of the last save")
+        status = _status(job)
+        text = moc("status", "--prometheus", "--runtime-root", job.root).stdout
+
+    samples = {
+        (sample.name, sample.labels.get("rank")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["moc_agents", None] == samples["moc_agent_info", None] == 1
+    assert samples["moc_saves_total", None] == status["counters"]["saves"] > OUTCOME_LIMIT
+    assert samples["moc_saves_failed_total", None] == status["counters"]["failed"]
+    assert samples["moc_global_step", None] == status["global_step"]
+    assert samples["moc_committed_step", None] == status["last_committed_step"]
+    assert samples["moc_arena_bytes", None] == status["arena_bytes"]
+    assert samples["moc_persisting", None] == 0
+    for row in status["ranks"]:
+        rank = str(row["rank"])
+        assert samples["moc_rank_alive", rank] == 0
+        assert samples["moc_rank_sealed_step", rank] == row["sealed_step"]
+        assert samples["moc_rank_beat_age_seconds", rank] > 0
+
+
+def _status(job: Job) -> dict[str, Any]:
+    return job.ask_agent("status")[0]
+
+
+def _saves(job: Job) -> int:
+    return int(_status(job)["counters"]["saves"])
