@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,10 @@ def _request(options: argparse.Namespace, state: PlainState) -> Request:
     )
 
 
-def serve(argv: Sequence[str], errors: Path) -> None:
+def serve(argv: Sequence[str], errors: Path, environment: Mapping[str, str]) -> None:
     """Be a worker in a fresh process: standard error goes to a file."""
+    os.environ.clear()
+    os.environ.update(environment)
     with errors.open("ab") as stream:
         os.dup2(stream.fileno(), 2)
     code: object = 0

@@ -286,8 +286,8 @@ def _flip(body: bytes) -> bytes:
 
 def _reset(writer: asyncio.StreamWriter) -> None:
     """Close with RST, as a crashed peer or a firewall does."""
-    raw = writer.get_extra_info("socket")
-    if raw is not None:
+    if not writer.transport.is_closing():
+        raw = writer.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
 

@@ -199,12 +199,15 @@ class Job:
     """One repository, one runtime root, the lives of a job on them. A context manager that leaves no process behind."""
 
     def __init__(
-        self, *, size: int = 1, root: Path | None = None, storage: Path | None = None, **options: object
+        self, *, size: int = 1, root: Path | None = None, storage: Path | str | None = None, **options: object
     ) -> None:
-        """`options` are the worker's; each life may override them. `root` and `storage` may be another job's."""
+        """`options` are the worker's; each life may override them. `root` and `storage` may be another job's.
+
+        Workers and agent have the environment that this process has when a life starts.
+        """
         self.folder = Path(tempfile.mkdtemp(prefix="moc-crash-"))
         self.size, self.options = size, options
-        self.storage = storage or self.folder / "repo"
+        self.storage: Any = storage or self.folder / "repo"
         self.root = root or self.folder / "rt"
         self.lives: list[Life] = []
         self._is_guest = root is not None
@@ -240,7 +243,9 @@ class Job:
             fields = common | {"rank": rank, "log": logs[rank]}
             if kill and rank in kill:
                 fields["kill"] = kill[rank]
-            process = _context.Process(target=serve, args=(_arguments(fields), errors[rank]), daemon=True)
+            process = _context.Process(
+                target=serve, args=(_arguments(fields), errors[rank], dict(os.environ)), daemon=True
+            )
             process.start()
             processes.append(process)
         life = Life(job=self, number=number, logs=logs, errors=errors, processes=processes)
