@@ -22,6 +22,7 @@ __all__ = ["Answer", "Fault", "FaultProxy", "Harm", "expired_token", "internal_e
 DEADLINE_S = 30.0
 HEAD_LIMIT_BYTES = 2**16
 FLIPPED_BIT = 0x10
+FLIP_BYTES = 1009
 
 
 class Harm(Enum):
@@ -34,8 +35,8 @@ class Harm(Enum):
     STALL_UNREAD = "not even the request's body is read"
     CUT = "the connection is reset in the middle of the answer's body"
     SHORT = "half of the answer's body, under a length that fits it"
-    FLIP_ANSWER = "one bit of the answer's body is another"
-    FLIP_REQUEST = "one bit of the request's body is another when it reaches the server"
+    FLIP_ANSWER = "the answer's body has flipped bits"
+    FLIP_REQUEST = "the request's body has flipped bits when it reaches the server"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,9 +279,10 @@ async def _read_answer_body(reader: asyncio.StreamReader, head: bytes, method: s
 
 
 def _flip(body: bytes) -> bytes:
+    """Flip one bit in each kilobyte, the middle of a smaller body, so that not only padding is hit."""
     flipped = bytearray(body)
-    if flipped:
-        flipped[len(flipped) // 2] ^= FLIPPED_BIT
+    for offset in range(min(len(body) // 2, FLIP_BYTES), len(body), FLIP_BYTES):
+        flipped[offset] ^= FLIPPED_BIT
     return bytes(flipped)
 
 
@@ -292,8 +294,8 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def slow_down() -> Answer:
-    return Answer(status=503, code="SlowDown", words="Please reduce your request rate.")
+def slow_down(words: str = "Please reduce your request rate.") -> Answer:
+    return Answer(status=503, code="SlowDown", words=words)
 
 
 def internal_error() -> Answer:

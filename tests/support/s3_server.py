@@ -89,6 +89,11 @@ class S3Server:
         self._files.mkdir(name)
         return name
 
+    def put_empty(self, url: str) -> None:
+        """Put an object without bytes in one request. Thread: any."""
+        bucket, _, key = url.partition("://")[2].partition("/")
+        self._files.call_s3("put_object", Bucket=bucket, Key=key)
+
     def uploads(self, bucket: str) -> list[str]:
         """Return the keys of multipart uploads that nobody has completed or aborted."""
         answer = self._files.call_s3("list_multipart_uploads", Bucket=bucket)
