@@ -234,23 +234,23 @@ ILLEGAL_KEYS = [
 ]
 
 
-@pytest.mark.parametrize("key", ILLEGAL_KEYS)
-def test_an_illegal_key_is_refused_everywhere(store: Store, key: str) -> None:
+def test_an_illegal_key_is_refused_everywhere(store: Store) -> None:
     put(store, "present", b"x")
 
-    with pytest.raises(UsageError, match="illegal key"):
-        put(store, key, b"x")
-    with pytest.raises(UsageError, match="illegal key"):
-        store.read(key, limit_bytes=1)
-    with pytest.raises(UsageError, match="illegal key"):
-        store.read_into(key, 0, memoryview(bytearray(1)))
-    with pytest.raises(UsageError, match="illegal key"):
-        store.size_bytes(key)
-    with pytest.raises(UsageError, match="illegal key"):
-        store.delete(key)
-    if key:
+    for key in ILLEGAL_KEYS:
         with pytest.raises(UsageError, match="illegal key"):
-            store.list(key)
+            put(store, key, b"x")
+        with pytest.raises(UsageError, match="illegal key"):
+            store.read(key, limit_bytes=1)
+        with pytest.raises(UsageError, match="illegal key"):
+            store.read_into(key, 0, memoryview(bytearray(1)))
+        with pytest.raises(UsageError, match="illegal key"):
+            store.size_bytes(key)
+        with pytest.raises(UsageError, match="illegal key"):
+            store.delete(key)
+        if key:
+            with pytest.raises(UsageError, match="illegal key"):
+                store.list(key)
     assert keys(store, "") == ["present"]
 
 

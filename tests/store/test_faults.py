@@ -176,6 +176,8 @@ QUICK_ONCE = QUICK_ALWAYS | {"internal-error", "reset-after", "error-after"}
 def case(call: str, fault: str, quick: Collection[str]) -> ParameterSet:
     """Return a parameter; what only repeats in another request what a quick case shows is left to the long run."""
     is_quick = fault in quick or (call in {"put", "read-into"} and fault != "unavailable")
+    if call in {"put-begin", "put-complete"}:
+        is_quick = is_quick and fault in {"slow-down", "error-after", "expired"}
     return pytest.param(call, fault, marks=[] if is_quick else [pytest.mark.slow])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from aiobotocore.session import AioSession
 
 from moc.errors import ObjectMissingError, StorageError, StoreDeniedError, StoreFullError, StoreUnavailableError
 from moc.store.remote import RemoteStore
@@ -59,13 +60,20 @@ def server() -> Iterator[AnsweringServer]:
         thread.join(timeout=10)
 
 
+@pytest.fixture(scope="module")
+def session() -> AioSession:
+    """Return what clients can share; it takes longest to make."""
+    return AioSession()
+
+
 @pytest.fixture
-def store(server: AnsweringServer) -> Iterator[RemoteStore]:
+def store(server: AnsweringServer, session: AioSession) -> Iterator[RemoteStore]:
     options = {
         "key": "name",
         "secret": SECRET,
         "endpoint_url": f"http://127.0.0.1:{server.server_port}",
         "config_kwargs": {"retries": {"max_attempts": 0}},
+        "session": session,
     }
     opened = RemoteStore("s3://bucket/repository", options)
     yield opened
