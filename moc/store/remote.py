@@ -26,13 +26,14 @@ from moc.errors import (
 from moc.store.key import byte_views, is_key, require_key, require_prefix
 from moc.store.port import Entry, Segment, StoreProperties
 from moc.store.redact import ambient_secrets, redact_text, redact_url, secret_values
-from moc.store.s3 import PART_BYTES, PART_LIMIT, S3_SCHEMES, bound_requests, stale_uploads
+from moc.store.s3 import PART_BYTES, PART_LIMIT, S3_SCHEMES, PartedContent, bound_requests, stale_uploads
 from moc.store.translate import class_for_remote, is_precondition_failure, translate_remote_error
 from moc.trace import Trace
 
 __all__ = ["RemoteStore"]
 
 READ_BYTES = 64 * 2**20  # one request; larger reads are several
+LISTING_BYTES = 600 * 2**20  # more than a listing of a million objects transfers
 SLOWEST_BYTES_PER_S = 2**20  # a transfer that is slower than this for long is taken for hung
 OBJECT_SCHEMES = S3_SCHEMES | {"gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
 CONDITION_SCHEMES = S3_SCHEMES | {"gs", "gcs"}  # a put can be made to depend on the key's absence
@@ -40,7 +41,8 @@ CREATE_ONLY_SCHEMES = frozenset({"gs", "gcs"})  # S3 is not: many servers of its
 
 
 class RemoteStore:
-    """Objects below a URL. Thread: any. Memory: one copy of an object during a put, `READ_BYTES` during a read.
+    """Objects below a URL. Thread: any. Memory: one copy of an object during a put (on S3 of the parts that are being
+    sent), `READ_BYTES` during a read.
 
     On S3 an object of two `part_bytes` or more is sent in parts, and every request ends within `patience_s` and the
     time that its bytes take at `SLOWEST_BYTES_PER_S`.
@@ -81,7 +83,7 @@ class RemoteStore:
 
     def put(self, key: str, segments: Sequence[Segment], *, create_only: bool = False) -> None:
         path = self._path(key)
-        content = b"".join(byte_views(segments))
+        content = self._content(byte_views(segments))
         turn = contextlib.nullcontext() if self._writes_objects else self._in_place_lock
         try:
             # The span is around the translation: what it reports of an error has no secrets in it.
@@ -98,6 +100,9 @@ class RemoteStore:
         except ObjectMissingError as error:
             # Gateways to filesystems answer so when a delete removes the folder that the put needs: it helps to repeat.
             raise StoreUnavailableError(f"put had no effect: {error}") from None
+        finally:
+            if isinstance(content, PartedContent):
+                content.release()  # an upload that was given up may still run, and the segments' memory changes
         if stored_bytes != len(content):
             raise StoreUnavailableError(
                 f"wrong length after put {self._subject(key)} total_bytes={len(content)} {stored_bytes=}"
@@ -203,7 +208,12 @@ class RemoteStore:
             raise UsageError(f"storage URL names no place url={self._url} allowed=scheme://bucket/path")
         return files, base
 
-    def _pipe(self, files: Any, path: str, content: bytes) -> None:
+    def _content(self, views: Sequence[memoryview]) -> bytes | PartedContent:
+        if self._is_s3 and sum(view.nbytes for view in views) >= 2 * self._part_bytes:
+            return PartedContent(views)
+        return b"".join(views)
+
+    def _pipe(self, files: Any, path: str, content: bytes | PartedContent) -> None:
         if self._is_s3:
             part_bytes = max(self._part_bytes, -(-len(content) // PART_LIMIT))
             files.pipe_file(path, content, chunksize=part_bytes, **self._bound(len(content)))
@@ -216,12 +226,12 @@ class RemoteStore:
             files.makedirs(path.rpartition("/")[0], exist_ok=True)
             files.pipe_file(path, content)
 
-    def _pipe_new(self, files: Any, path: str, key: str, content: bytes) -> None:
+    def _pipe_new(self, files: Any, path: str, key: str, content: bytes | PartedContent) -> None:
         """Put unless other bytes are there; where the store may not enforce it, a look before narrows the window."""
         try:
             is_free = self._properties.create_only or not self._is_there(files, path)
             if is_free and self._takes_condition:
-                files.pipe_file(path, content, mode="create", **self._bound(len(content)))
+                files.pipe_file(path, content[:], mode="create", **self._bound(len(content)))
             elif is_free:
                 self._pipe(files, path, content)
             if is_free:
@@ -279,7 +289,7 @@ class RemoteStore:
         files.invalidate_cache()
         try:
             if self._writes_objects:
-                for path, row in files.find(directory, detail=True, **self._bound()).items():
+                for path, row in files.find(directory, detail=True, **self._bound(LISTING_BYTES)).items():
                     if row["type"] == "file":
                         yield str(path), row
                 return

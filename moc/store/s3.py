@@ -5,10 +5,12 @@ s3fs is reached only through the filesystem object that it made; nothing here im
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-__all__ = ["PART_BYTES", "PART_LIMIT", "S3_SCHEMES", "bound_requests", "stale_uploads"]
+__all__ = ["PART_BYTES", "PART_LIMIT", "S3_SCHEMES", "PartedContent", "bound_requests", "stale_uploads"]
 
 S3_SCHEMES = frozenset({"s3", "s3a"})
 REQUEST_TRIES = 3  # of one request, by botocore: one part of many should not fail the whole object
@@ -16,6 +18,38 @@ SILENCE_S = 30.0  # until a request without an answer is given up
 PART_BYTES = 16 * 2**20  # large enough for a fast stream, small enough to send many of them at once
 PART_LIMIT = 9000  # S3 takes 10000 parts
 UPLOAD_LIMIT = 10_000  # uploads that one sweep looks at
+
+
+class PartedContent:
+    """An object's bytes for a client that cuts them into slices: only the slices are copied, never the whole.
+
+    After `release` nothing refers to the views any more, and a slice raises ValueError.
+    """
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views: list[memoryview] | None = list(views)
+        self._starts = [0]
+        for view in views:
+            self._starts.append(self._starts[-1] + view.nbytes)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, part: slice) -> bytes:
+        if self._views is None:
+            raise ValueError("the content was released while it was being sent")
+        begin, end, step = part.indices(len(self))
+        assert step == 1, f"only whole ranges are sent {part=}"
+        pieces = []
+        for index in range(bisect_right(self._starts, begin) - 1, len(self._views)):
+            start = self._starts[index]
+            if start >= end:
+                break
+            pieces.append(self._views[index][max(begin - start, 0) : end - start])
+        return b"".join(pieces)
+
+    def release(self) -> None:
+        self._views = None
 
 
 def bound_requests(files: Any) -> None:

@@ -94,6 +94,7 @@ def test_faults_on_the_way_cost_saves_at_most_and_recovery_from_s3_is_exact(prox
         no_secret_in(job.folder)
 
 
+@pytest.mark.slow  # the same without a job: store/test_s3.py
 def test_an_agent_killed_in_the_middle_of_an_upload_leaves_nothing_visible(
     proxy: FaultProxy, storage: str, s3_server: S3Server, s3_bucket: str
 ) -> None:
