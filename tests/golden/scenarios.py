@@ -30,7 +30,7 @@ from moc.topology import Topology
 from moc.trace import Trace
 from tests.golden.describe import describe
 
-__all__ = ["SCENARIOS", "Golden", "expected"]
+__all__ = ["RUN", "SCENARIOS", "Golden", "expected", "small_state", "tiny_catalog", "tiny_shard"]
 
 RUN = "golden-1"
 PARTS = ("exp_avg", "exp_avg_sq", "master")
@@ -214,7 +214,7 @@ def _values(shard: Shard, incarnation: int, step: int) -> bytes:
     return whole[shard.offset * width : (shard.offset + shard.length) * width]
 
 
-def _shard(
+def tiny_shard(
     tensor: str, part: str, shape: tuple[int, ...], dtype: str = "F32", *, cut: tuple[int, int] | None = None,
     expert: Expert | None = None,
 ) -> Shard:  # fmt: skip
@@ -222,12 +222,12 @@ def _shard(
     return Shard(tensor=tensor, part=part, dtype=dtype, shape=shape, offset=first, length=last - first, expert=expert)
 
 
-def _catalog(rank: int, shards: list[Shard]) -> RankCatalog:
+def tiny_catalog(rank: int, shards: list[Shard]) -> RankCatalog:
     ordered = tuple(sorted(shards, key=shard_order))
     return RankCatalog(rank=rank, shards=ordered, state_capacity_bytes=STATE_CAPACITY_BYTES)
 
 
-def _counters(rank: int, step: int) -> dict[str, object]:
+def small_state(rank: int, step: int) -> dict[str, object]:
     noise = memoryview(hashlib.shake_128(f"rng/{rank}/{step}".encode()).digest(16 + step))
     return {"step": step, "rng": ArrayValue(dtype="U8", shape=(noise.nbytes,), kind="torch", data=noise)}
 
@@ -257,9 +257,9 @@ def _every_value(rank: int, step: int) -> dict[str, object]:
 
 def _one_rank(store: Store) -> Golden:
     """One rank without experts: every dtype, every kind of state, and a step with a NaN."""
-    shards = [_shard("embed.weight", part, (3, 5)) for part in PARTS]
-    shards += [_shard(f"frozen.{dtype.lower()}", "weight", (2, 3), dtype) for dtype in DTYPES]
-    golden = Golden(store, (_catalog(0, [*shards, _shard("scalar", "master", ())]),), _every_value)
+    shards = [tiny_shard("embed.weight", part, (3, 5)) for part in PARTS]
+    shards += [tiny_shard(f"frozen.{dtype.lower()}", "weight", (2, 3), dtype) for dtype in DTYPES]
+    golden = Golden(store, (tiny_catalog(0, [*shards, tiny_shard("scalar", "master", ())]),), _every_value)
     golden.begin(1, "start")
     golden.save(1, {1: None, 2: Parent(incarnation=1, step=1, attempt="01010001")}, nan_at=2)
     golden.lineage = sorted(golden.checkpoints, reverse=True)
@@ -270,14 +270,14 @@ def _two_ranks(store: Store) -> Golden:
     """Two ranks: dense tensors cut in unequal parts, two experts in each of two layers, one per rank."""
     catalogs = []
     for rank in range(2):
-        shards = [_shard("embed.weight", part, (5, 7), cut=((0, 18), (18, 35))[rank]) for part in PARTS]
+        shards = [tiny_shard("embed.weight", part, (5, 7), cut=((0, 18), (18, 35))[rank]) for part in PARTS]
         shards += [
-            _shard(f"layers.{layer}.experts.{rank}.w", part, (2, 4), expert=Expert(layer=layer, index=rank))
+            tiny_shard(f"layers.{layer}.experts.{rank}.w", part, (2, 4), expert=Expert(layer=layer, index=rank))
             for part in PARTS
             for layer in range(2)
         ]
-        catalogs.append(_catalog(rank, shards))
-    golden = Golden(store, tuple(catalogs), _counters)
+        catalogs.append(tiny_catalog(rank, shards))
+    golden = Golden(store, tuple(catalogs), small_state)
     golden.begin(1, "start")
     golden.save(1, {3: None})
     golden.lineage = sorted(golden.checkpoints)
@@ -286,7 +286,7 @@ def _two_ranks(store: Store) -> Golden:
 
 def _lives(store: Store) -> Golden:
     """A fork at step 2, a rewind to it, a life from memory, and a round of retention that left a victim list."""
-    golden = Golden(store, (_catalog(0, [_shard("w", "master", (2, 2))]),), _counters)
+    golden = Golden(store, (tiny_catalog(0, [tiny_shard("w", "master", (2, 2))]),), small_state)
 
     def grown(incarnation: int, step: int, attempt: str | None) -> Parent:
         return Parent(incarnation=incarnation, step=step, attempt=attempt)
