@@ -161,6 +161,7 @@ def collect(
         condemned = _condemn(repository, first.victims, trace=trace)
         _settle(repository, first, condemned, settle_s=settle_s, clock=clock, trace=trace, on_wait=on_wait)
         final = find_garbage(repository, with_off_lineage=with_off_lineage, trace=trace)
+    repository.sync_names()  # what is deleted below must not depend on names that a dead process has left unsynced
     dropped = tuple(name for name in first.off_lineage if name in final.off_lineage)
     for name in dropped:
         with trace.span("gc.drop", step=name.step, attempt=name.attempt):

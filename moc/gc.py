@@ -54,6 +54,9 @@ class Retention:
             refuse_if_fenced(self._repository, self._run, self._incarnation)
             links = self._lineage()
             unreadable = self._read_manifests()
+            # A manifest that is listed may be lost, and a missing one come back, while whoever put or deleted it had no
+            # time to sync that: what is deleted below must not depend on it.
+            self._repository.sync_names()
         deleted = self._delete_condemned()
         if not self._is_swept and not unreadable:
             deleted += self._sweep()

@@ -257,5 +257,13 @@ class Repository:
     def victim_lists(self) -> list[Entry]:
         return self.store.list(VICTIMS)
 
+    def sync_names(self) -> None:
+        """Make durable what the listings of lives and checkpoints show, also what a process left unfinished that died.
+
+        Call between such a listing and whatever cannot be taken back: a deletion, or an announcement.
+        """
+        for prefix in (INCARNATIONS, MANIFESTS):
+            self.store.sync(prefix)
+
     def close(self) -> None:
         self.store.close()

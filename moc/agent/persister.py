@@ -168,6 +168,7 @@ class Persister:
         refuse_if_fenced(repository, job.life.run, job.life.number)
         self._put_life(repository, job.life)
         listed = [checkpoint.name for checkpoint in repository.checkpoints()]
+        repository.sync_names()  # what a dead agent has put is announced only once it is durable
         self._commits = [name for name in listed if (name.run, name.incarnation) == (job.life.run, job.life.number)]
         self._retention = Retention(
             repository,

@@ -29,7 +29,7 @@ from moc.format.manifest import Incarnation, Manifest, Parent
 from moc.repository import Repository
 from moc.verify import check_structure
 
-__all__ = ["configure", "run"]
+__all__ = ["configure", "run", "write_rewind"]
 
 REASON = "rewind"
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         if findings:
             raise findings[0].error
         _refuse_if_live(args, manifest.name.run)
-        record, is_written = _rewind(repository, manifest)
+        record, is_written = write_rewind(repository, manifest)
         url = repository.url
     if args.json:
         print_json(
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def _rewind(repository: Repository, manifest: Manifest) -> tuple[Incarnation, bool]:
+def write_rewind(repository: Repository, manifest: Manifest) -> tuple[Incarnation, bool]:
     """Write the record unless the newest life is this very rewind; returns the record and whether it was written."""
     name = manifest.name
     parent = Parent(incarnation=name.incarnation, step=name.step, attempt=name.attempt)
@@ -76,6 +76,7 @@ def _rewind(repository: Repository, manifest: Manifest) -> tuple[Incarnation, bo
     newest = max((number for _, number in numbers), default=0)
     for record in repository.incarnations()[0]:
         if record.number == newest and record.reason == REASON and record.parent == parent:
+            repository.sync_names()  # the process that wrote it may have died before that was durable
             return record, False
     listed = max((stored.name.incarnation for stored in repository.checkpoints()), default=0)
     record = Incarnation(

@@ -115,16 +115,25 @@ class LocalStore:
     def delete(self, key: str) -> None:
         path = self._path(key)
         with self._translated("delete", key):
-            if not self._tree.is_present() or self._tree.find(key) is None:
+            if not self._tree.is_present():
+                return
+            if self._tree.find(key) is None:
+                self._tree.sync_nearest(key)  # whoever removed it may have died, or failed, before it synced that
                 return
             with self._trace.span("store.delete", key=key):
                 # Another process may delete the same key: missing is what was asked for.
                 with contextlib.suppress(FileNotFoundError):
                     self._files.unlink(path)
                 # Deletes come in an order that matters (a manifest before its objects), so each is durable by itself.
-                with contextlib.suppress(FileNotFoundError):
-                    self._files.fsync_directory(os.path.dirname(path))
+                self._tree.sync_nearest(key)
                 self._tree.remove_empty_directories(key)
+
+    def sync(self, prefix: str) -> None:
+        require_prefix(prefix)
+        self._require_open()
+        with self._translated("sync", prefix):
+            if self._tree.is_present():
+                self._tree.sync_below(prefix)
 
     def free_bytes(self) -> int | None:
         self._require_open()

@@ -77,6 +77,11 @@ class MemoryStore:
     def sweep(self, *, older_than_s: float, is_dry_run: bool = False) -> int:
         return 0  # a put is one assignment: nothing can be left behind
 
+    def sync(self, prefix: str) -> None:
+        require_prefix(prefix)
+        with self._lock:
+            self._require_open()  # and nothing else: this store has no power to lose
+
     def free_bytes(self) -> int | None:
         with self._lock:
             self._require_open()

@@ -81,6 +81,13 @@ class Store(Protocol):
         With `is_dry_run` only count them.
         """
 
+    def sync(self, prefix: str) -> None:
+        """Make what a listing of `prefix` has shown survive a power loss, names that are missing from it included.
+
+        Puts and deletes do that for themselves; this is for what a process has left that died before its put or delete
+        returned. Call before anything irreversible, or anything announced, is based on a listing.
+        """
+
     def free_bytes(self) -> int | None:
         """Return the space left for this user, or None where the store cannot say."""
 

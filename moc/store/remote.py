@@ -168,6 +168,11 @@ class RemoteStore:
                 files.call_s3("abort_multipart_upload", **upload, **self._bound())
             return len(uploads)
 
+    def sync(self, prefix: str) -> None:
+        require_prefix(prefix)
+        with self._translated("sync"):
+            return  # what a service has answered is durable, whoever asked
+
     def free_bytes(self) -> int | None:
         with self._translated("free"):
             return None

@@ -74,6 +74,9 @@ class RetryingStore:
     def sweep(self, *, older_than_s: float, is_dry_run: bool = False) -> int:
         return self._repeat(lambda: self._inner.sweep(older_than_s=older_than_s, is_dry_run=is_dry_run))
 
+    def sync(self, prefix: str) -> None:
+        self._repeat(lambda: self._inner.sync(prefix))
+
     def free_bytes(self) -> int | None:
         return self._repeat(self._inner.free_bytes)
 

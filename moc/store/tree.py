@@ -69,6 +69,38 @@ class Tree:
             if directory == self._root:
                 break
             directory = os.path.dirname(directory)
+        self._sync_root_once()
+
+    def sync_nearest(self, key: str) -> None:
+        """Make it durable that the key is missing: in its directory, or in the nearest that exists above it."""
+        directory = os.path.dirname(f"{self._root}/{key}")
+        while not self._is_synced(directory) and directory != self._root:
+            directory = os.path.dirname(directory)
+
+    def sync_below(self, prefix: str) -> None:
+        """Make the names in every directory under `prefix` durable, and those above it, where they exist."""
+        top = f"{self._root}/{prefix}" if prefix else self._root
+        pending = [top]
+        while pending:
+            directory = pending.pop()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                rows = self._files.list_directory(directory)
+                self._sync_directory(directory)
+                pending += [f"{directory}/{row.name}" for row in rows if row.kind == "directory" and is_key(row.name)]
+        while top != self._root:
+            top = os.path.dirname(top)
+            self._is_synced(top)
+        self._sync_root_once()
+
+    def _is_synced(self, directory: str) -> bool:
+        """Sync a directory and return whether it exists."""
+        try:
+            self._sync_directory(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def _sync_root_once(self) -> None:
         if not self._is_root_durable:
             self._sync_above_root()
             self._is_root_durable = True

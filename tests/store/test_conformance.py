@@ -315,6 +315,17 @@ def test_of_concurrent_creators_with_different_bytes_one_wins(store: Store) -> N
     assert store.read("a", limit_bytes=2) == b"%d" % winners[0]
 
 
+def test_sync_takes_any_prefix_and_changes_nothing(store: Store) -> None:
+    put(store, "a/b/c", b"x")
+    put(store, "a/d", b"y")
+    before = store.list("")
+
+    for prefix in ("", "a", "a/b", "a/b/c", "a/d/e", "never/there"):
+        store.sync(prefix)
+
+    assert [entry.key for entry in store.list("")] == [entry.key for entry in before]
+
+
 def test_free_space_is_a_number_or_unknown(store: Store) -> None:
     free_bytes = store.free_bytes()
 
@@ -334,6 +345,7 @@ def test_a_closed_store_refuses_every_call(store: Store) -> None:
         lambda: store.size_bytes("a"),
         lambda: store.list(""),
         lambda: store.delete("a"),
+        lambda: store.sync("a"),
         store.free_bytes,
     ):
         with pytest.raises(ClosedError):

@@ -59,6 +59,10 @@ class FlakyStore:
         self._answer()
         self.inner.delete(key)
 
+    def sync(self, prefix: str) -> None:
+        self._answer()
+        self.inner.sync(prefix)
+
     def free_bytes(self) -> int | None:
         self._answer()
         return self.inner.free_bytes()
@@ -96,12 +100,13 @@ def test_every_call_is_repeated() -> None:
         lambda: store.size_bytes("a"),
         lambda: store.list(""),
         store.free_bytes,
+        lambda: store.sync("a"),
         lambda: store.delete("a"),
     ):
         flaky.errors = unavailable(1)
         call()
 
-    assert len(clock.sleeps) == 7
+    assert len(clock.sleeps) == 8
     assert target == b"x"
     assert flaky.inner.list("") == []
 

@@ -31,12 +31,21 @@ class PlainState:
     """TrainingState over numpy arrays; `ranks` share one logical model."""
 
     def __init__(
-        self, rank: int, size: int, *, layers: int = 2, experts: int = 4, scale: int = 1, model: str = "plain"
+        self,
+        rank: int,
+        size: int,
+        *,
+        layers: int = 2,
+        experts: int = 4,
+        scale: int = 1,
+        dense_elements: int = DENSE_ELEMENTS,
+        expert_elements: int = EXPERT_ELEMENTS,
+        model: str = "plain",
     ) -> None:
         self.rank, self.size, self._model = rank, size, model
         shards = []
         for part in PARTS:
-            shards.append(_split("embed.weight", part, DENSE_ELEMENTS * scale, rank, size, None))
+            shards.append(_split("embed.weight", part, dense_elements * scale, rank, size, None))
             for layer in range(layers):
                 for index in range(experts):
                     # Experts alternate over two expert-parallel ranks where there are two, split over the replicas.
@@ -46,7 +55,7 @@ class PlainState:
                             _split(
                                 f"layers.{layer}.experts.{index}.w",
                                 part,
-                                EXPERT_ELEMENTS * scale,
+                                expert_elements * scale,
                                 rank // ep,
                                 size // ep,
                                 Expert(layer=layer, index=index),
