@@ -10,6 +10,8 @@ from tests.support.mutant import Mutation
 __all__ = ["MUTATIONS"]
 
 LOCAL = "tests/store/test_local.py"
+S3 = "tests/store/test_s3.py"
+KILLED_UPLOAD = "test_a_process_killed_in_an_upload_leaves_nothing_visible_and_the_sweep_takes_the_parts"
 
 MUTATIONS = (
     Mutation(
@@ -107,5 +109,54 @@ MUTATIONS = (
         old="        refuse_if_fenced(repository, name.run, name.incarnation)\n",
         new="",
         tests=("tests/crash/test_lineage.py::test_a_rewind_during_training_fences_the_saves_of_the_life_that_goes_on",),
+    ),
+    Mutation(
+        name="client-libraries-repeat-too",
+        file="moc/store/s3.py",
+        old="    files.retries = 1\n",
+        new="",
+        tests=(f"{S3}::test_one_layer_repeats_and_not_three",),
+    ),
+    Mutation(
+        name="create-only-without-a-look",
+        file="moc/store/remote.py",
+        old="            is_free = self._properties.create_only or not self._is_there(files, path)\n",
+        new="            is_free = True\n",
+        tests=(f"{S3}::test_an_endpoint_from_around_the_process_does_not_weaken_the_fence",),
+    ),
+    Mutation(
+        name="a-bucket-without-rights-is-empty",
+        file="moc/store/remote.py",
+        old="            return self._is_there(files, self._base)\n",
+        new="            return bool(files.exists(self._base))\n",
+        tests=(f"{S3}::test_what_must_exist_is_not_missing_because_one_may_not_look",),
+    ),
+    Mutation(
+        name="a-listing-that-is-not-found-is-empty",
+        file="moc/store/remote.py",
+        old="            if self._is_s3 or class_for_remote(error)",
+        new="            if class_for_remote(error)",
+        tests=("tests/store/test_faults.py::test_a_missing_answer_that_stays_is_neither_success_nor_an_empty_store",),
+    ),
+    Mutation(
+        name="no-look-at-the-stored-length",
+        file="moc/store/remote.py",
+        old="        if stored_bytes != len(content):\n",
+        new="        if stored_bytes is None:\n",
+        tests=("tests/store/test_remote.py::test_a_put_is_only_done_when_the_stored_length_is_right",),
+    ),
+    Mutation(
+        name="uploads-of-neighbours-are-aborted",
+        file="moc/store/s3.py",
+        old='Prefix=f"{key}/" if key else ""',
+        new="Prefix=key",
+        tests=(f"{S3}::{KILLED_UPLOAD}",),
+    ),
+    Mutation(
+        name="uploads-under-way-are-aborted",
+        file="moc/store/s3.py",
+        old="""            if row["Initiated"] < begun_before\n""",
+        new="",
+        tests=(f"{S3}::{KILLED_UPLOAD}",),
     ),
 )

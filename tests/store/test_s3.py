@@ -291,7 +291,7 @@ def test_a_process_killed_in_an_upload_leaves_nothing_visible_and_the_sweep_take
         process.wait(DEADLINE_S)
 
     store = RemoteStore(place, s3_server.options())
-    other = RemoteStore(f"{place}/objects/half-2", s3_server.options())
+    other = RemoteStore(f"{place}/objects/hal", s3_server.options())
     assert store.list("") == []
     assert f"{place.split('/', 3)[3]}/objects/half" in s3_server.uploads(s3_bucket)
     assert (store.sweep(older_than_s=3600), other.sweep(older_than_s=0)) == (0, 0), "neither young ones nor others'"

@@ -62,6 +62,11 @@ class S3Server:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server does not run"
+        return self._process.pid
+
     def environment(self, endpoint: str | None = None) -> dict[str, str]:
         """Return the variables by which a process finds this server (or a proxy before it) and may use it."""
         return {
