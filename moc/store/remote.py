@@ -20,6 +20,7 @@ from moc.errors import (
     IntegrityError,
     MocError,
     ObjectMissingError,
+    StorageError,
     StoreUnavailableError,
     UsageError,
 )
@@ -162,11 +163,20 @@ class RemoteStore:
     def sweep(self, *, older_than_s: float, is_dry_run: bool = False) -> int:
         if not self._is_s3:
             return 0  # parts of interrupted uploads are invisible here; stores expire them by themselves or by a rule
-        with self._translated("sweep") as files:
-            uploads = stale_uploads(files, self._base, older_than_s=older_than_s, **self._bound())
-            for upload in () if is_dry_run else uploads:
-                files.call_s3("abort_multipart_upload", **upload, **self._bound())
-            return len(uploads)
+        done = 0
+        try:
+            with self._translated("sweep") as files:
+                for upload in stale_uploads(files, self._base, older_than_s=older_than_s, **self._bound()):
+                    if not is_dry_run:
+                        files.call_s3("abort_multipart_upload", **upload, **self._bound())
+                    done += 1
+        except StorageError as error:
+            if error.retryable:
+                raise
+            # A right that users seldom have, or a call that the server does not know: the bucket's rule must do it.
+            with self._trace.span("store.skip_sweep", reason=str(error)):
+                pass
+        return done
 
     def sync(self, prefix: str) -> None:
         require_prefix(prefix)

@@ -53,7 +53,6 @@ CALLS: dict[str, Callable[[Store], object]] = {
     "list": lambda store: store.list(""),
     "delete": lambda store: store.delete("a"),
     "size": lambda store: store.size_bytes("a"),
-    "sweep": lambda store: store.sweep(older_than_s=0),
 }
 
 
@@ -295,10 +294,27 @@ def test_a_process_killed_in_an_upload_leaves_nothing_visible_and_the_sweep_take
     assert store.list("") == []
     assert f"{place.split('/', 3)[3]}/objects/half" in s3_server.uploads(s3_bucket)
     assert (store.sweep(older_than_s=3600), other.sweep(older_than_s=0)) == (0, 0), "neither young ones nor others'"
+    assert store.sweep(older_than_s=0, is_dry_run=True) == 1
     assert store.sweep(older_than_s=0) == 1
     assert f"{place.split('/', 3)[3]}/objects/half" not in s3_server.uploads(s3_bucket)
     for opened in (store, other):
         opened.close()
+
+
+@pytest.mark.parametrize("answer", [Answer(status=403, code="AccessDenied"), Answer(status=501, code="NotImplemented")])
+def test_who_may_not_list_uploads_leaves_them_to_the_bucket(
+    s3_server: S3Server, healed: FaultProxy, place: str, answer: Answer
+) -> None:
+    spans: list[str] = []
+    trace = Trace(lambda event, span, _: spans.append(span) if event == "begin" else None)
+    store = RemoteStore(place, s3_server.options(healed.endpoint), trace=trace)
+    fault = healed.inject(Fault(harm=answer, method="GET", target=r"\?uploads"))
+
+    assert store.sweep(older_than_s=0) == 0
+
+    assert fault.hits == 1
+    assert spans == ["store.skip_sweep"]
+    store.close()
 
 
 # A server that lies: the port cannot tell right bytes from wrong ones of the same length; the layer above it can.

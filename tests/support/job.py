@@ -201,10 +201,7 @@ class Job:
     def __init__(
         self, *, size: int = 1, root: Path | None = None, storage: Path | str | None = None, **options: object
     ) -> None:
-        """`options` are the worker's; each life may override them. `root` and `storage` may be another job's.
-
-        Workers and agent have the environment that this process has when a life starts.
-        """
+        """`options` are the worker's; each life may override them. `root` and `storage` may be another job's."""
         self.folder = Path(tempfile.mkdtemp(prefix="moc-crash-"))
         self.size, self.options = size, options
         self.storage: Any = storage or self.folder / "repo"
@@ -231,7 +228,7 @@ class Job:
         logs_in: Mapping[int, Path] | None = None,
         **options: object,
     ) -> Life:
-        """Start a life; `kill` maps ranks to the "span:event:count" at which they die, `logs_in` to other folders."""
+        """Start a life in this environment; `kill` maps ranks to the "span:event:count" at which they die, `logs_in` to other folders."""
         size, number = size or self.size, len(self.lives) + 1
         folders = [(logs_in or {}).get(rank, self.folder) for rank in range(size)]
         logs = [folder / f"life{number}-{rank}.log" for rank, folder in enumerate(folders)]
