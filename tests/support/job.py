@@ -228,7 +228,9 @@ class Job:
         logs_in: Mapping[int, Path] | None = None,
         **options: object,
     ) -> Life:
-        """Start a life in this environment; `kill` maps ranks to the "span:event:count" at which they die, `logs_in` to other folders."""
+        """Start a life in this process's environment; `kill` maps ranks to the "span:event:count" at which they die,
+        `logs_in` to other folders.
+        """
         size, number = size or self.size, len(self.lives) + 1
         folders = [(logs_in or {}).get(rank, self.folder) for rank in range(size)]
         logs = [folder / f"life{number}-{rank}.log" for rank, folder in enumerate(folders)]
