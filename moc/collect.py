@@ -14,8 +14,10 @@ A crash between any two actions leaves garbage only; the next collection finds i
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from moc.clock import Clock
@@ -26,6 +28,7 @@ from moc.errors import (
     ManifestCorruptError,
     NoCheckpointError,
     ObjectMissingError,
+    StoreFullError,
 )
 from moc.format.keys import LAST_STEP, CheckpointName, parse_object_key, parse_victims_key
 from moc.format.manifest import Incarnation, Manifest, Parent
@@ -38,6 +41,7 @@ from moc.trace import Trace
 __all__ = ["SETTLE_S", "CollectReport", "Garbage", "collect", "fence", "find_garbage"]
 
 SETTLE_S = 180.0  # a put ends, with all its retries, within 120 s (moc/store/retry.py); and half as long for a pause
+DELETERS = 8  # requests under way to a remote store, where each is a round trip
 LISTINGS = 3  # where manifests come and go during so many listings, the repository is too busy to judge
 FENCE_REASON = "gc"
 WITHOUT_AGENT = (FENCE_REASON, "rewind")  # lives that are nothing but a record
@@ -169,9 +173,7 @@ def collect(
             repository.delete_manifest(name)
     condemned_keys = {entry.key for entry in first.victims}
     victims = tuple(entry for entry in final.victims if entry.key in condemned_keys)
-    for entry in victims:
-        with trace.span("gc.delete", key=entry.key):
-            repository.store.delete(entry.key)
+    _delete(repository, victims, trace=trace)
     for key in final.victim_lists:
         if _owner_of(key) < number:
             with trace.span("gc.forget", key=key):
@@ -179,6 +181,18 @@ def collect(
     with trace.span("gc.sweep"):
         temporary = repository.store.sweep(older_than_s=TEMPORARY_AGE_S)
     return CollectReport(dropped=dropped, objects=victims, temporary_files=temporary)
+
+
+def _delete(repository: Repository, victims: Sequence[Entry], *, trace: Trace) -> None:
+    """Delete in any order: nothing references them."""
+
+    def delete(entry: Entry) -> None:
+        with trace.span("gc.delete", key=entry.key):
+            repository.store.delete(entry.key)
+
+    with ThreadPoolExecutor(1 if repository.store.properties.is_local else DELETERS) as pool:
+        for _ in pool.map(delete, victims):
+            pass
 
 
 def _read_manifests(repository: Repository) -> list[Manifest]:
@@ -226,14 +240,20 @@ def _off_lineage(records: Sequence[Incarnation], manifests: Sequence[Manifest]) 
 
 
 def _condemn(repository: Repository, victims: Sequence[Entry], *, trace: Trace) -> set[str]:
-    """Write one victim list per life: a commit of that life which names a victim fails. Returns the lists' keys."""
+    """Write one victim list per life: a commit of that life which names a victim fails. Returns the lists' keys.
+
+    A full store takes no lists. They are the second line of defence, and space can only come back by deleting.
+    """
     lives: dict[tuple[str, int], list[str]] = {}
     for entry in victims:
         owner = parse_object_key(entry.key)[0]
         lives.setdefault((owner.run, owner.incarnation), []).append(entry.key)
     keys = set()
     for (run, number), condemned in sorted(lives.items()):
-        with trace.span("gc.condemn", incarnation=number, objects=len(condemned)):
+        with (
+            trace.span("gc.condemn", incarnation=number, objects=len(condemned)),
+            contextlib.suppress(StoreFullError),
+        ):
             keys.add(repository.put_victims(run, number, condemned))
     return keys
 
@@ -248,7 +268,10 @@ def _settle(
     trace: Trace,
     on_wait: Callable[[float], None],
 ) -> None:
-    """Wait until the newest record is `settle_s` old by the store's time, which the lists just written tell."""
+    """Wait until the newest record is `settle_s` old by the store's time, which the lists just written tell.
+
+    Where nothing tells, for all of `settle_s`.
+    """
     now_s = max((entry.modified_s for entry in repository.victim_lists() if entry.key in condemned), default=0.0)
     age_s = max(now_s - garbage.fenced_s, 0.0) if garbage.fenced_s else 0.0
     left_s = settle_s - age_s

@@ -41,9 +41,11 @@ __all__ = [
     "compare_elements",
     "layer_of",
     "open_side",
+    "read_differences",
 ]
 
 EQUAL, DIFFERENT, UNKNOWN = "equal", "different", "unknown"
+READABLE = (DIFFERENT, UNKNOWN)
 ONLY_A, ONLY_B, RESHAPED = "only in A", "only in B", "other shape"
 CHUNK_ELEMENTS = 2**20  # compared at once: at most 8 MiB from each side, and twice that in double precision
 READERS_LOCAL = 4
@@ -109,6 +111,11 @@ class CheckpointDiff:
             return False
         return None if UNKNOWN in verdicts else True
 
+    @property
+    def unequal_bytes(self) -> int:
+        """Return the size of the tensors that both have and that are not known to be equal."""
+        return sum(t.elements * DTYPE_BYTES[t.dtype] for t in self.tensors if t.verdict in READABLE)
+
 
 def open_side(repository: Repository, manifest: Manifest) -> Side:
     """Read the headers of a checkpoint. Raises: IntegrityError, StorageError."""
@@ -118,20 +125,10 @@ def open_side(repository: Repository, manifest: Manifest) -> Side:
     return Side(repository=repository, manifest=manifest, headers=tuple(zip(rows, headers, strict=True)))
 
 
-def compare_checkpoints(a: Side, b: Side, *, is_data_read: bool, progress: Progress | None = None) -> CheckpointDiff:
-    """Compare; `progress` gets the bytes of A that were compared. Raises: IntegrityError, StorageError."""
+def compare_checkpoints(a: Side, b: Side) -> CheckpointDiff:
+    """Compare without reading data. Raises: IntegrityError, StorageError."""
     pieces_a, pieces_b = _pieces(a), _pieces(b)
     tensors = [_compare_cuts(key, pieces_a.get(key), pieces_b.get(key)) for key in sorted({*pieces_a, *pieces_b})]
-    if is_data_read:
-        with ThreadPoolExecutor(min(_readers(a.repository), _readers(b.repository))) as pool:
-
-            def finish(diff: TensorDiff) -> TensorDiff:
-                if diff.verdict not in (DIFFERENT, UNKNOWN):
-                    return diff
-                key = (diff.part, diff.tensor)
-                return _compare_data(diff, a, b, pieces_a[key], pieces_b[key], progress)
-
-            tensors = list(pool.map(finish, tensors))
     state_a, state_b = _states(a), _states(b)
     sizes_a = {row.key: row.size_bytes for row in a.manifest.objects}
     shared = [sizes_a[row.key] for row in b.manifest.objects if row.key in sizes_a]
@@ -149,6 +146,23 @@ def compare_checkpoints(a: Side, b: Side, *, is_data_read: bool, progress: Progr
         ),
         state_values=len({*state_a, *state_b}),
     )
+
+
+def read_differences(diff: CheckpointDiff, a: Side, b: Side, progress: Progress | None = None) -> CheckpointDiff:
+    """Read what both have and is not known to be equal, and measure it.
+
+    `progress` gets bytes of A, at most `CheckpointDiff.unequal_bytes`. Raises: IntegrityError, StorageError.
+    """
+    pieces_a, pieces_b = _pieces(a), _pieces(b)
+
+    def measure(tensor: TensorDiff) -> TensorDiff:
+        if tensor.verdict not in READABLE:
+            return tensor
+        key = (tensor.part, tensor.tensor)
+        return _compare_data(tensor, a, b, pieces_a[key], pieces_b[key], progress)
+
+    with ThreadPoolExecutor(min(_readers(a.repository), _readers(b.repository))) as pool:
+        return replace(diff, tensors=tuple(pool.map(measure, diff.tensors)))
 
 
 def layer_of(diff: TensorDiff) -> str:

@@ -61,6 +61,7 @@ class Retention:
         if not self._is_swept and not unreadable:
             deleted += self._sweep()
             self._is_swept = True
+        first_known = 0 if all(link.is_known for link in links) else links[-1].incarnation
         facts = [
             CheckpointFact(
                 name=m.name,
@@ -68,6 +69,7 @@ class Retention:
                 is_finite=m.is_finite,
             )
             for m in self._manifests.values()
+            if m.name.incarnation >= first_known  # older ones may be on the chain, whose record is lost
         ]
         doomed = dropped(facts, keep_last=self._keep_last, keep_every=self._keep_every)
         if doomed:

@@ -40,9 +40,9 @@ from moc.diff import (
     compare_checkpoints,
     layer_of,
     open_side,
+    read_differences,
 )
 from moc.repository import Repository
-from moc.verify import data_bytes
 
 __all__ = ["configure", "run"]
 
@@ -67,8 +67,10 @@ def run(args: argparse.Namespace) -> int:
         other = argparse.Namespace(repo=args.repo if args.other is None else args.other)
         second = first if args.other is None else stack.enter_context(opened(other))
         a, b = _side(first, args.a), _side(second, args.b)
-        with progress_bar("diff", data_bytes(a.manifest) if args.read_data else 0) as progress:
-            diff = compare_checkpoints(a, b, is_data_read=args.read_data, progress=progress)
+        diff = compare_checkpoints(a, b)
+        if args.read_data:
+            with progress_bar("diff", diff.unequal_bytes) as progress:
+                diff = read_differences(diff, a, b, progress)
     if args.json:
         print_json(_to_json(diff))
     else:

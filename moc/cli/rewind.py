@@ -88,6 +88,7 @@ def write_rewind(repository: Repository, manifest: Manifest) -> tuple[Incarnatio
         fingerprint=manifest.fingerprint,
     )
     repository.put_incarnation(record)
+    repository.read_manifest(name)  # a collection may have dropped it since it was checked: then say so
     return record, True
 
 

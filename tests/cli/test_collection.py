@@ -12,8 +12,9 @@ import pytest
 
 from moc.collect import CollectReport, collect, fence, find_garbage
 from moc.commit import commit
-from moc.errors import CoordinationError, FencedError, IntegrityError, MocError, PlanDivergedError
+from moc.errors import CoordinationError, FencedError, IntegrityError, MocError, PlanDivergedError, StoreFullError
 from moc.format.manifest import Incarnation, Manifest, Parent
+from moc.gc import Retention
 from moc.plan.lineage import STORAGE, Candidate, candidates
 from moc.repository import Repository
 from moc.store.local import LocalStore
@@ -170,6 +171,37 @@ def test_nothing_is_deleted_while_something_is_unreadable(kind: str, tmp_path: P
 
     assert result.returncode == 4
     assert _keys(builder.repository) == before
+
+
+def test_a_full_store_is_emptied_all_the_same() -> None:
+    roomy, _, _ = _littered(MemoryStore())
+    size_bytes = sum(entry.size_bytes for entry in roomy.store.list(""))
+    builder, fenced, _ = _littered(MemoryStore(capacity_bytes=size_bytes + 50))
+    with pytest.raises(StoreFullError):
+        builder.repository.put_victims("run-7", 2, ["x" * 50])
+
+    report = _collect(builder.repository)
+
+    assert {entry.key for entry in report.objects} == fenced
+
+
+def test_retention_drops_nothing_that_a_lost_record_may_have_led_to() -> None:
+    builder = RepositoryBuilder(MemoryStore())
+    builder.begin(1)
+    for step in (10, 20):
+        builder.commit(1, step)
+    builder.begin(2, parent=Parent(incarnation=1, step=20, attempt=builder.name(1, 20).attempt))
+    builder.commit(2, 30)
+    builder.begin(3, parent=Parent(incarnation=2, step=30, attempt=builder.name(2, 30).attempt))
+    for step in (40, 50):
+        builder.commit(3, step)
+    builder.store.delete("incarnations/000002-run-7.json")
+    retention = Retention(builder.repository, run="run-7", incarnation=3, keep_last=1, keep_every=20, trace=TRACE)
+
+    report = retention.after_commit()
+
+    assert [(name.incarnation, name.step) for name in report.dropped] == [(2, 30)]
+    assert {(c.name.incarnation, c.name.step) for c in builder.repository.checkpoints()} >= {(1, 10), (1, 20)}
 
 
 # Races

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moc._native import crc32c
-from moc.diff import DIFFERENT, EQUAL, UNKNOWN, compare_checkpoints, compare_elements, open_side
+from moc.diff import (
+    DIFFERENT,
+    EQUAL,
+    UNKNOWN,
+    CheckpointDiff,
+    Side,
+    compare_checkpoints,
+    compare_elements,
+    open_side,
+    read_differences,
+)
 from moc.format.keys import CheckpointName, object_key
 from moc.format.manifest import Manifest
 from moc.format.object import encode_header
@@ -51,11 +62,15 @@ def _set_element(repository: Repository, manifest: Manifest, key: str, tensor: s
     repository.put_manifest(replace(manifest, objects=tuple(rows)))
 
 
+def _measured(a: Side, b: Side, progress: Callable[[int], None] | None = None) -> CheckpointDiff:
+    return read_differences(compare_checkpoints(a, b), a, b, progress)
+
+
 def test_a_checkpoint_equals_itself_and_shares_every_object() -> None:
     repository, manifest = _checkpoint()
     side = open_side(repository, manifest)
 
-    diff = compare_checkpoints(side, side, is_data_read=False)
+    diff = compare_checkpoints(side, side)
 
     assert diff.is_equal is True
     assert (diff.facts, diff.state) == ((), ())
@@ -72,8 +87,8 @@ def test_one_changed_element_is_found_by_checksums_and_measured_by_data(value: f
     _set_element(repository, manifest, key, "exp_avg/embed.weight", element, value)
     changed = repository, repository.read_manifest(manifest.name)
 
-    quick = compare_checkpoints(open_side(*a), open_side(*changed), is_data_read=False)
-    whole = compare_checkpoints(open_side(*a), open_side(*changed), is_data_read=True)
+    quick = compare_checkpoints(open_side(*a), open_side(*changed))
+    whole = _measured(open_side(*a), open_side(*changed))
 
     for diff in (quick, whole):
         assert diff.is_equal is False
@@ -90,14 +105,14 @@ def test_one_changed_element_is_found_by_checksums_and_measured_by_data(value: f
 def test_other_cuts_are_unknown_until_the_data_are_read() -> None:
     a, b = _checkpoint(Model(world_size=2)), _checkpoint(Model(world_size=4))
 
-    quick = compare_checkpoints(open_side(*a), open_side(*b), is_data_read=False)
+    quick = compare_checkpoints(open_side(*a), open_side(*b))
     seen: list[int] = []
-    whole = compare_checkpoints(open_side(*a), open_side(*b), is_data_read=True, progress=seen.append)
+    whole = _measured(open_side(*a), open_side(*b), seen.append)
 
     unknown = {t.tensor for t in quick.tensors if t.verdict == UNKNOWN}
     assert unknown == {"embed.weight", "norm.weight"}, "experts are whole on every number of ranks"
     assert {t.verdict for t in whole.tensors} == {EQUAL}
-    assert sum(seen) == 3 * 4 * (97 * 24 + 7)
+    assert sum(seen) == quick.unequal_bytes == 3 * 4 * (97 * 24 + 7)
     assert {s.rank for s in whole.state} == {2, 3}, "the ranks that only one of them has"
     assert "topology.world_size" in {name for name, _, _ in whole.facts}
 
@@ -106,7 +121,7 @@ def test_tensors_that_only_one_has_are_named() -> None:
     a = _checkpoint(Model(dense=(("embed.weight", (97, 24)),)))
     b = _checkpoint(Model(dense=(("embed.weight", (24, 97)), ("head.weight", (3,)))))
 
-    diff = compare_checkpoints(open_side(*a), open_side(*b), is_data_read=True)
+    diff = _measured(open_side(*a), open_side(*b))
 
     verdicts = {t.tensor: t.verdict for t in diff.tensors if t.verdict != EQUAL}
     assert verdicts == {"embed.weight": "other shape", "head.weight": "only in B"}

@@ -54,7 +54,9 @@ def run(spec: Mapping[str, Any], note: Note, behaviours: Mapping[str, Callable[[
 def attach_twice(place: Place, _: Note) -> None:
     """A second manager is refused before it does anything, and the first goes on."""
     training = Training(DENSE, seed=1)
-    manager = place.attach(training)
+    traces = place.folder / "traces"
+    place.refuse(UsageError, "no trace can be written", training.engine, trace_dir="/proc/traces")
+    manager = place.attach(training, trace_dir=traces)
     training.run(2, manager.step)
 
     place.refuse(UsageError, "already attached", training.engine, stateful=training.stateful)
@@ -68,6 +70,11 @@ def attach_twice(place: Place, _: Note) -> None:
     manager.detach()
     manager.detach()
     assert place.committed() == [4]
+    ranks = [f"rank{rank:05d}.jsonl" for rank in range(dist.get_world_size())]
+    assert sorted(path.name for path in traces.glob("rank*")) == ranks
+    (agent,) = traces.glob("agent-*.jsonl")
+    assert '"commit.put"' in agent.read_text()
+    assert '"snapshot.copy"' in (traces / ranks[-1]).read_text()
 
 
 def unsupported_engine(place: Place, _: Note) -> None:
