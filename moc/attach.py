@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moc import errors
@@ -44,11 +44,11 @@ from moc.recover import (
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
-from moc.survey import Origin, Request, survey
+from moc.survey import Origin, Request, refuse_other_runs, survey
 from moc.trace import Trace
 from moc.training import TrainingState, World
 
-__all__ = ["Origin", "Recovered", "Request", "recover_life", "write_life"]
+__all__ = ["Origin", "Recovered", "Request", "begin_anew", "map_arena", "recover_life", "write_life"]
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def recover_life(
     Collective. Raises the same error on every rank, before anything was written to storage.
     """
     began_s = host.now_s()
-    body = decide(world, lambda: survey(request, pids, host=host, trace=trace).to_json())
+    with trace.span("attach.survey", rank=world.rank):
+        body = decide(world, lambda: survey(request, pids, host=host, trace=trace).to_json())
     origin = Origin.from_json(body)
     surveyed_s = host.now_s()
     if world.rank == 0:
@@ -121,6 +122,24 @@ def recover_life(
     return Recovered(origin=origin, parent=None, reason="start", report=None)
 
 
+def begin_anew(
+    request: Request, origin: Origin, lineage: tuple[Incarnation, ...], world: World, *, host: Host, trace: Trace
+) -> Origin:
+    """Return the origin of a life after those of `lineage` that grows from none of them. Collective."""
+
+    def find() -> dict[str, object]:
+        repository = Repository(host.open_store(request.storage, trace=trace))
+        try:
+            newest = max((number for _, number in repository.incarnation_numbers()), default=0)
+        finally:
+            repository.close()
+        number = max(newest, lineage[-1].number) + 1
+        anew = replace(origin, number=number, token=host.token(), links=(), candidates=())
+        return replace(anew, lineage=lineage, is_stored=True).to_json()
+
+    return Origin.from_json(decide(world, find))
+
+
 def write_life(
     request: Request,
     recovered: Recovered,
@@ -149,13 +168,16 @@ def write_life(
         if world.rank != 0:
             return
         check(record)
-        remember_run(request.runtime_root, request.url_digest, origin.run)
         if not origin.is_stored:
+            remember_run(request.runtime_root, request.url_digest, origin.run)
             return
         with trace.span("attach.record", incarnation=record.number):
             repository = Repository(host.open_store(request.storage, trace=trace))
             try:
                 repository.create()
+                # A run may have begun since the survey.
+                refuse_other_runs(repository.incarnation_numbers(), request, origin.run)
+                remember_run(request.runtime_root, request.url_digest, origin.run)
                 repository.put_incarnation(record)
             finally:
                 repository.close()
@@ -226,9 +248,10 @@ def _try_restore(
                 close()
 
     size, tree, is_exact, notes = agree(world, restore)
-    agree(world, lambda: state.apply(tree))  # agreed upon before the collective: a rank that failed would not take part
-    agree(world, state.derive_weights)
-    agree(world, lambda: state.finish_restore(tree, exact_rank=is_exact))
+    with trace.span("recover.apply", step=candidate.step, rank=world.rank):
+        agree(world, lambda: state.apply(tree))  # agreed upon before the collective: a failed rank would not take part
+        agree(world, state.derive_weights)
+        agree(world, lambda: state.finish_restore(tree, exact_rank=is_exact))
     return [int(str(value)) for value in exchange(world, size)], notes
 
 
@@ -266,7 +289,7 @@ def _open_source(
         except MocError:
             repository.close()
             raise
-    arena = _map_source(request, origin.run, host=host)
+    arena = map_arena(request, origin.run, "source", host=host)
     records: dict[int, SealRecord] = {}
     for holder in (catalog.rank for catalog in arena.catalogs):
         for record in arena.seals(holder).values():
@@ -283,11 +306,12 @@ def _open_source(
     return MemorySource(arena, records), arena.close
 
 
-def _map_source(request: Request, run: str, *, host: Host) -> Arena:
+def map_arena(request: Request, run: str, verb: str, *, host: Host) -> Arena:
+    """Map the agent's arena: that of the present life ("arena"), or that a recovery reads from ("source")."""
     folder = runtime_folder(run, request.runtime_root)
     client = AgentClient.connect(folder, timeout_s=request.config.timeout_s, host=host)
     try:
-        _, descriptors = client.request("source")
+        _, descriptors = client.request(verb)
     finally:
         client.close()
     for extra in descriptors[1:]:

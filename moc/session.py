@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from moc.agent.client import AgentClient
 from moc.agent.link import AgentLink
 from moc.agent.runtime import runtime_folder
-from moc.agreement import agree, decide, exchange
-from moc.attach import Recovered, recover_life, write_life
+from moc.agreement import agree, exchange
+from moc.attach import Recovered, begin_anew, map_arena, recover_life, write_life
 from moc.errors import (
     ClosedError,
     CoordinationError,
@@ -30,11 +30,10 @@ from moc.handle import SaveHandle
 from moc.host import Host
 from moc.plan.freeing import attempt_id
 from moc.recover import RecoveryReport
-from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT, PERSIST
 from moc.snapshot.snapshotter import Begun, SnapshotCounters, Snapshotter
-from moc.survey import Origin, Request
+from moc.survey import Request
 from moc.trace import Trace
 from moc.training import TrainingState, World
 
@@ -44,7 +43,7 @@ log = logging.getLogger(__name__)
 
 SLOT_WAIT_S = 0.01
 DRAIN_ATTEMPTS = 3
-TERMINATE = 0  # index in the vector that ranks agree on at every boundary
+TERMINATE, MISSED = 0, 1  # indices in the vector that ranks agree on at every boundary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +100,8 @@ class Session:
         self._last_status: Status | None = None
         self._is_asked_to_terminate = False
         self._agrees = True
+        self._owes_save = self._is_flagged = self._has_missed = False
+        self._failed_before = 0
         self._ordinal: tuple[int, int] = (-1, 0)
         self._step_s, self._beat_s = 0.0, 0.0
         self.boundary_name = "hook"
@@ -171,10 +172,13 @@ class Session:
         now_ns = int(now_s * 1e9)
         life.arena.beat(self._world.rank, incarnation=life.record.number, step=step, now_ns=now_ns)
         life.link.look()
-        is_terminating = self._agree_to_terminate()
+        is_terminating = self._agree()
         if step % config.snapshot_every == 0 and not is_terminating:
-            is_persisted = config.persist_every > 0 and step % config.persist_every == 0
-            life.snapshotter.begin(step, flags=PERSIST if is_persisted else 0, attempt=self._next_attempt(step))
+            is_due = config.persist_every > 0 and step % config.persist_every == 0
+            is_persisted, self._owes_save = is_due or self._owes_save, False
+            begun = life.snapshotter.begin(step, flags=PERSIST if is_persisted else 0, attempt=self._next_attempt(step))
+            self._failed_before = life.snapshotter.counters.failed
+            self._is_flagged, self._has_missed = is_persisted, is_persisted and begun is not Begun.STARTED
         return is_terminating
 
     def save(self) -> SaveHandle:
@@ -185,7 +189,8 @@ class Session:
         self._refuse_closed()
         step, life = self._state.step, self._life
         attempt = self._next_attempt(step)
-        problem = self._begin_awaited(step, attempt)
+        with self._trace.span("save.take", step=step, rank=self._world.rank):
+            problem = self._begin_awaited(step, attempt)
         if problem is not None:
             try:
                 life.link.skip(step, attempt, problem)
@@ -205,13 +210,15 @@ class Session:
         self._refuse_closed()
         self._life.snapshotter.wait_finished(self._request.config.timeout_s)
         former = self._life
-        body = decide(self._world, lambda: self._next_origin(former).to_json())
-        origin = Origin.from_json(body)
+        origin = begin_anew(
+            self._request, self._recovered.origin, former.lineage, self._world, host=self._host, trace=self._trace
+        )
         recovered = Recovered(origin=origin, parent=None, reason=reason, report=self._recovered.report)
         log.warning("a new life begins without a parent: incarnation=%d reason=%s", origin.number, reason)
-        former.snapshotter.close()
-        self._life = self._begin(recovered)
-        former.close()  # only now: should the new life not begin, the old one's memory is still mapped
+        with self._trace.span("life.renew", incarnation=origin.number, rank=self._world.rank):
+            former.snapshotter.close()
+            self._life = self._begin(recovered)
+            former.close()  # only now: should the new life not begin, the old one's memory is still mapped
 
     def close(self, *, is_collective: bool) -> None:
         """Leave.
@@ -228,23 +235,30 @@ class Session:
             life.snapshotter.close()
             life.link.close()
             return
-        self._world.finish_max()
-        life.snapshotter.wait_finished(self._request.config.timeout_s)
-        sealed = exchange(self._world, life.arena.words(rank).sealed_step)
-        if self._state.step and any(step != self._state.step for step in sealed):
-            problem = self._begin_awaited(self._state.step, self._next_attempt(self._state.step))
-            if problem is not None:
-                log.warning("the last step could not be snapshotted: step=%d reason=%s", self._state.step, problem)
-        exchange(self._world, rank)  # everybody has sealed
+        with self._trace.span("detach.seal", step=self._state.step, rank=rank):
+            self._seal_last(life)
         life.snapshotter.close()
         try:
             if rank == 0:  # the others need not wait for the last upload, which may take longer than any timeout
-                self._drain(life)
+                with self._trace.span("detach.drain", step=self._state.step):
+                    self._drain(life)
         finally:
             life.link.close()
             life.arena.close()
 
     # Inside
+
+    def _seal_last(self, life: _Life) -> None:
+        """Return once all ranks have sealed the present step, or have said why they cannot. Collective."""
+        step, rank = self._state.step, self._world.rank
+        self._world.finish_max()
+        life.snapshotter.wait_finished(self._request.config.timeout_s)
+        sealed = exchange(self._world, life.arena.words(rank).sealed_step)
+        if step and any(other != step for other in sealed):
+            problem = self._begin_awaited(step, self._next_attempt(step))
+            if problem is not None:
+                log.warning("the last step could not be snapshotted: step=%d reason=%s", step, problem)
+        exchange(self._world, rank)  # everybody has sealed
 
     def _drain(self, life: _Life) -> None:
         """Have the agent persist and leave.
@@ -253,7 +267,7 @@ class Session:
         """
         timeout_s = self._request.config.timeout_s
         for attempt in range(1, DRAIN_ATTEMPTS + 1):
-            life.link.wait_connected(timeout_s)
+            life.link.wait_connected(timeout_s, is_gone=attempt > 1)
             try:
                 reply = self._connect(life.link.folder).drain(timeout_s)
             except StoreUnavailableError:
@@ -266,18 +280,24 @@ class Session:
                 log.warning("the last step is not stored: committed=%s reason=%s", committed, reply.get("last_error"))
             return
 
-    def _agree_to_terminate(self) -> bool:
-        """Take the result of the last boundary's agreement and begin the next; never waits long, never raises."""
+    def _agree(self) -> bool:
+        """Take the result of the last boundary's agreement and begin the next; never waits long, never raises.
+
+        Return whether to terminate. A flagged snapshot that one rank has missed is made up for at the next one.
+        """
         if not self._agrees:
             return False
         try:
             agreed = self._world.finish_max()
-            self._world.start_max([int(self._is_asked_to_terminate)])
+            has_failed = self._is_flagged and self._life.snapshotter.counters.failed > self._failed_before
+            self._world.start_max([int(self._is_asked_to_terminate), int(self._has_missed or has_failed)])
+            self._is_flagged = self._has_missed = False
         except CoordinationError as error:
             # A rank was away for longer than the timeout. Snapshots need no agreement.
             log.warning("ranks do not agree on SIGTERM any more: %s", error)
             self._agrees = False
             return False
+        self._owes_save |= agreed is not None and agreed[MISSED] > 0
         return agreed is not None and agreed[TERMINATE] > 0
 
     def _refuse_closed(self) -> None:
@@ -307,27 +327,9 @@ class Session:
         snapshotter.wait_finished(max(deadline_s - self._host.now_s(), 0.0))
         return snapshotter.counters.last_problem if snapshotter.counters.failed > failed else None
 
-    def _next_origin(self, former: _Life) -> Origin:
-        repository = Repository(self._host.open_store(self._request.storage, trace=self._trace))
-        try:
-            newest = max((number for _, number in repository.incarnation_numbers()), default=0)
-        finally:
-            repository.close()
-        number = max(newest, former.record.number) + 1
-        return replace(
-            self._recovered.origin,
-            number=number,
-            token=self._host.token(),
-            lineage=former.lineage,
-            links=(),
-            candidates=(),
-            is_stored=True,
-        )
-
     def _begin(self, recovered: Recovered) -> _Life:
         """Write the life's record, have the agent begin it, map the arena, start the snapshotter. Collective."""
-        config, rank = self._request.config, self._world.rank
-        folder = runtime_folder(recovered.origin.run, self._request.runtime_root)
+        rank, folder = self._world.rank, runtime_folder(recovered.origin.run, self._request.runtime_root)
 
         def describe(record: Incarnation) -> dict[str, object]:
             lineage = (*(r for r in recovered.origin.lineage if r.number < record.number), record)
@@ -336,7 +338,7 @@ class Session:
         def ask(verb: str, record: Incarnation) -> None:
             with closing(self._connect(folder)) as client:
                 fields = {"incarnation": record.number, "descriptor": describe(record)}
-                client.request(verb, fields, timeout_s=config.timeout_s)
+                client.request(verb, fields, timeout_s=self._request.config.timeout_s)
 
         record = write_life(
             self._request,
@@ -354,7 +356,8 @@ class Session:
         with self._trace.span("attach.begin", incarnation=record.number, rank=rank):
             agree(self._world, introduce)
             agree(self._world, lambda: ask("begin", record) if rank == 0 else None)
-            arena = agree(self._world, lambda: self._map_arena(folder))
+            arena = agree(self._world, lambda: map_arena(self._request, record.run, "arena", host=self._host))
+            agree(self._world, lambda: arena.populate_rank(rank))
         link = agree(
             self._world,
             lambda: AgentLink(
@@ -366,6 +369,7 @@ class Session:
                 idle_s=self._request.agent_idle_s,
                 arena=arena,
                 host=self._host,
+                trace=self._trace,
             ),
         )
         snapshotter = Snapshotter(
@@ -383,13 +387,6 @@ class Session:
         return _Life(
             record=record, lineage=(*recovered.origin.lineage, record), arena=arena, link=link, snapshotter=snapshotter
         )
-
-    def _map_arena(self, folder: Path) -> Arena:
-        with closing(self._connect(folder)) as client:
-            _, descriptors = client.request("arena")
-        arena = Arena.attach(descriptors[0])
-        arena.populate_rank(self._world.rank)
-        return arena
 
     def _connect(self, folder: Path) -> AgentClient:
         return AgentClient.connect(folder, timeout_s=self._request.config.timeout_s, host=self._host)

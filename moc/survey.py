@@ -24,7 +24,7 @@ from moc.store.open import absolute_url
 from moc.store.redact import redact_url
 from moc.trace import Trace
 
-__all__ = ["Origin", "Request", "survey"]
+__all__ = ["Origin", "Request", "refuse_other_runs", "survey"]
 
 LIVE_BEAT_S = 15.0  # a job whose last step is older than this, and than 3 of its steps, is taken for hung
 FIRST_STEP_S = 60.0  # before a first step there is no interval to judge by, and it may compile for long
@@ -112,7 +112,7 @@ class Origin:
 def survey(request: Request, pids: Sequence[int], *, host: Host, trace: Trace) -> Origin:
     notes: list[str] = []
     stored, checkpoints, run, is_stored = _survey_storage(request, notes, host=host, trace=trace)
-    in_memory, snapshots = _survey_memory(request, run, pids, notes, is_stored=is_stored, host=host)
+    in_memory, snapshots = _survey_memory(request, run, pids, notes, is_stored=is_stored, host=host, trace=trace)
     if is_stored and not snapshots:
         stored, checkpoints = _list_again(request, host=host, trace=trace)
     if not is_stored and not snapshots:
@@ -183,13 +183,18 @@ def _survey_storage(
     notes.extend(f"incarnation record is unreadable: {finding}" for finding in findings)
     if findings and numbers and numbers[-1][1] > max((r.number for r in records), default=0):
         raise IntegrityError(f"the newest incarnation record is unreadable, so the lineage is unknown: {findings[-1]}")
-    runs = sorted({run for run, _ in numbers})
     run = request.run_id or (numbers[-1][0] if numbers else host.token())
+    refuse_other_runs(numbers, request, run)
+    return records, names, run, True
+
+
+def refuse_other_runs(numbers: Sequence[tuple[str, int]], request: Request, run: str) -> None:
+    """Raise MismatchError if one of these lives is of another run, and its repository is not to be taken over."""
+    runs = sorted({other for other, _ in numbers})
     if any(other != run for other in runs) and not request.take_over:
         raise MismatchError(
             f"repository belongs to another run: storage={request.place} run_id={run} allowed={runs}, or take_over"
         )
-    return records, names, run, True
 
 
 def _list_again(request: Request, *, host: Host, trace: Trace) -> tuple[tuple[Incarnation, ...], list[CheckpointName]]:
@@ -229,7 +234,7 @@ def _refuse_vanished(request: Request, remembered: str, *, host: Host) -> None:
 
 
 def _survey_memory(
-    request: Request, run: str, pids: Sequence[int], notes: list[str], *, is_stored: bool, host: Host
+    request: Request, run: str, pids: Sequence[int], notes: list[str], *, is_stored: bool, host: Host, trace: Trace
 ) -> tuple[list[Incarnation], list[Candidate]]:
     """Start the agent if need be, end what is left of earlier lives, and return the lives and snapshots it holds."""
 
@@ -248,6 +253,7 @@ def _survey_memory(
         timeout_s=request.config.timeout_s,
         before_drain=before_drain,
         host=host,
+        trace=trace,
     )
     try:
         _refuse_live_job(client, pids, host=host)

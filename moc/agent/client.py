@@ -18,6 +18,7 @@ from moc.agent import wire
 from moc.agent.runtime import LOCK_NAME, LOG_NAME, SOCKET_NAME
 from moc.errors import CoordinationError, StoreUnavailableError, UsageError, WaitTimeoutError
 from moc.host import Host, SystemHost
+from moc.trace import Trace
 
 __all__ = ["AgentClient", "ensure_agent"]
 
@@ -133,6 +134,7 @@ def ensure_agent(
     timeout_s: float,
     before_drain: Callable[[AgentClient], None] | None = None,
     host: Host = SYSTEM,
+    trace: Trace | None = None,
 ) -> AgentClient:
     """Return a connection to this version's agent, starting one if need be and draining one of another version.
 
@@ -143,7 +145,8 @@ def ensure_agent(
         try:
             client = AgentClient.connect(folder, timeout_s=timeout_s, host=host)
         except StoreUnavailableError:
-            _start(folder, run=run, idle_s=idle_s, host=host)
+            with (trace or Trace()).span("agent.start", folder=str(folder)):
+                _start(folder, run=run, idle_s=idle_s, host=host)
             continue
         reply = client.hello(rank=None, incarnation=None)
         is_leaving = bool(reply.get("leaving"))

@@ -6,6 +6,7 @@ Thread: the agent's main thread, except `pin` and `unpin`.
 from __future__ import annotations
 
 import logging
+import resource
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -305,6 +306,12 @@ class Custody:
 def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: int) -> None:
     if budget_bytes is not None and size_bytes > budget_bytes:
         raise UsageError(f"snapshots do not fit: arena_bytes={size_bytes} allowed=memory_budget_bytes={budget_bytes}")
+    file_bytes = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if size_bytes > file_bytes != resource.RLIM_INFINITY:
+        raise UsageError(
+            f"snapshots do not fit: arena_bytes={size_bytes} allowed={file_bytes} (the agent's RLIMIT_FSIZE, "
+            "`ulimit -f` where it was started; `moc agent stop` ends it)"
+        )
     room = available_memory()
     free = max(room.size_bytes - RESERVE_BYTES, 0)
     if size_bytes > free:

@@ -13,6 +13,7 @@ from moc.agent.client import AgentClient, ensure_agent
 from moc.errors import MocError
 from moc.host import Host, Task
 from moc.snapshot.arena import Arena
+from moc.trace import Trace
 
 __all__ = ["AgentLink"]
 
@@ -37,10 +38,12 @@ class AgentLink:
         idle_s: float,
         arena: Arena,
         host: Host,
+        trace: Trace,
     ) -> None:
         """`is_leader` marks the one trainer of the node that starts agents."""
         self.folder, self._run, self._rank, self._is_leader = folder, run, rank, is_leader
         self._incarnation, self._idle_s, self._arena, self._host = incarnation, idle_s, arena, host
+        self._trace = trace
         self._bell = AgentClient.connect(folder, timeout_s=CONNECT_TIMEOUT_S, host=host)
         self._closing = host.event()
         self._reconnecting: Task | None = None
@@ -52,15 +55,24 @@ class AgentLink:
 
     def look(self) -> None:
         """See whether the agent is still there; begin to replace it if not. Never blocks."""
-        if self._reconnecting is not None and self._reconnecting.is_alive():
-            return
-        if self._bell.is_gone():
-            log.warning("agent is gone: folder=%s rank=%d", self.folder, self._rank)
-            self._reconnecting = self._host.spawn(self._reconnect, name="moc-reconnect")
+        if not self._is_reconnecting() and self._bell.is_gone():
+            self._replace()
 
-    def wait_connected(self, timeout_s: float) -> None:
-        """Wait until the agent is there, or a new one has adopted the arena, or the time is over."""
+    def _is_reconnecting(self) -> bool:
+        return self._reconnecting is not None and self._reconnecting.is_alive()
+
+    def _replace(self) -> None:
+        log.warning("agent is gone: folder=%s rank=%d", self.folder, self._rank)
+        self._reconnecting = self._host.spawn(self._reconnect, name="moc-reconnect")
+
+    def wait_connected(self, timeout_s: float, *, is_gone: bool = False) -> None:
+        """Wait until the agent is there, or a new one has adopted the arena, or the time is over.
+
+        `is_gone`: the caller knows better than the bell, which a dying agent closes among its last descriptors.
+        """
         self.look()
+        if is_gone and not self._is_reconnecting():
+            self._replace()
         if self._reconnecting is not None:
             self._reconnecting.join(timeout_s)
 
@@ -81,9 +93,10 @@ class AgentLink:
     def _reconnect(self) -> None:
         for _ in range(RECONNECT_ATTEMPTS):
             try:
-                client = self._connect()
-                client.hello(rank=self._rank, incarnation=self._incarnation)
-                client.request("adopt", descriptors=[self._arena.fd])
+                with self._trace.span("agent.reconnect", rank=self._rank):
+                    client = self._connect()
+                    client.hello(rank=self._rank, incarnation=self._incarnation)
+                    client.request("adopt", descriptors=[self._arena.fd])
             except (MocError, OSError) as error:
                 log.info("no agent yet: rank=%d reason=%s", self._rank, error)
                 if self._closing.wait(RECONNECT_WAIT_S):
@@ -100,6 +113,11 @@ class AgentLink:
     def _connect(self) -> AgentClient:
         if self._is_leader:
             return ensure_agent(
-                self.folder, run=self._run, idle_s=self._idle_s, timeout_s=CONNECT_TIMEOUT_S, host=self._host
+                self.folder,
+                run=self._run,
+                idle_s=self._idle_s,
+                timeout_s=CONNECT_TIMEOUT_S,
+                host=self._host,
+                trace=self._trace,
             )
         return AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S, host=self._host)

@@ -96,8 +96,8 @@ class Saves:
             ),
         )
 
-    def look(self, custody: Custody, *, may_start: bool) -> None:
-        """Start what is complete, give up what cannot become complete."""
+    def look(self, custody: Custody, *, ended: set[int], may_start: bool) -> None:
+        """Start what is complete, give up what cannot become complete; `ended` are the ranks that seal no more."""
         complete = custody.scan()
         for moment in complete if may_start else ():
             self._start(custody, moment)
@@ -108,6 +108,8 @@ class Saves:
             first_s = self._first_seen_s.setdefault(moment, self._host.now_s())
             if moment in custody.hopeless:
                 self.give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
+            elif lacking := sorted(ended - set(custody.records_of(custody.life.record.number, moment))):
+                self.give_up(custody, moment, f"ranks {lacking} ended before they had sealed it")
             elif not custody.is_saving(moment) and self._host.now_s() - first_s > timeout_s:
                 self.give_up(custody, moment, f"not every rank sealed in time: timeout_s={timeout_s}")
         custody.arena.publish(global_step=custody.global_step, committed_step=self.last_committed_step)

@@ -48,6 +48,7 @@ class Agent:
         self._door = Door(self._selector, serve=self._serve_message, host=host)
         self._spans = RingSink(SPAN_LIMIT, now_s=host.now_s)
         trace = trace.joined_by(self._spans)
+        self._trace = trace
         self._saves = Saves(host=host, trace=trace, reply=self._reply, wake_fd=self._wake_send)
         self._drainers: list[socket.socket] = []
         self._is_asked_to_leave = False
@@ -76,7 +77,8 @@ class Agent:
         if self._lock_file is None:
             log.info("another agent has the lock: folder=%s", self._folder)
             return False
-        self._door.open(self._folder / SOCKET_NAME)
+        with self._trace.span("agent.listen", run=self._run):
+            self._door.open(self._folder / SOCKET_NAME)
         self._selector.register(self._wake_receive, selectors.EVENT_READ, self._drain_wake)
         log.info("agent listens: run=%s pid=%d version=%s", self._run, self._host.pid, moc.__version__)
         return True
@@ -108,7 +110,8 @@ class Agent:
             if self._custody is not None:
                 self._saves.persist_newest(self._custody)
         if self._custody is not None:
-            self._saves.look(self._custody, may_start=not self._is_leaving)
+            ended = self._trainers.ended(self._custody.life.record.number)
+            self._saves.look(self._custody, ended=ended, may_start=not self._is_leaving)
         self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
 
     def _note_activity(self, _: Trainer) -> None:
@@ -125,8 +128,9 @@ class Agent:
         (self._folder / SOCKET_NAME).unlink(missing_ok=True)
         self._door.close()
         reply = {"last_committed_step": self._saves.last_committed_step, "last_error": self._saves.last_error}
-        for connection in self._drainers:
-            self._reply(connection, reply)
+        with self._trace.span("agent.leave"):
+            for connection in self._drainers:
+                self._reply(connection, reply)
         log.info("agent leaves: last_committed_step=%s", self._saves.last_committed_step)
 
     # Connections
@@ -199,7 +203,8 @@ class Agent:
 
         What cannot be reaped is named, and its memory never written again.
         """
-        killed, quarantined = self._trainers.fence(wire.integers(message, "spare_pids"))
+        with self._trace.span("agent.fence"):
+            killed, quarantined = self._trainers.fence(wire.integers(message, "spare_pids"))
         self._reply(connection, {"killed": killed, "quarantined": quarantined})
 
     def _check(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
@@ -219,15 +224,17 @@ class Agent:
         Life.of(descriptor)  # before anything is given up for it
         if self._is_leaving:
             raise UsageError("the agent is leaving: attach again")
-        zombies = self._trainers.zombies(wire.integer(message, "incarnation"))
-        if held is not None and not zombies and held.fits(descriptor):
-            held.renew(descriptor)
-        else:
-            source = None if held is None else held.source()
-            if held is not None and source is not held:
-                held.arena.close()  # no life on it came to a global snapshot
-                self._custody = source
-            self._custody = Custody.create(descriptor, earlier=source)
+        incarnation = wire.integer(message, "incarnation")
+        zombies = self._trainers.zombies(incarnation)
+        with self._trace.span("agent.begin", incarnation=incarnation):
+            if held is not None and not zombies and held.fits(descriptor):
+                held.renew(descriptor)
+            else:
+                source = None if held is None else held.source()
+                if held is not None and source is not held:
+                    held.arena.close()  # no life on it came to a global snapshot
+                    self._custody = source
+                self._custody = Custody.create(descriptor, earlier=source)
         self._saves.begin_life()
         self._active_s = self._host.now_s()
         self._reply(connection, {})
@@ -237,7 +244,8 @@ class Agent:
         if self._custody is None:
             if not descriptors:
                 raise UsageError("no arena was sent along")
-            self._custody = Custody.adopt(descriptors.pop(0))
+            with self._trace.span("agent.adopt"):
+                self._custody = Custody.adopt(descriptors.pop(0))
             self._saves.recall(self._custody)
             log.info(
                 "adopted an arena: incarnation=%d bytes=%d",

@@ -67,6 +67,10 @@ class Trainers:
         """Return all that are alive."""
         return [trainer for trainer in self._all() if trainer.is_alive]
 
+    def ended(self, incarnation: int) -> set[int]:
+        """Return the ranks whose trainer of this life has ended: they seal nothing any more."""
+        return {t.rank for t in self._by_rank.values() if t.incarnation == incarnation and not t.is_alive}
+
     def zombies(self, incarnation: int) -> list[int]:
         """Return the pids of living trainers of other lives: they may still write to the arena."""
         return [t.pid for t in self.living() if t.incarnation != incarnation or t in self._displaced]

@@ -27,6 +27,7 @@ from moc.cli.output import name_json, print_json, say
 from moc.errors import CoordinationError
 from moc.format.manifest import Incarnation, Manifest, Parent
 from moc.repository import Repository
+from moc.trace import Trace
 from moc.verify import check_structure
 
 __all__ = ["configure", "run", "write_rewind"]
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def write_rewind(repository: Repository, manifest: Manifest) -> tuple[Incarnation, bool]:
+def write_rewind(repository: Repository, manifest: Manifest, *, trace: Trace | None = None) -> tuple[Incarnation, bool]:
     """Write the record unless the newest life is this very rewind; returns the record and whether it was written."""
     name = manifest.name
     parent = Parent(incarnation=name.incarnation, step=name.step, attempt=name.attempt)
@@ -87,7 +88,8 @@ def write_rewind(repository: Repository, manifest: Manifest) -> tuple[Incarnatio
         reason=REASON,
         fingerprint=manifest.fingerprint,
     )
-    repository.put_incarnation(record)
+    with (trace or Trace()).span("rewind.record", incarnation=record.number):
+        repository.put_incarnation(record)
     repository.read_manifest(name)  # a collection may have dropped it since it was checked: then say so
     return record, True
 

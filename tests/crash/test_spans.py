@@ -5,42 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.support.job import Job, Life, start_agent, wait_killed
+from tests.support.spans import AGENT, TRAINER
 
-TRAINER_SPANS = (
-    "attach.record",
-    "attach.begin",
-    "recover.restore",
-    "recover.read",
-    "train.forward",
-    "train.update",
-    "snapshot.capture",
-    "snapshot.stall",
-    "snapshot.copy",
-    "snapshot.seal",
-    "store.create",
-    "store.write",
-    "store.fsync",
-    "store.rename",
-    "store.fsync_directory",
-)
 AT_ATTACH = ("attach.", "recover.", "store.")
-AGENT_SPANS = (
-    "save.persist",
-    "persist.check",
-    "persist.put",
-    "commit.fence",
-    "commit.put",
-    "retention.list",
-    "retention.condemn",
-    "retention.drop",
-    "retention.delete",
-    "store.create",
-    "store.write",
-    "store.fsync",
-    "store.rename",
-    "store.fsync_directory",
-    "store.delete",
-)
+TRAINING = ("train.forward", "train.update")  # of the workers themselves
 RUN = "spans"
 
 
@@ -58,12 +26,13 @@ def test_trainer_killed_at_every_span(victim: int) -> None:
         start.kill()
         known = start.newest_step("global")
         attached_lives = 0
-        spans = [span for span in TRAINER_SPANS if victim == 0 or not span.startswith(("attach.record", "store."))]
+        spans = [span for span in TRAINER + TRAINING if victim == 0 or not span.startswith(("attach.record", "store."))]
         for span in spans:
             for event in ("begin", "end"):
                 # The training spans occur once per step: the third makes sure that there is something to lose.
-                count = 1 if span.startswith(AT_ATTACH) or span == "snapshot.stall" else 3
-                life = job.start(kill={victim: f"{span}:{event}:{count}"})
+                count = 1 if span.startswith(AT_ATTACH) or span in ("snapshot.stall", "save.take") else 3
+                save_at = known + 5 if span == "save.take" else None
+                life = job.start(kill={victim: f"{span}:{event}:{count}"}, save_at=save_at)
                 _die(life, victim)
                 attached = life.last(0, "attached")
                 if attached is not None:
@@ -82,7 +51,7 @@ def test_trainer_killed_at_every_span(victim: int) -> None:
         assert not job.committed_steps() or max(job.committed_steps()) == last.newest_step("step")
 
 
-@pytest.mark.parametrize("span", AGENT_SPANS)
+@pytest.mark.parametrize("span", AGENT)
 @pytest.mark.parametrize("event", ["begin", "end"])
 def test_agent_killed_at_every_span_together_with_the_trainers(span: str, event: str) -> None:
     # keep_last=1 makes retention work at the second commit and delete at the third.

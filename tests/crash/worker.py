@@ -58,6 +58,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--take-over", action="store_true")
     parser.add_argument("--restore", default="auto")
     parser.add_argument("--save-at", type=int, default=None, help="an explicit save at this step")
+    parser.add_argument("--renew-at", type=int, default=None, help="a new life without parent at this step")
+    parser.add_argument("--defect-at", type=int, default=None, help="the capture of this step fails")
     parser.add_argument("--wait-s", type=float, default=60.0, help="how long a save is waited for")
     parser.add_argument("--step-s", type=float, default=0.0, help="how long a forward pass takes")
     parser.add_argument("--kill", default=None, help="span:event:count")
@@ -85,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sinks.append(JsonLinesSink(trace_dir / f"rank{options.rank:05d}.jsonl"))
     trace = Trace(*sinks)
     state = PlainState(options.rank, options.size, scale=options.scale, model=options.model)
+    state.defect_at = options.defect_at
     world = SocketWorld(options.rank, options.size, options.rendezvous)
     for name, _, value in (word.partition("=") for word in options.limit):
         number = int(getattr(resource, f"RLIMIT_{name}"))
@@ -133,6 +136,8 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
             state.advance()
         note("step", step=state.step, digest=state.digest(), incarnation=session.incarnation)
         is_terminating = session.boundary()
+        if options.renew_at == state.step:
+            session.begin_life("load_checkpoint")
         if options.save_at == state.step or is_terminating:
             _save(session, state, note, options.wait_s)
         status = session.status()

@@ -226,10 +226,11 @@ class Job:
         size: int | None = None,
         kill: Mapping[int, str] | None = None,
         logs_in: Mapping[int, Path] | None = None,
+        only: Mapping[int, Mapping[str, object]] | None = None,
         **options: object,
     ) -> Life:
         """Start a life in this process's environment; `kill` maps ranks to the "span:event:count" at which they die,
-        `logs_in` to other folders.
+        `logs_in` to other folders, `only` to options of their own.
         """
         size, number = size or self.size, len(self.lives) + 1
         folders = [(logs_in or {}).get(rank, self.folder) for rank in range(size)]
@@ -239,7 +240,7 @@ class Job:
         common |= {"size": size, "rendezvous": self.folder / f"rv{number}", "storage": self.storage, "root": self.root}
         processes: list[BaseProcess] = []
         for rank in range(size):
-            fields = common | {"rank": rank, "log": logs[rank]}
+            fields = common | {"rank": rank, "log": logs[rank]} | dict((only or {}).get(rank, {}))
             if kill and rank in kill:
                 fields["kill"] = kill[rank]
             process = _context.Process(
@@ -337,6 +338,8 @@ class Job:
 def _arguments(fields: Mapping[str, object]) -> list[str]:
     words: list[str] = []
     for name, value in fields.items():
+        if value is None:
+            continue
         flag = f"--{name.replace('_', '-')}"
         for single in value if isinstance(value, list) else [value]:
             words += [flag] if single is True else [flag, str(single)]
@@ -384,14 +387,17 @@ def lineage_steps(lives: Sequence[Life]) -> list[int]:
     return steps
 
 
-def start_agent(job: Job, run: str, kill: str | None = None, *, edition: Path | None = None) -> subprocess.Popen[bytes]:
+def start_agent(
+    job: Job, run: str, kill: str | None = None, *, edition: Path | None = None, is_awaited: bool = True
+) -> subprocess.Popen[bytes]:
     """Start an agent, perhaps one that dies at a span, perhaps of another version, and wait until it listens."""
     folder = runtime_folder(run, job.root)
     program = [str(AGENT_WORKER)] if edition is None else [str(EDITION), str(edition), "crash/agent_worker.py"]
     command = [sys.executable, *program, "--folder", str(folder), "--run", run]
     with (folder / LOG_NAME).open("ab") as log:
         agent = subprocess.Popen(command if kill is None else [*command, "--kill", kill], stdout=log, stderr=log)
-    until(lambda: job.agent_pid() == agent.pid, "the agent listens")
+    if is_awaited:
+        until(lambda: job.agent_pid() == agent.pid, "the agent listens")
     return agent
 
 

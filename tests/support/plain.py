@@ -68,6 +68,7 @@ class PlainState:
         self._sources = array("Q", (value.ctypes.data for value in self.values))
         self._lengths = array("Q", (value.nbytes for value in self.values))
         self._step = 0
+        self.defect_at: int | None = None
         self.noise = np.arange(8, dtype=np.int64) + 100 * rank
 
     @property
@@ -109,6 +110,8 @@ class PlainState:
         copy_crc32c(self._sources, targets, self._lengths, crcs)
 
     def capture(self) -> dict[str, object]:
+        if self._step == self.defect_at:
+            raise RuntimeError(f"what belongs to the loop cannot be saved at step {self._step}")
         noise = ArrayValue(dtype="I64", shape=(8,), kind="numpy", data=memoryview(self.noise).cast("B"))
         return {"step": self._step, "noise": noise, "note": f"rank {self.rank}"}
 
