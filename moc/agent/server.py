@@ -236,6 +236,7 @@ class Agent:
                     self._custody = source
                 self._custody = Custody.create(descriptor, earlier=source)
         self._saves.begin_life()
+        self._trainers.begin_life(message["incarnation"])
         self._active_s = self._host.now_s()
         self._reply(connection, {})
 

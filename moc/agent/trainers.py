@@ -63,6 +63,14 @@ class Trainers:
             self._forget_pidfd(held)
         self._by_rank[trainer.rank] = trainer
 
+    def begin_life(self, incarnation: int) -> None:
+        """Forget the dead of earlier lives: a rank that the new life does not have is not missing from it."""
+        self._by_rank = {
+            rank: trainer
+            for rank, trainer in self._by_rank.items()
+            if trainer.is_alive or trainer.incarnation >= incarnation
+        }
+
     def living(self) -> list[Trainer]:
         """Return all that are alive."""
         return [trainer for trainer in self._all() if trainer.is_alive]

@@ -27,6 +27,18 @@ def test_a_second_job_on_a_living_ones_repository_is_refused_and_harms_nothing()
         second.finished()
 
 
+def test_a_second_job_is_refused_although_an_earlier_life_had_ranks_that_the_living_one_has_not() -> None:
+    with Job(size=2, step_s=0.002) as job, Job(size=1, root=job.root, storage=job.storage) as other:
+        larger = job.start()
+        larger.event("committed", step=5)
+        larger.kill()
+        life = job.start(size=1)
+        life.event("committed", step=life.attached()["step"] + 5)
+        words = other.start().refused("UsageError")
+        assert str(life.pid(0)) in words
+        life.event("step", step=(life.newest_step("step") or 0) + 5)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "part"),
     [
