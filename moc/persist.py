@@ -53,10 +53,12 @@ def persist_rank(arena: Arena, record: SealRecord, repository: Repository, *, tr
         header, segments = _compose(arena, record, piece, units)
         encoded = encode_header(header)
         key = object_key(header.name, record.rank, piece)
-        with trace.span("persist.put", key=key, bytes=len(encoded) + header.data_bytes):
-            repository.put_object(key, [memoryview(encoded), *segments])
-        for segment in segments:
-            segment.release()
+        try:
+            with trace.span("persist.put", key=key, bytes=len(encoded) + header.data_bytes):
+                repository.put_object(key, [memoryview(encoded), *segments])
+        finally:
+            for segment in segments:  # an error that somebody keeps must not keep the arena open
+                segment.release()
         rows.append(
             ObjectRow(
                 key=key,
