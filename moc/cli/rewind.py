@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def write_rewind(repository: Repository, manifest: Manifest, *, trace: Trace | None = None) -> tuple[Incarnation, bool]:
+def write_rewind(
+    repository: Repository, manifest: Manifest, *, token: str | None = None, trace: Trace | None = None
+) -> tuple[Incarnation, bool]:
     """Write the record unless the newest life is this very rewind; returns the record and whether it was written."""
     name = manifest.name
     parent = Parent(incarnation=name.incarnation, step=name.step, attempt=name.attempt)
@@ -83,7 +85,7 @@ def write_rewind(repository: Repository, manifest: Manifest, *, trace: Trace | N
     record = Incarnation(
         run=name.run,
         number=max(newest, listed) + 1,  # above checkpoints too, in case a life's record was lost
-        token=secrets.token_hex(4),
+        token=token or secrets.token_hex(4),
         parent=parent,
         reason=REASON,
         fingerprint=manifest.fingerprint,
