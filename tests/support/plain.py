@@ -45,14 +45,14 @@ class PlainState:
         self.rank, self.size, self._model = rank, size, model
         shards = []
         for part in PARTS:
-            shards.append(_split("embed.weight", part, dense_elements * scale, rank, size, None))
+            shards.append(split_tensor("embed.weight", part, dense_elements * scale, rank, size, None))
             for layer in range(layers):
                 for index in range(experts):
                     # Experts alternate over two expert-parallel ranks where there are two, split over the replicas.
                     ep = 2 if size % 2 == 0 else 1
                     if index % ep == rank % ep:
                         shards.append(
-                            _split(
+                            split_tensor(
                                 f"layers.{layer}.experts.{index}.w",
                                 part,
                                 expert_elements * scale,
@@ -167,7 +167,8 @@ def _undisturbed(rank: int, size: int) -> _Undisturbed:
     return _Undisturbed(rank, size)
 
 
-def _split(tensor: str, part: str, elements: int, index: int, count: int, expert: Expert | None) -> Shard:
+def split_tensor(tensor: str, part: str, elements: int, index: int, count: int, expert: Expert | None) -> Shard:
+    """Return part `index` of `count` nearly equal parts of a tensor."""
     share = -(-elements // count)
     offset = min(index * share, elements)
     length = min(share, elements - offset)

@@ -1,0 +1,134 @@
+"""A training state small enough for thousands of lives, whose value at any moment can be computed again.
+
+A *whole* is the logical model: every tensor at one moment. A rank holds its share of it. Each step mixes the life into
+the values, so a state that was resumed from the wrong branch of the lineage is a different state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moc._native import copy_crc32c
+from moc.format.tagged import ArrayValue
+from moc.state import Expert, RankCatalog, Shard, shard_order
+from tests.support.plain import split_tensor
+
+if TYPE_CHECKING:
+    from tests.sim.process import Process
+
+__all__ = ["TinyState", "Whole", "advance", "first_whole", "noise_at"]
+
+TENSORS: tuple[tuple[str, int, Expert | None], ...] = (
+    ("embed.weight", 37, None),
+    ("layers.0.experts.0.w", 11, Expert(layer=0, index=0)),
+    ("layers.0.experts.1.w", 11, Expert(layer=0, index=1)),
+)
+PARTS = ("exp_avg", "master")
+MODULUS = 8191  # the values stay integers that a float32 holds exactly
+
+Whole = dict[tuple[str, str], np.ndarray]
+
+
+def first_whole(salt: int) -> Whole:
+    """Return the state at step 0, or one that was loaded from elsewhere."""
+    return {
+        (name, part): (np.arange(count, dtype=np.float32) * 3 + salt + number + index) % MODULUS
+        for number, (name, count, _) in enumerate(TENSORS)
+        for index, part in enumerate(PARTS)
+    }
+
+
+def advance(values: np.ndarray, *, step: int, life: int) -> np.ndarray:
+    """Return what one step in a life makes of some of a tensor's elements."""
+    return (values * np.float32(5) + np.float32(step % 97 + 7 * (life % 1013))) % np.float32(MODULUS)
+
+
+def noise_at(rank: int, step: int, life: int) -> np.ndarray:
+    """Return the small state that each rank has for itself."""
+    return np.array([rank, step, life], dtype=np.int64)
+
+
+class TinyState:
+    """TrainingState of one rank; `life` tells lives apart (a life's token)."""
+
+    def __init__(self, rank: int, size: int, process: Process) -> None:
+        self.rank, self.size, self._process = rank, size, process
+        shards = [
+            split_tensor(name, part, count, rank, size, expert) for name, count, expert in TENSORS for part in PARTS
+        ]
+        self._shards = tuple(sorted((shard for shard in shards if shard.length), key=shard_order))
+        self.values = [np.zeros(shard.length, dtype=np.float32) for shard in self._shards]
+        self.take(first_whole(0))
+        self.step, self.life = 0, 0
+        self.noise = noise_at(rank, 0, 0)
+
+    @property
+    def catalog(self) -> RankCatalog:
+        return RankCatalog(rank=self.rank, shards=self._shards, state_capacity_bytes=4096)
+
+    @property
+    def needed(self) -> tuple[Shard, ...]:
+        return self._shards
+
+    @property
+    def fingerprint(self) -> Mapping[str, object]:
+        return {"model": "tiny"}
+
+    def take(self, whole: Whole) -> None:
+        """Replace the values by this rank's share."""
+        for shard, value in zip(self._shards, self.values, strict=True):
+            value[:] = whole[shard.tensor, shard.part][shard.offset : shard.offset + shard.length]
+
+    def differs_from(self, whole: Whole) -> str | None:
+        """Return the first shard whose bytes are not those of the whole's share."""
+        for shard, value in zip(self._shards, self.values, strict=True):
+            expected = whole[shard.tensor, shard.part][shard.offset : shard.offset + shard.length]
+            if value.tobytes() != expected.tobytes():
+                return shard.name
+        return None
+
+    def advance(self) -> None:
+        self.step += 1
+        for value in self.values:
+            value[:] = advance(value, step=self.step, life=self.life)
+        self.noise = noise_at(self.rank, self.step, self.life)
+
+    def copy_shards(self, targets: array[int], crcs: array[int]) -> None:
+        """Copy in pieces, between which others may run and this process may die."""
+        self._process.sim.auditor.note_copy(self._process, self.rank, targets)
+        for index, value in enumerate(self.values):
+            crc = array("I", [0])
+            source, length = array("Q", [value.ctypes.data]), array("Q", [value.nbytes])
+            copy_crc32c(source, array("Q", [targets[index]]), length, crc)
+            crcs[index] = crc[0]
+            self._process.enter()
+
+    def capture(self) -> dict[str, object]:
+        noise = ArrayValue(dtype="I64", shape=(3,), kind="numpy", data=memoryview(self.noise).cast("B"))
+        return {"step": self.step, "noise": noise}
+
+    def begin_restore(self) -> None:
+        """Everything has its memory already."""
+
+    def write_shard(self, index: int, offset: int, view: memoryview) -> None:
+        source = np.frombuffer(view, dtype=np.uint8)
+        ctypes.memmove(self.values[index].ctypes.data + 4 * offset, source.ctypes.data, view.nbytes)
+
+    def apply(self, tree: Mapping[str, object]) -> None:
+        step = tree["step"]
+        assert isinstance(step, int)
+        self.step = step
+
+    def derive_weights(self) -> None:
+        """The values are the weights."""
+
+    def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
+        noise = tree["noise"]
+        assert isinstance(noise, ArrayValue)
+        if exact_rank:
+            self.noise = np.frombuffer(bytes(noise.data), dtype=np.int64).copy()

@@ -1,0 +1,140 @@
+"""The whole system under seeds: every promise holds, every seed repeats itself, and planted defects are found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.sim.simulation import simulate
+from tests.support.mutant import ROOT, Copy, Mutation
+
+SEEDS, CHUNK = 200, 25
+SEARCHED = "0..399"  # where a planted defect must show
+
+
+def keep_promises(seeds: range) -> None:
+    for seed in seeds:
+        report = simulate(seed)
+        assert not report.violations, f"replay: python -m tests.sim --seed {seed} --trace\n" + "\n".join(
+            (*report.log, *report.violations)
+        )
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_every_promise_holds_whatever_fails(first: int) -> None:
+    keep_promises(range(first, first + CHUNK))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(SEEDS, 3000, 400))
+def test_every_promise_holds_whatever_fails_on_more_seeds(first: int) -> None:
+    keep_promises(range(first, first + 400))
+
+
+def test_a_seed_repeats_itself() -> None:
+    for seed in (2, 11, 23):
+        first, second = simulate(seed), simulate(seed)
+        assert first.digest == second.digest
+        assert first.turns == second.turns
+
+
+def test_a_seed_is_the_same_in_another_process_whatever_the_hash_seed() -> None:
+    expected = simulate(7)
+    for hash_seed in ("1", "2"):
+        ended = subprocess.run(
+            [sys.executable, "-m", "tests.sim", "--seed", "7"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert f"digest={expected.digest[:16]} turns={expected.turns} " in ended.stdout, ended.stdout[-2000:]
+
+
+PLANTED = (
+    Mutation(
+        name="free-what-one-rank-has-passed",
+        file="moc/plan/freeing.py",
+        old="seal.moment in lost or (bool(complete) and seal.moment < complete[-1])",
+        new="seal.moment in lost or seal.moment < newest_moments(seals, incarnation).get(seal.rank, seal.moment)",
+        tests=("global",),
+    ),
+    Mutation(
+        name="recover-by-the-highest-number",
+        file="moc/plan/lineage.py",
+        old="    admitted = [c for c in known if is_on_chain(links, c.incarnation, c.step, c.attempt)]\n",
+        new="    return tuple(sorted(known, key=lambda c: (c.incarnation, c.step), reverse=True))\n",
+        tests=("lineage", "recovery"),
+    ),
+    Mutation(
+        name="delete-objects-before-their-manifest",
+        file="moc/gc.py",
+        old='        with self._trace.span("retention.condemn", objects=len(condemned - kept)):\n',
+        new="        self._delete(sorted(condemned - kept))\n"
+        '        with self._trace.span("retention.condemn", objects=len(condemned - kept)):\n',
+        tests=("I2",),
+    ),
+    Mutation(
+        name="manifest-before-the-objects",
+        file="moc/agent/persister.py",
+        old="        commit(repository, manifest, trace=self._trace)\n",
+        new="        for row in manifest.objects:\n            repository.store.delete(row.key)\n"
+        "        commit(repository, manifest, trace=self._trace)\n",
+        tests=("I2", "I5"),
+    ),
+    Mutation(
+        name="no-fence-before-a-deletion",
+        file="moc/gc.py",
+        old="                refuse_if_fenced(self._repository, self._run, self._incarnation)\n"
+        "                self._repository.delete_manifest(name)\n",
+        new="                self._repository.delete_manifest(name)\n",
+        tests=("I5",),
+    ),
+    Mutation(
+        name="source-not-kept-for-the-next-life",
+        file="moc/agent/custody.py",
+        old="            is_source = (record.incarnation, record.step) == self._source\n",
+        new="            is_source = False\n",
+        tests=("recovery",),
+    ),
+    Mutation(
+        name="commits-of-a-dead-agent-made-again",
+        file="moc/agent/persister.py",
+        old="        if job.name in self._commits:\n",
+        new="        if False:\n",
+        tests=("I1",),
+    ),
+    Mutation(
+        name="dead-ranks-of-a-larger-life-count",
+        file="moc/agent/server.py",
+        old='        self._trainers.begin_life(message["incarnation"])\n',
+        new="",
+        tests=("second job",),
+    ),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mutation", PLANTED, ids=lambda mutation: mutation.name)
+def test_a_planted_defect_is_found_and_named(mutation: Mutation) -> None:
+    _find(mutation, SEARCHED)
+
+
+def test_a_planted_defect_is_found_in_the_first_seeds() -> None:
+    _find(PLANTED[1], "0..60")
+
+
+def _find(mutation: Mutation, seeds: str) -> None:
+    """Run seeds of a mutated copy until one fails; `mutation.tests` are the promises that may be named."""
+    with Copy() as copy:
+        copy.apply(mutation)
+
+        ended = copy.python("-m", "tests.sim", "--seeds", seeds, "--first")
+
+        assert ended.returncode == 1, ended.stdout[-3000:] + ended.stderr[-3000:]
+        assert any(f"{promise}: " in ended.stdout for promise in mutation.tests), ended.stdout[-3000:]
