@@ -1,0 +1,54 @@
+"""What the documents promise exists: tests that prove a row, files that a page names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+FAILURE_MODEL = (ROOT / "docs" / "failure-model.md").read_text()
+NAMED = re.compile(r"`([^`]*test_[^`]*)`")
+
+
+def _rows() -> list[tuple[str, str]]:
+    """Return the first and the last cell of every row of the table of failures."""
+    rows = [line.strip("|").split("|") for line in FAILURE_MODEL.splitlines() if line.startswith("| ")]
+    return [
+        (cells[0].strip(), cells[-1].strip()) for cells in rows if len(cells) == 4 and cells[0].strip() != "failure"
+    ]
+
+
+@cache
+def _functions(path: Path) -> frozenset[str]:
+    return frozenset(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+
+
+@pytest.mark.parametrize(("failure", "proof"), _rows(), ids=[failure[:50] for failure, _ in _rows()])
+def test_every_failure_is_proved_by_tests_that_exist(failure: str, proof: str) -> None:
+    names = NAMED.findall(proof)
+
+    assert names, f"{failure}: no test is named in {proof!r}"
+    path = TESTS
+    for name in names:
+        file, _, function = name.partition("::")
+        path = TESTS / file if file else path  # `::test_x` belongs to the file before it
+        assert path.is_file(), f"{failure}: no such file {file}"
+        assert not function or function.split("[")[0] in _functions(path), f"{failure}: no such test {name}"
+
+
+def test_the_table_of_failures_is_found() -> None:
+    assert len(_rows()) > 30
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+
+    missing = [target for target in targets if not (page.parent / target).exists()]
+
+    assert missing == []
