@@ -73,7 +73,7 @@ def changed_json(draw: st.DrawFn, valid: tuple[bytes, ...]) -> bytes:
 
 def changed_at(draw: Callable[..., Any], value: Any) -> Any:
     """Go down to a random place and change it."""
-    hostile = draw(st.sampled_from(HOSTILE_VALUES))
+    hostile = copy.deepcopy(draw(st.sampled_from(HOSTILE_VALUES)))  # what was put in may be changed again
     if not isinstance(value, dict | list) or not value or draw(st.integers(0, 9)) == 0:
         return hostile
     places: list[Any] = sorted(value) if isinstance(value, dict) else list(range(len(value)))
