@@ -17,10 +17,8 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from moc.clock import Clock
 from moc.errors import (
     CoordinationError,
     FencedError,
@@ -33,6 +31,7 @@ from moc.errors import (
 from moc.format.keys import LAST_STEP, CheckpointName, parse_object_key, parse_victims_key
 from moc.format.manifest import Incarnation, Manifest, Parent
 from moc.gc import TEMPORARY_AGE_S
+from moc.host import Host
 from moc.plan.lineage import chain, is_on_chain, merge_incarnations, tip
 from moc.repository import Repository
 from moc.store.port import Entry
@@ -149,7 +148,7 @@ def collect(
     *,
     with_off_lineage: bool,
     settle_s: float,
-    clock: Clock,
+    host: Host,
     trace: Trace,
     on_wait: Callable[[float], None],
 ) -> CollectReport:
@@ -163,7 +162,7 @@ def collect(
     final = first
     if first.victims:
         condemned = _condemn(repository, first.victims, trace=trace)
-        _settle(repository, first, condemned, settle_s=settle_s, clock=clock, trace=trace, on_wait=on_wait)
+        _settle(repository, first, condemned, settle_s=settle_s, host=host, trace=trace, on_wait=on_wait)
         final = find_garbage(repository, with_off_lineage=with_off_lineage, trace=trace)
     repository.sync_names()  # what is deleted below must not depend on names that a dead process has left unsynced
     dropped = tuple(name for name in first.off_lineage if name in final.off_lineage)
@@ -173,7 +172,7 @@ def collect(
             repository.delete_manifest(name)
     condemned_keys = {entry.key for entry in first.victims}
     victims = tuple(entry for entry in final.victims if entry.key in condemned_keys)
-    _delete(repository, victims, trace=trace)
+    _delete(repository, victims, host=host, trace=trace)
     for key in final.victim_lists:
         if _owner_of(key) < number:
             with trace.span("gc.forget", key=key):
@@ -183,16 +182,15 @@ def collect(
     return CollectReport(dropped=dropped, objects=victims, temporary_files=temporary)
 
 
-def _delete(repository: Repository, victims: Sequence[Entry], *, trace: Trace) -> None:
+def _delete(repository: Repository, victims: Sequence[Entry], *, host: Host, trace: Trace) -> None:
     """Delete in any order: nothing references them."""
 
     def delete(entry: Entry) -> None:
         with trace.span("gc.delete", key=entry.key):
             repository.store.delete(entry.key)
 
-    with ThreadPoolExecutor(1 if repository.store.properties.is_local else DELETERS) as pool:
-        for _ in pool.map(delete, victims):
-            pass
+    workers = 1 if repository.store.properties.is_local else DELETERS
+    host.map(delete, victims, workers=workers, name="moc-delete")
 
 
 def _read_manifests(repository: Repository) -> list[Manifest]:
@@ -264,7 +262,7 @@ def _settle(
     condemned: set[str],
     *,
     settle_s: float,
-    clock: Clock,
+    host: Host,
     trace: Trace,
     on_wait: Callable[[float], None],
 ) -> None:
@@ -279,7 +277,7 @@ def _settle(
         return
     on_wait(left_s)
     with trace.span("gc.settle", seconds=left_s):
-        clock.sleep(left_s)
+        host.sleep(left_s)
 
 
 def _refuse_if_newer(repository: Repository, number: int) -> None:

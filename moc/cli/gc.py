@@ -32,11 +32,11 @@ from moc.cli.exits import OK
 from moc.cli.live import add_runtime_root, serving_agents
 from moc.cli.options import add_json, add_repository, opened, repository_url
 from moc.cli.output import describe_age, describe_bytes, name_json, print_json, print_table, say
-from moc.clock import SystemClock
 from moc.collect import SETTLE_S, CollectReport, Garbage, collect, fence, find_garbage
 from moc.errors import CoordinationError
 from moc.format.keys import parse_object_key
 from moc.gc import TEMPORARY_AGE_S
+from moc.host import SystemHost
 from moc.repository import Repository
 from moc.store.port import Entry
 from moc.trace import Trace
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             repository,
             with_off_lineage=args.off_lineage,
             settle_s=args.settle,
-            clock=SystemClock(),
+            host=SystemHost(),
             trace=trace,
             on_wait=lambda seconds: say(f"moc gc: waiting {seconds:.0f} s for commits that may be under way"),
         )

@@ -15,6 +15,7 @@ from moc.commit import commit
 from moc.errors import CoordinationError, FencedError, IntegrityError, MocError, PlanDivergedError, StoreFullError
 from moc.format.manifest import Incarnation, Manifest, Parent
 from moc.gc import Retention
+from moc.host import SystemHost
 from moc.plan.lineage import STORAGE, Candidate, candidates
 from moc.repository import Repository
 from moc.store.local import LocalStore
@@ -30,10 +31,11 @@ DAY_S = 86_400
 KILL_LIMIT = 400  # far above the number of spans
 
 
-class MovedClock:
+class MovedClock(SystemHost):
     """Time that passes only in `sleep`, during which something may happen."""
 
     def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        super().__init__()
         self.slept_s, self._meanwhile = 0.0, meanwhile
 
     def now_s(self) -> float:
@@ -51,7 +53,7 @@ def _collect(
         repository,
         with_off_lineage=off_lineage,
         settle_s=settle_s,
-        clock=clock or MovedClock(),
+        host=clock or MovedClock(),
         trace=TRACE,
         on_wait=lambda _: None,
     )
@@ -367,7 +369,7 @@ def _collect_and_die(root: Path, count: int, *, with_store: bool) -> bool:
                 repository,
                 with_off_lineage=True,
                 settle_s=0.0,
-                clock=MovedClock(),
+                host=MovedClock(),
                 trace=trace,
                 on_wait=lambda _: None,
             )

@@ -79,7 +79,7 @@ class LocalRuns:
     def crash_then_lose_power(self, workflow: Workflow, *, is_chosen: Callable[[Instant], bool]) -> None:
         """The process dies at a chosen instant, another goes on from what is unsynced, and then the power goes.
 
-        The other is the next life, or a new agent that adopts the life of the one that died.
+        The other is the next life, a new agent that adopts the life of the one that died, or who tries again.
         """
         seen: set[object] = set()
         for first in instants(workflow):
@@ -90,6 +90,8 @@ class LocalRuns:
             self._lose_power_after(workflow, first, "next life", _next_life)
             if first.life is not None:
                 self._lose_power_after(workflow, first, "new agent", _new_agent)
+            if workflow.again is not None:
+                self._lose_power_after(workflow, first, "again", _again(workflow.again))
 
     def _lose_power_after(
         self, workflow: Workflow, first: Instant, name: str, act: Callable[[Instant, OpenStore, Ledger], None]
@@ -319,6 +321,10 @@ def _new_agent(first: Instant, open_store: OpenStore, ledger: Ledger) -> None:
         life.save(max((name.step for name in ledger.allowed if name is not None), default=0) + 1)
     except FencedError:
         return
+
+
+def _again(act: Callable[[Site], None]) -> Callable[[Instant, OpenStore, Ledger], None]:
+    return lambda _, open_store, ledger: act(Site(open_store=open_store, ledger=ledger))
 
 
 def operations(workflow: Workflow) -> list[Operation]:

@@ -108,6 +108,28 @@ MUTATIONS = (
         tests=_enumerated("double_crashes-retention", "double_crashes-retention-over-lives"),
     ),
     Mutation(
+        name="a collection trusts what is not synced",
+        file="moc/collect.py",
+        old="    repository.sync_names()  # what is deleted below",
+        new="    # what is deleted below",
+        tests=_enumerated("double_crashes-collection"),
+    ),
+    Mutation(
+        name="a collection deletes objects before the manifests that name them",
+        file="moc/collect.py",
+        old="    dropped = tuple(name for name in first.off_lineage if name in final.off_lineage)\n",
+        new="    _delete(repository, final.victims, host=host, trace=trace)\n"
+        "    dropped = tuple(name for name in first.off_lineage if name in final.off_lineage)\n",
+        tests=_enumerated("crashes-collection"),
+    ),
+    Mutation(
+        name="a collection's fence forgets the life before it",
+        file="moc/collect.py",
+        old="parent=Parent(incarnation=former.number, step=LAST_STEP, attempt=None),",
+        new="parent=former.parent,",
+        tests=_enumerated("crashes-collection"),
+    ),
+    Mutation(
         name="a new agent announces what it finds without syncing it",
         file="moc/agent/persister.py",
         old="        repository.sync_names()  # what a dead agent has put is announced only once it is durable\n",

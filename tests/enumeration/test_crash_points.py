@@ -12,11 +12,21 @@ from tests.enumeration.workflows import WORKFLOWS, Workflow
 by_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name.replace(" ", "-"))
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 
+LONG = (("errors", "collection"),)  # in the whole run only
+quick = pytest.mark.parametrize(
+    ("family", "workflow"),
+    [
+        pytest.param(family, workflow, id=f"{family.__name__}-{workflow.name.replace(' ', '-')}")
+        for family in FAMILIES
+        for workflow in WORKFLOWS
+        if (family.__name__, workflow.name) not in LONG
+    ],
+)
+
 FEWEST_CASES = 10  # fewer mean that a workflow has not run
 
 
-@by_workflow
-@by_family
+@quick
 def test_every_promise_is_kept(family: Family, workflow: Workflow) -> None:
     tally = Tally()
 

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 
 from moc.cli.choose import choose_on_lineage, read_catalogue
 from moc.cli.rewind import write_rewind
+from moc.collect import collect, fence, find_garbage
 from moc.errors import FencedError, MocError, StorageError
 from moc.format.keys import CheckpointName
 from moc.persist import persist_rank
 from moc.repository import Repository
 from moc.store.port import Store
+from moc.trace import Trace
 from moc.verify import check_structure
-from tests.enumeration.job import RUN, TRACE, Ledger, Life, snapshots
+from tests.enumeration.job import RUN, TRACE, Ledger, Life, SerialHost, snapshots
 
 __all__ = ["ATTEMPTS", "WORKFLOWS", "Site", "StorageGoneError", "Workflow"]
 
@@ -79,14 +81,44 @@ class Site:
                 return
         raise StorageGoneError
 
+    def collect(self) -> None:
+        """Do what `moc gc --apply --fence --off-lineage` does."""
+        self.current = None
+
+        def end_reading(event: str, span: str, _: dict[str, object]) -> None:
+            if (event, span) == ("end", "gc.drop"):  # whoever asks for this takes it from under readers, too
+                self.ledger.commits += 1
+
+        for _ in range(ATTEMPTS):
+            try:
+                repository = Repository(self.open_store())
+                fence(repository, find_garbage(repository, with_off_lineage=True, trace=TRACE), trace=TRACE)
+                collect(
+                    repository,
+                    with_off_lineage=True,
+                    settle_s=0.0,
+                    host=SerialHost(self.open_store),
+                    trace=Trace(end_reading),
+                    on_wait=lambda _: None,
+                )
+            except MocError as error:
+                self.failures.append(error)
+            else:
+                return
+        raise StorageGoneError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workflow:
-    """`act` returns the life that goes on; its next save must work, of the step after `last_step`."""
+    """`act` returns the life that goes on; its next save must work, of the step after `last_step`.
+
+    `again` is what somebody may do, instead of a next life, when a process has died in the middle.
+    """
 
     name: str
     act: Callable[[Site], Life]
     last_step: int
+    again: Callable[[Site], None] | None = None
 
 
 def first_save(site: Site) -> Life:
@@ -178,6 +210,28 @@ def sweep(site: Site) -> Life:
     return life
 
 
+def collection(site: Site) -> Life:
+    """An abandoned future, and what a save cut off has left, are collected between two lives."""
+    former = site.life(keep_last=3)
+    for step in (1, 2):
+        site.save(former, step)
+    site.move_on()
+    site.rewind(1)
+    site.move_on()
+    second = site.life(keep_last=3)
+    site.save(second, 2)
+    name = CheckpointName(run=RUN, incarnation=second.number, step=3, attempt="ff000000")
+    for record in snapshots().records(name):
+        persist_rank(snapshots().arena, record, Repository(site.open_store()), trace=TRACE)
+    site.move_on()
+    site.begin()
+    site.collect()
+    site.move_on()
+    life = site.life(keep_last=3)
+    site.save(life, 3)
+    return life
+
+
 WORKFLOWS = (
     Workflow(name="first save", act=first_save, last_step=1),
     Workflow(name="further save", act=further_save, last_step=2),
@@ -187,4 +241,5 @@ WORKFLOWS = (
     Workflow(name="recovery", act=recovery, last_step=2),
     Workflow(name="late record", act=record_by_the_agent, last_step=2),
     Workflow(name="sweep", act=sweep, last_step=4),
+    Workflow(name="collection", act=collection, last_step=3, again=Site.collect),
 )

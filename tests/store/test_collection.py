@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moc.collect import collect, fence, find_garbage
 from moc.format.manifest import Parent
+from moc.host import SystemHost
 from moc.repository import Repository
 from moc.store.port import Store
 from moc.trace import Trace
@@ -13,7 +14,7 @@ from tests.support.repository import Model, RepositoryBuilder
 TRACE = Trace()
 
 
-class StandingClock:
+class StandingClock(SystemHost):
     """Time that passes only in `sleep`."""
 
     slept_s = 0.0
@@ -56,7 +57,5 @@ def _litter(builder: RepositoryBuilder, incarnation: int, step: int) -> None:
 
 
 def _collect(repository: Repository, clock: StandingClock) -> set[str]:
-    report = collect(
-        repository, with_off_lineage=True, settle_s=180.0, clock=clock, trace=TRACE, on_wait=lambda _: None
-    )
+    report = collect(repository, with_off_lineage=True, settle_s=180.0, host=clock, trace=TRACE, on_wait=lambda _: None)
     return {entry.key for entry in report.objects}
