@@ -232,6 +232,15 @@ def test_other_memory_is_refused(size: int) -> None:
     assert len(os.listdir("/proc/self/fd")) == before, "nothing is left open"
 
 
+def test_memory_that_its_owner_may_cut_short_is_refused(arena: Arena) -> None:
+    """Whoever reads what has been cut off dies of SIGBUS."""
+    fd = os.memfd_create("copy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, bytes(arena.view(0, arena.size_bytes)))
+
+    with pytest.raises(IntegrityError, match="not an arena"):
+        Arena.attach(fd)
+
+
 def test_no_bit_of_the_valid_descriptor_is_trusted_blindly(arena: Arena) -> None:
     content = bytes(arena.view(0, arena.size_bytes))
     begin = content.index(b'{"versions"')

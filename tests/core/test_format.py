@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -166,6 +167,21 @@ GOOD = "objects/000001-run/000000000005-00abcdef/r00000-d.safetensors"
 def test_no_other_path_is_an_object_key(key: str) -> None:
     with pytest.raises(ManifestCorruptError):
         keys.parse_object_key(key)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: keys.incarnation_key("run", 1_000_000),
+        lambda: keys.incarnation_key("run", 0),
+        lambda: keys.victims_key("RUN", 1),
+        lambda: keys.manifest_key(CheckpointName(run="run", incarnation=1, step=10**12, attempt="00abcdef")),
+        lambda: keys.object_key(CheckpointName(run="run", incarnation=1, step=1, attempt="00abcdef"), 10**6, "d"),
+    ],
+)
+def test_a_key_that_no_listing_would_find_is_not_built(build: Callable[[], str]) -> None:
+    with pytest.raises(UsageError, match="not a key"):
+        build()
 
 
 digits = st.text("0123456789١²", min_size=5, max_size=6)

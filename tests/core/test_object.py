@@ -15,7 +15,7 @@ from moc.errors import IntegrityError, ShardCorruptError
 from moc.format.keys import CheckpointName
 from moc.format.object import ALIGNMENT, ObjectHeader, StoredShard, align, encode_header, header_length, parse_header
 from moc.repository import Repository
-from moc.state import RankCatalog
+from moc.state import RankCatalog, Shard
 from moc.store.local import LocalStore
 from moc.store.memory import MemoryStore
 from tests.core.values import catalogs, models, names
@@ -91,6 +91,27 @@ def test_objects_are_safetensors_files_with_the_right_values(tmp_path: Path) -> 
             assert np.array_equal(tensors[stored.shard.name].reshape(-1), expected)
             seen += 1
     assert seen == sum(len(catalog.shards) for catalog in builder.model.catalogs())
+
+
+def test_an_empty_shard_lies_before_the_one_at_its_place_whatever_their_names() -> None:
+    shards = tuple(
+        Shard(tensor=tensor, part="master", dtype="F32", shape=(4,), offset=offset, length=length)
+        for tensor, offset, length in (("a", 0, 4), ("z", 2, 0), ("b", 0, 4))
+    )
+    positions = (0, 4096, 4096)
+    header = ObjectHeader(
+        name=CheckpointName(run="run-7", incarnation=1, step=5, attempt="00abcdef"),
+        rank=0,
+        piece="d",
+        shards=tuple(
+            StoredShard(shard=shard, step=5, position=position, crc32c=0)
+            for shard, position in zip(shards, positions, strict=True)
+        ),
+        state=None,
+        data_bytes=8192,
+    )
+
+    assert parse_header(encode_header(header), key="k") == header
 
 
 def test_a_header_of_another_object_is_refused() -> None:

@@ -143,6 +143,13 @@ def test_hostile_bytes_raise_one_error(blob: bytes) -> None:
         b'{"d":[[[],1]]}',
         b'{"d":{"a":1}}',
         b'{"d":5}',
+        b'{"d":[["a",1],["a",2]]}',
+        b'{"f":"1.0"}',
+        b'{"b":"AB=="}',
+        b'{"f":"nan","f":"inf"}',
+        b" 1",
+        b'"\\u0041"',
+        b"[" + b"0," * 1_000_000 + b"0]",
         b'{"a":["F32",[2],"numpy",0,8]}',
         b'{"a":["F32",[1000000000000,1000000000000],"numpy",0,0]}',
         b'{"a":["F32",[true],"numpy",0,4]}',
@@ -162,3 +169,14 @@ def test_every_cut_is_seen(tree: object, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, 8 + length - 1))
     with pytest.raises(ManifestCorruptError):
         decode_state(blob[:cut])
+
+
+def test_equal_trees_give_equal_bytes_whatever_was_in_their_place_before() -> None:
+    arrays = [ArrayValue(dtype="U8", shape=(3,), kind="torch", data=memoryview(b"abc")) for _ in range(3)]
+    encoded = encode_state({"arrays": arrays, "text": "x"})
+    place = bytearray(b"\xaa" * encoded.size_bytes)
+
+    encoded.write_into(memoryview(place))
+
+    assert bytes(place) == encoded.to_bytes()
+    assert b"\xaa" not in place
