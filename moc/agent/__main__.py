@@ -42,9 +42,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole foreground group; the trainers decide
     if not agent.listen():
         return 0  # another agent has the lock
+    stacks = StackDump(options.folder, "agent")
     if options.ready_fd is not None:
         os.close(options.ready_fd)
-    stacks = StackDump(options.folder, "agent")
     agent.serve()
     stacks.close()
     return 0
