@@ -26,11 +26,10 @@ class PlainFormatter(logging.Formatter):
     """Scrubs secrets, and escapes what would forge a line or steer the terminal of whoever reads it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        line = scrub(super().formatMessage(record))
-        return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in line)
+        return _escape(scrub(super().formatMessage(record)))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
-        return scrub(super().formatException(ei))
+        return "\n".join(map(_escape, scrub(super().formatException(ei)).split("\n")))
 
 
 class PrivateRotation(RotatingFileHandler):
@@ -61,3 +60,7 @@ def _begin(handler: logging.Handler) -> None:
     handler.setFormatter(PlainFormatter(LINE_FORMAT))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])  # libraries may tell more than is good to keep
     logging.getLogger("moc").setLevel(logging.INFO)
+
+
+def _escape(line: str) -> str:
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in line)

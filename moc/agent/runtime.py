@@ -18,6 +18,7 @@ __all__ = [
     "LOG_NAME",
     "SOCKET_NAME",
     "default_root",
+    "existing_root",
     "live_agents",
     "node_identity",
     "open_private",
@@ -38,6 +39,17 @@ def default_root() -> Path:
     return Path(f"/tmp/moc-{os.getuid()}")
 
 
+def existing_root(root: Path | None) -> Path | None:
+    """Return the root, None if there is none; raises UsageError for one that somebody else could put things into."""
+    base = default_root() if root is None else root
+    try:
+        status = base.lstat()
+    except FileNotFoundError:
+        return None
+    _require_private(base, status)
+    return base
+
+
 def runtime_folder(run: str, root: Path | None) -> Path:
     """Return (and create, mode 0700) the folder of a run's agent; raises UsageError if somebody else could enter it."""
     base = default_root() if root is None else root
@@ -53,8 +65,8 @@ def runtime_folder(run: str, root: Path | None) -> Path:
 
 def live_agents(root: Path | None) -> list[tuple[str, Path]]:
     """Return (run, folder) of every agent that answers under the root, sorted by run."""
-    base = default_root() if root is None else root
-    if not _is_mine(base):
+    base = existing_root(root)
+    if base is None:
         return []
     found = []
     for path in sorted(base.glob(f"*/{SOCKET_NAME}")):
@@ -88,8 +100,8 @@ def remember_run(root: Path | None, url_digest: str, run: str) -> None:
 
 def remembered_run(root: Path | None, url_digest: str) -> str | None:
     """Return the run noted for a repository, None if there is none. Raises UsageError for a root of somebody else."""
-    base = default_root() if root is None else root
-    if not _is_mine(base):
+    base = existing_root(root)
+    if base is None:
         return None
     try:
         with open_private(base / f"{url_digest}.run", os.O_RDONLY) as stream:
@@ -118,16 +130,6 @@ def open_private(path: Path, flags: int) -> IO[bytes]:
         )
     kind = "rb" if flags & os.O_ACCMODE == os.O_RDONLY else "ab" if flags & os.O_APPEND else "wb"
     return os.fdopen(handle, kind)
-
-
-def _is_mine(base: Path) -> bool:
-    """Return whether there is a root; raises UsageError for one that somebody else could put things into."""
-    try:
-        status = base.lstat()
-    except FileNotFoundError:
-        return False
-    _require_private(base, status)
-    return True
 
 
 def _make_private(path: Path) -> None:

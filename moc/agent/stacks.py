@@ -102,7 +102,8 @@ def facts_of_process(pid: int) -> dict[str, object]:
     root = Path(f"/proc/{pid}")
     threads = []
     for task in sorted(root.glob("task/[0-9]*"), key=lambda path: int(path.name))[:THREAD_LIMIT]:
-        row = {name: _text(task / name).strip() for name in ("comm", "wchan", "syscall")}
+        row = {name: _text(task / name).strip() for name in ("comm", "wchan")}
+        row["syscall"] = _text(task / "syscall").split(" ")[0]  # its number; what follows are addresses
         threads.append({"tid": int(task.name), "state": _stat_field(task, 2), **row})
     executable = ""
     with contextlib.suppress(OSError):

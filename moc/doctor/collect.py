@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from moc.agent.client import AgentClient
-from moc.agent.runtime import LOG_NAME, SOCKET_NAME, default_root, open_private
+from moc.agent.runtime import LOG_NAME, SOCKET_NAME, default_root, existing_root, open_private
 from moc.agent.stacks import collect_stacks, facts_of_process
 from moc.clock import Clock
 from moc.doctor.evidence import AgentFacts, Facts
 from moc.doctor.node import allowed_environment, environment_of, mount_of, node_facts, secrets_of
-from moc.errors import MocError, StoreUnavailableError, UsageError
+from moc.errors import IntegrityError, MocError, ObjectMissingError, StoreUnavailableError, UsageError
 from moc.format.canonical import load_json
 from moc.format.keys import incarnation_key, manifest_key
 from moc.format.manifest import RECORD_LIMIT_BYTES
 from moc.repository import Repository, StoredCheckpoint
 from moc.store.open import open_store
-from moc.store.redact import redact_url, scrub, secret_values
+from moc.store.redact import redact_url, secret_values
 from moc.verify import check_structure
 
 __all__ = ["collect"]
@@ -51,8 +51,9 @@ def collect(*, storage: str | None, run_id: str | None, root: Path | None, clock
     place = storage if storage is not None else _place_of(facts.agents)
     if place is not None:
         facts.secrets |= secret_values(place, {})
-        facts.repository["url"] = redact_url(place)
-        _within(facts, "repository", timeout_s, lambda: _look_at_repository(facts.repository, place, clock))
+        found: dict[str, Any] = {"url": redact_url(place)}
+        _within(facts, "repository", timeout_s, lambda: _look_at_repository(found, place, clock))
+        facts.repository = dict(found)  # what comes too late changes nothing any more
     return facts
 
 
@@ -78,9 +79,9 @@ def _within(facts: Facts, part: str, timeout_s: float, act: Callable[[], object]
 
 
 def _look_at_agents(facts: Facts, run_id: str | None, root: Path | None, clock: Clock, timeout_s: float) -> None:
-    base = default_root() if root is None else root
-    facts.runtime["root"] = str(base)
-    if not base.exists():
+    facts.runtime["root"] = str(default_root() if root is None else root)
+    base = existing_root(root)
+    if base is None:
         return
     facts.runtime["files"] = sorted(str(path.relative_to(base)) for path in base.glob("*") if path.is_file())
     folders = [path for path in sorted(base.iterdir()) if path.is_dir() and run_id in (None, path.name)]
@@ -167,6 +168,7 @@ def _look_at_repository(found: dict[str, Any], place: str, clock: Clock) -> None
 
 
 def _read_repository(found: dict[str, Any], repository: Repository) -> None:
+    """Fill `found`, value by whole value: it may be looked at before this ends."""
     listed = repository.checkpoints()
     found["checkpoints"] = [{"name": str(row.name), "modified_s": row.modified_s} for row in listed]
     records, findings = repository.incarnations()
@@ -176,21 +178,22 @@ def _read_repository(found: dict[str, Any], repository: Repository) -> None:
         for link in repository.lineage()
     ]
     found["newest_incarnation"] = max((record.number for record in records), default=None)
-    for record in records[-INCARNATIONS:]:
-        _take(found, "incarnations", repository, incarnation_key(record.run, record.number))
-    for row in listed[-MANIFESTS:]:
-        _take(found, "manifests", repository, manifest_key(row.name))
-    found["checked"] = []
+    keys = [incarnation_key(record.run, record.number) for record in records[-INCARNATIONS:]]
+    found["incarnations"] = {key: _record(repository, key) for key in keys}
+    checked: list[dict[str, object]] = []
     for row in reversed(listed[-CHECKED:]):
-        found["checked"].append(_check(repository, row))
+        checked.append(_check(repository, row))
+        found["checked"] = list(checked)
+    keys = [manifest_key(row.name) for row in listed[-MANIFESTS:]]
+    found["manifests"] = {key: _record(repository, key) for key in keys}
 
 
-def _take(found: dict[str, Any], kind: str, repository: Repository, key: str) -> None:
+def _record(repository: Repository, key: str) -> object:
+    """Return a record as it is stored, or why it cannot be had: it may be dropped by retention meanwhile."""
     try:
-        text = repository.store.read(key, limit_bytes=RECORD_LIMIT_BYTES)
-        found.setdefault(kind, {})[key] = load_json(text)
-    except (MocError, ValueError, RecursionError) as error:
-        found["findings"].append(f"{key}: {scrub(str(error))[:300]}")
+        return load_json(repository.store.read(key, limit_bytes=RECORD_LIMIT_BYTES))
+    except (IntegrityError, ObjectMissingError, ValueError, RecursionError) as error:
+        return {"unreadable": f"{type(error).__name__}: {error!s:.300}"}
 
 
 def _check(repository: Repository, row: StoredCheckpoint) -> dict[str, object]:

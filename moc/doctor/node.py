@@ -45,6 +45,7 @@ def node_facts() -> dict[str, object]:
         "memory_bytes": _memory(),
         "available_bytes": available_memory().size_bytes,
         "cgroups": _cgroups(),
+        "oom_kills_since_boot": _oom_kills(),
         "limits": {name: list(resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))) for name in LIMITS},
         "shm": _space("/dev/shm"),
         "tmp": _space("/tmp"),
@@ -132,6 +133,12 @@ def _cgroups() -> list[dict[str, str]]:
         {"path": str(level), **{name: _text(level / name) for name in names if (level / name).exists()}}
         for level in levels
     ]
+
+
+def _oom_kills() -> int | None:
+    """Return how many processes of this machine the kernel has killed for memory, None if it does not tell."""
+    found = re.search(r"^oom_kill (\d+)$", _text(Path("/proc/vmstat")), re.MULTILINE)
+    return None if found is None else int(found[1])
 
 
 def _space(path: str) -> dict[str, object]:

@@ -22,7 +22,8 @@ agents/RUN/        status, diagnosis (life, arena, saves, last spans), processes
 
 def secrets_to_hide(facts: Facts) -> set[str]:
     """Return the secrets that were seen, in the forms in which libraries write them. Pure."""
-    return facts.secrets | {quote(secret, safe="") for secret in facts.secrets}
+    secrets = set(facts.secrets)
+    return secrets | {quote(secret, safe="") for secret in secrets}
 
 
 def write_bundle(bundle: Bundle, facts: Facts, symptoms: list[Symptom]) -> None:

@@ -52,7 +52,7 @@ def job() -> Iterator[Job]:
 def examine(job: Job, output: Path, *arguments: object) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the summary and the files of a bundle."""
     result = moc(
-        "doctor", "--json", "-o", output, "-r", job.storage, "--runtime-root", job.root, "--timeout", "6", *arguments
+        "doctor", "--json", "-o", output, "-r", job.storage, "--runtime-root", job.root, "--timeout", "4", *arguments
     )
     assert result.returncode in (0, 1), result.stderr
     return json.loads(result.stdout), read_bundle(output)
@@ -202,6 +202,19 @@ def test_a_bundle_is_written_to_a_free_name_only(tmp_path: Path, kind: str) -> N
     assert result.returncode == 2, result.stderr
     assert victim.read_text() == "precious"
     assert not output.exists() or output.read_text() == "precious"
+
+
+def test_a_runtime_root_of_somebody_else_is_not_looked_into(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "run-1").mkdir(parents=True)
+    (theirs / "run-1" / "agent.log").write_text("their words")
+    theirs.chmod(0o755)
+
+    result = moc("doctor", "--runtime-root", theirs, "-o", tmp_path / "bundle.tar.gz")
+
+    assert result.returncode == 1
+    assert "part=agents UsageError: runtime folder is not private" in result.stdout
+    assert not any("their words" in text for text in read_bundle(tmp_path / "bundle.tar.gz").values())
 
 
 class HangingFileSystem(MemoryFileSystem):

@@ -103,6 +103,7 @@ def detached_engine(place: Place, _: Note) -> None:
         manager = inside.attach(training)
         assert all(name in engine.__dict__ for name in HOOKED)
         assert signal.getsignal(signal.SIGTERM) != handler
+        assert len(inside.stack_files(manager.run_id)) == 1
         training.run(5, manager.step if case.boundary == "step" else lambda: None)
         assert manager.status().boundary == ("manager.step()" if case.boundary == "step" else "hook")
         manager.detach()
@@ -110,6 +111,7 @@ def detached_engine(place: Place, _: Note) -> None:
         assert engine.__dict__.keys() == before.keys()
         assert all(engine.__dict__[name] is before[name] for name in before if callable(before[name]))
         assert signal.getsignal(signal.SIGTERM) == handler
+        assert inside.stack_files(manager.run_id) == []
         assert inside.committed() == [5]
         training.run(9)
         assert training.losses == undisturbed.losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ class Place:
         expect(kind, words, lambda: self.attach_engine(engine, **options))
         assert engine.__dict__ == before
         assert signal.getsignal(signal.SIGTERM) == handler
+
+    def stack_files(self, run: str) -> list[Path]:
+        """Return the files to which this process would write its stacks."""
+        return list(self.runtime.glob(f"{run}/stacks-*-{os.getpid()}-*.txt"))
 
     def incarnations(self) -> list[tuple[int, str]]:
         """Return (number, reason) of every life in the repository."""
