@@ -68,7 +68,7 @@ class Auditor:
 
     # Storage
 
-    def note_put(self, key: str, content: bytes, *, by: Process) -> None:
+    def note_put(self, key: str, content: bytes, *, by: Process, knowledge: Knowledge) -> None:
         digest = hashlib.sha256(content).digest()
         if not key.startswith("victims/") and self.written.setdefault(key, digest) != digest:
             self.fail("I1", f"{key} is written with a second content by {by.name}")
@@ -76,10 +76,10 @@ class Auditor:
             record = parse_record(content)
             self.records.setdefault(record.number, []).append(record)
         elif key.startswith("manifests/"):
-            self._judge_commit(key, content, by)
+            self._judge_commit(key, content, by, knowledge)
 
     def knowledge(self, by: Process) -> Knowledge:
-        """Return what a process knows when it asks for a deletion, which may take effect later."""
+        """Return what a process knows when it asks for a change, which may take effect later."""
         return Knowledge(self.committer.get(by.pid), self.seen.get(by.pid, {}))
 
     def is_past(self, key: str) -> bool:
@@ -124,12 +124,14 @@ class Auditor:
     def _stored_records(self) -> dict[int, Record]:
         return {number: records[-1] for number, records in sorted(self.records.items())}
 
-    def _judge_commit(self, key: str, content: bytes, by: Process) -> None:
+    def _judge_commit(self, key: str, content: bytes, by: Process, knowledge: Knowledge) -> None:
         name, body = parse_name(key), json.loads(content)["body"]
         keys = tuple(row["key"] for row in body["objects"])
         self.manifests[name] = keys
         self.committer[by.pid] = name.number
         self.count("committed")
+        if max(knowledge.seen, default=0) > name.number:
+            self.fail("fence", f"{by.name} commits {name} having seen {sorted(knowledge.seen)}")
         stored = {entry.key: entry.size_bytes for entry in self.sim.storage.memory.list("objects")}
         missing = [row["key"] for row in body["objects"] if stored.get(row["key"]) != row["size"]]
         if missing:

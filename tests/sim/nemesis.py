@@ -30,10 +30,10 @@ class Nemesis:
         self.is_awake = True
         self._guests = 0
         self._acts: tuple[tuple[int, Callable[[], None]], ...] = (
-            (6, self._kill_trainer),
-            (3, self._kill_trainers),
-            (5, self._kill_agent),
-            (2, self._kill_everything),
+            (8, self._kill_trainer),
+            (6, self._kill_trainers),
+            (4, self._kill_agent),
+            (1, self._kill_everything),
             (3, self._stop_trainer),
             (2, self._stop_agent),
             (3, self._storage_down),

@@ -221,8 +221,12 @@ class _LogLines(logging.Handler):
 def simulate(seed: int, *, keep_log: bool = False) -> Report:
     """Run one seed and leave no descriptor behind."""
     before = set(os.listdir("/proc/self/fd"))
-    report = Simulation(seed, keep_log=keep_log).run()
-    gc.collect()
+    gc.disable()  # nothing may be closed by a collection that comes at a time of its own
+    try:
+        report = Simulation(seed, keep_log=keep_log).run()
+    finally:
+        gc.enable()
+        gc.collect()
     for descriptor in sorted(set(os.listdir("/proc/self/fd")) - before, key=int):
         try:
             os.close(int(descriptor))

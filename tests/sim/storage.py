@@ -44,10 +44,10 @@ class Storage:
             return store
         return RetryingStore(store, process.host, chance=self.chance, trace=trace)
 
-    def put(self, key: str, content: bytes, *, create_only: bool, by: Process) -> None:
+    def put(self, key: str, content: bytes, *, create_only: bool, by: Process, knowledge: Knowledge) -> None:
         self.sim.note(by, "store.put lands", {"key": key, "bytes": len(content)})
         self.memory.put(key, [memoryview(content)], create_only=create_only)
-        self.sim.auditor.note_put(key, content, by=by)
+        self.sim.auditor.note_put(key, content, by=by, knowledge=knowledge)
 
     def delete(self, key: str, *, by: Process, knowledge: Knowledge) -> None:
         self.sim.note(by, "store.delete lands", {"key": key})
@@ -68,9 +68,11 @@ class SimStore:
 
     def put(self, key: str, segments: Sequence[Segment], *, create_only: bool = False) -> None:
         content = b"".join(segments)
+        storage, process = self._storage, self._process
+        knowledge = storage.sim.auditor.knowledge(process)
 
         def land() -> None:
-            self._storage.put(key, content, create_only=create_only, by=self._process)
+            storage.put(key, content, create_only=create_only, by=process, knowledge=knowledge)
 
         self._change("put", key, land)
 

@@ -87,12 +87,11 @@ PLANTED = (
         tests=("I2", "I5"),
     ),
     Mutation(
-        name="no-fence-before-a-deletion",
-        file="moc/gc.py",
-        old="                refuse_if_fenced(self._repository, self._run, self._incarnation)\n"
-        "                self._repository.delete_manifest(name)\n",
-        new="                self._repository.delete_manifest(name)\n",
-        tests=("I5",),
+        name="no-fence",
+        file="moc/commit.py",
+        old="    if newer:\n",
+        new="    if False:\n",
+        tests=("I5", "fence"),
     ),
     Mutation(
         name="source-not-kept-for-the-next-life",
