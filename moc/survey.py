@@ -288,6 +288,7 @@ def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) ->
     others cannot end.
     """
     first: dict[int, object] = {}
+    first_s = host.now_s()
     while True:
         inventory, _ = client.request("inventory")
         rows = [row for row in inventory["live"] if row["pid"] not in pids]
@@ -301,10 +302,11 @@ def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) ->
                 f"incarnation={rows[0]['incarnation']} "
                 "allowed=one job per repository; stop it first"
             )
-        newest_ns = max(row.get("beat_ns") or 0 for row in rows)
+        # A life that has just begun has no heartbeat yet: it counts as young as it can be.
+        newest_s = max(row.get("beat_ns") or 0 for row in rows) * 1e-9 or first_s
         interval_ns = max(row.get("beat_interval_ns") or 0 for row in rows)
         patience_s = max(LIVE_BEAT_S, 3e-9 * interval_ns) if interval_ns else FIRST_STEP_S
-        if host.now_s() - newest_ns * 1e-9 > patience_s:
+        if host.now_s() - newest_s > patience_s:
             return
         host.sleep(WATCH_INTERVAL_S)
 

@@ -122,7 +122,8 @@ class Auditor:
             survey.records = self._stored_records()
 
     def _stored_records(self) -> dict[int, Record]:
-        return {number: records[-1] for number, records in sorted(self.records.items())}
+        """Return the records by number; of two first jobs that raced, the one with the later name counts."""
+        return {number: max(records, key=lambda r: r.run) for number, records in sorted(self.records.items())}
 
     def _judge_commit(self, key: str, content: bytes, by: Process, knowledge: Knowledge) -> None:
         name, body = parse_name(key), json.loads(content)["body"]
@@ -141,7 +142,7 @@ class Auditor:
         if not owners:
             self.fail("lineage", f"{by.name} commits {name} before the life's record is written")
             return
-        whole = self.wholes.get((owners[-1].token, name.step))
+        whole = self._whole_of(owners[-1], name.step)
         if whole is None:
             self.fail("content", f"{by.name} commits {name}, a state that life {owners[-1].token} never had")
             return
@@ -152,6 +153,17 @@ class Auditor:
                 self.fail("content", f"{object_key} committed by {by.name}: {defect}")
         if any((count != 1).any() for count in covered.values()):
             self.fail("I3", f"{name} does not cover every element once: {covered}")
+
+    def _whole_of(self, life: Record, step: int) -> Whole | None:
+        """Return a life's state at a step; one that never came to train is what it was recovered from."""
+        if (life.token, step) not in self.wholes and life.token not in self.lives and life.parent is not None:
+            parents = [r.token for r in self.records.get(life.parent[0], ()) if r.run == life.run]
+            parents += [f.record.token for f in self.lives.values() if f.record.number == life.parent[0]]
+            known = [token for token in parents if step == life.parent[1] and (token, step) in self.wholes]
+            if known:
+                self.wholes[life.token, step] = self.wholes[known[0], step]
+                self.doers[life.token, step] = self.doers[known[0], step]
+        return self.wholes.get((life.token, step))
 
     # Lives
 
@@ -179,7 +191,7 @@ class Auditor:
                 whole, doer = self.wholes[source, report.step], self.doers[source, report.step]
                 for rejected in report.rejected:
                     self._judge_rejection(rejected.candidate, rejected.reason)
-            self.lives[record.token] = LifeFact(fact, state.step, is_stored)
+            self.lives[record.token] = LifeFact(fact, is_stored)
             self.wholes[record.token, state.step] = whole
             self.doers[record.token, state.step] = doer
         self._compare(trainer, record.token)
@@ -192,7 +204,7 @@ class Auditor:
         assert state is not None
         record = session._life.record
         if record.token not in self.lives:
-            self.lives[record.token] = LifeFact(Record(record.run, record.number, record.token, None), state.step, True)
+            self.lives[record.token] = LifeFact(Record(record.run, record.number, record.token, None), True)
             self.wholes[record.token, state.step] = whole
             self.doers[record.token, state.step] = state.life
             self.count("loaded")
@@ -321,11 +333,12 @@ class Auditor:
             is_same = records.get(held.number) is not None and records[held.number].token == held.token
             if better is not None and better < found and is_same:
                 self.fail("recovery", f"{where}: behind the snapshot of step {held.step} of life {held.number}")
-        owner = records.get(number)
-        if owner is None or (owner.token, step) not in self.wholes:
-            self.fail("lineage", f"{where}: a state that life never had")
+        tokens = [r.token for r in (*self.records.get(number, ()), *records.values()) if r.number == number]
+        found_in = [t for t in tokens if (t, step) in self.wholes and not state.differs_from(self.wholes[t, step])]
+        if not found_in:
+            self.fail("content", f"{where}: a state that life never had")
             return None
-        return owner.token
+        return found_in[0]
 
     def _judge_rejection(self, candidate: str, reason: str) -> None:
         self.count("rejected")

@@ -15,10 +15,9 @@ __all__ = ["Held", "Knowledge", "LifeFact", "Survey"]
 
 @dataclass(slots=True)
 class LifeFact:
-    """A life that has begun; `source` is the life and step that it grew from."""
+    """A life that has begun, and whether its record was written then."""
 
     record: Record
-    first_step: int
     is_stored: bool
 
 

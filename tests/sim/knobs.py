@@ -45,6 +45,7 @@ class Knobs:
     detach_odds: float
     resize_odds: float
     second_job_odds: float
+    is_raced: bool
 
     @staticmethod
     def draw(chance: random.Random) -> Knobs:
@@ -85,7 +86,8 @@ class Knobs:
             load_odds=pick((0.0, 0.0, 0.0, 0.03)),
             detach_odds=pick((0.0, 0.0, 0.02, 0.1)),
             resize_odds=pick((0.0, 0.0, 0.5)),
-            second_job_odds=pick((0.0, 0.0, 0.3)),
+            second_job_odds=pick((0.0, 0.5)),
+            is_raced=rare() < 0.05,
         )
 
     def __str__(self) -> str:

@@ -41,7 +41,7 @@ class Nemesis:
             (2, self._ask_status),
             (1, self._drain),
             (2, self._terminate),
-            (2, self._second_job),
+            (3, self._second_job),
         )
         self._later()
 

@@ -159,6 +159,8 @@ class Simulation:
         logger.propagate = False
         try:
             self.jobs.append(Job(self, "job", is_guest=False))
+            if self.knobs.is_raced:
+                self.jobs.append(Job(self, "rival", is_guest=True))
             self.scheduler.call_at(self.scheduler.now_s + self.knobs.chaos_s, self._heal)
             self.scheduler.run(self._is_over, turn_limit=TURN_LIMIT, until_s=TIME_LIMIT_S)
             if not self._problems():

@@ -108,6 +108,13 @@ PLANTED = (
         tests=("I1",),
     ),
     Mutation(
+        name="a-life-without-a-heartbeat-is-hung",
+        file="moc/survey.py",
+        old=' * 1e-9 or first_s\n',
+        new=" * 1e-9\n",
+        tests=("second job",),
+    ),
+    Mutation(
         name="dead-ranks-of-a-larger-life-count",
         file="moc/agent/server.py",
         old='        self._trainers.begin_life(message["incarnation"])\n',
