@@ -1,4 +1,4 @@
-"""Watches everything that a reader or a user could see, and names what breaks a promise.
+"""Watches every life of the job and everything that it is told, and names what breaks a promise.
 
 It keeps a model of its own (`tests.sim.model`) and looks at production objects only to learn facts that nobody
 announces: which agent holds which life's memory, and which token a life has.
@@ -6,26 +6,14 @@ announces: which agent holds which life's memory, and which token a life has.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from moc.errors import MocError
 from moc.snapshot.arena import Arena
-from tests.sim.facts import Held, Knowledge, LifeFact, Survey
-from tests.sim.model import (
-    Record,
-    StoredName,
-    chain,
-    due_to_go,
-    object_defect,
-    parse_name,
-    parse_record,
-    position,
-)
+from tests.sim.facts import Held, LifeFact
+from tests.sim.ledger import Ledger
+from tests.sim.model import Record, chain, parse_name, position
 from tests.sim.state import Whole, advance, first_whole, noise_at
 
 if TYPE_CHECKING:
@@ -33,7 +21,6 @@ if TYPE_CHECKING:
 
     from tests.sim.job import Trainer
     from tests.sim.process import Process
-    from tests.sim.simulation import Simulation
 
 __all__ = ["Auditor"]
 
@@ -41,131 +28,10 @@ LIVING_S = 10.0  # a job whose ranks all stepped this lately must not be taken o
 
 
 @dataclass(slots=True)
-class Auditor:
-    """Collects violations; the simulation stops at the first."""
+class Auditor(Ledger):
+    """Judges the lives; the simulation stops at the first violation. `held` is the newest global snapshot by life."""
 
-    sim: Simulation
-    violations: list[str] = field(default_factory=list)
-    lives: dict[str, LifeFact] = field(default_factory=dict)
-    wholes: dict[tuple[str, int], Whole] = field(default_factory=dict)
-    doers: dict[tuple[str, int], int] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
-    written: dict[str, bytes] = field(default_factory=dict)
-    records: dict[int, list[Record]] = field(default_factory=dict)
-    manifests: dict[StoredName, tuple[str, ...]] = field(default_factory=dict)
-    dropped: set[StoredName] = field(default_factory=set)
-    seen: dict[int, dict[int, Record]] = field(default_factory=dict)
-    committer: dict[int, int] = field(default_factory=dict)
-    surveys: dict[int, Survey] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def fail(self, promise: str, what: str) -> None:
-        self.sim.note(None, f"VIOLATION {promise}: {what}")
-        self.violations.append(f"{promise}: {what}")
-
-    def count(self, what: str) -> None:
-        self.counts[what] = self.counts.get(what, 0) + 1
-
-    # Storage
-
-    def note_put(self, key: str, content: bytes, *, by: Process, knowledge: Knowledge) -> None:
-        digest = hashlib.sha256(content).digest()
-        if not key.startswith("victims/") and self.written.setdefault(key, digest) != digest:
-            self.fail("I1", f"{key} is written with a second content by {by.name}")
-        if key.startswith("incarnations/"):
-            record = parse_record(content)
-            self.records.setdefault(record.number, []).append(record)
-        elif key.startswith("manifests/"):
-            self._judge_commit(key, content, by, knowledge)
-
-    def knowledge(self, by: Process) -> Knowledge:
-        """Return what a process knows when it asks for a change, which may take effect later."""
-        return Knowledge(self.committer.get(by.pid), self.seen.get(by.pid, {}))
-
-    def is_past(self, key: str) -> bool:
-        """Return whether a life newer than the key's has committed."""
-        newest = max((name.number for name in self.manifests), default=0)
-        return "/" in key and int(key.split("/")[1][:6]) < newest
-
-    def note_delete(self, key: str, *, by: Process, knowledge: Knowledge) -> None:
-        kind = key.partition("/")[0]
-        if kind not in ("manifests", "objects"):
-            if kind != "victims":
-                self.fail("I5", f"{by.name} deletes {key}")
-            return
-        life, seen = knowledge.life, knowledge.seen
-        if by.kind != "agent" or life is None or max(seen, default=0) > life:
-            self.fail("I5", f"{by.name} of life {life} deletes {key} having seen {sorted(seen)}")
-        if kind == "objects":
-            holders = [name for name, keys in self.manifests.items() if key in keys]
-            if holders:
-                self.fail("I2", f"{by.name} deletes {key}, which {holders[0]} names")
-            return
-        name = parse_name(key)
-        if name not in self.manifests:
-            return  # again
-        knobs = self.sim.knobs
-        rule = {"keep_last": knobs.keep_last, "keep_every": knobs.keep_every}
-        if not due_to_go(name, [n for n in self.manifests if n.run == name.run], chain(seen), **rule):
-            listed = ", ".join(f"{n.number}/{n.step}" for n in sorted(self.manifests))
-            self.fail("retention", f"{by.name} drops {name}; listed: {listed}; chain: {chain(seen)}")
-        del self.manifests[name]
-        self.dropped.add(name)
-        self.count("dropped")
-
-    def note_list(self, prefix: str, keys: list[str], *, by: Process) -> None:
-        if prefix != "incarnations":
-            return
-        self.seen[by.pid] = self._stored_records()
-        if by.kind == "trainer":
-            survey = self.surveys.setdefault(by.pid, Survey({}, set(self.manifests)))
-            survey.records = self._stored_records()
-
-    def _stored_records(self) -> dict[int, Record]:
-        """Return the records by number; of two first jobs that raced, the one with the later name counts."""
-        return {number: max(records, key=lambda r: r.run) for number, records in sorted(self.records.items())}
-
-    def _judge_commit(self, key: str, content: bytes, by: Process, knowledge: Knowledge) -> None:
-        name, body = parse_name(key), json.loads(content)["body"]
-        keys = tuple(row["key"] for row in body["objects"])
-        self.manifests[name] = keys
-        self.committer[by.pid] = name.number
-        self.count("committed")
-        if max(knowledge.seen, default=0) > name.number:
-            self.fail("fence", f"{by.name} commits {name} having seen {sorted(knowledge.seen)}")
-        stored = {entry.key: entry.size_bytes for entry in self.sim.storage.memory.list("objects")}
-        missing = [row["key"] for row in body["objects"] if stored.get(row["key"]) != row["size"]]
-        if missing:
-            self.fail("I2", f"{by.name} commits {name} without {missing}")
-            return
-        owners = [r for r in self.records.get(name.number, []) if r.run == name.run]
-        if not owners:
-            self.fail("lineage", f"{by.name} commits {name} before the life's record is written")
-            return
-        whole = self._whole_of(owners[-1], name.step)
-        if whole is None:
-            self.fail("content", f"{by.name} commits {name}, a state that life {owners[-1].token} never had")
-            return
-        covered = {tensor: np.zeros(len(values), dtype=np.int64) for tensor, values in whole.items()}
-        for object_key in keys:
-            defect = object_defect(self.sim.storage.memory.read(object_key, limit_bytes=1 << 30), whole, covered)
-            if defect is not None:
-                self.fail("content", f"{object_key} committed by {by.name}: {defect}")
-        if any((count != 1).any() for count in covered.values()):
-            self.fail("I3", f"{name} does not cover every element once: {covered}")
-
-    def _whole_of(self, life: Record, step: int) -> Whole | None:
-        """Return a life's state at a step; one that never came to train is what it was recovered from."""
-        if (life.token, step) not in self.wholes and life.token not in self.lives and life.parent is not None:
-            parents = [r.token for r in self.records.get(life.parent[0], ()) if r.run == life.run]
-            parents += [f.record.token for f in self.lives.values() if f.record.number == life.parent[0]]
-            known = [token for token in parents if step == life.parent[1] and (token, step) in self.wholes]
-            if known:
-                self.wholes[life.token, step] = self.wholes[known[0], step]
-                self.doers[life.token, step] = self.doers[known[0], step]
-        return self.wholes.get((life.token, step))
-
-    # Lives
 
     def note_attached(self, trainer: Trainer) -> None:
         """A rank has recovered and begun its life."""
