@@ -5,21 +5,34 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.support.job import Job
+from tests.support.job import Job, until
 
 PATIENCE_S = 1
+
+
+def _stop_agent(job: Job) -> int:
+    """Stop the agent, wait until all its threads stand, and return its pid."""
+    agent = job.agent_pid()
+    assert agent is not None
+    os.kill(agent, signal.SIGSTOP)
+
+    def is_stopped() -> bool:
+        stats = [path.read_text() for path in Path(f"/proc/{agent}/task").glob("*/stat")]
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+    until(is_stopped, "all threads of the agent stand")
+    return agent
 
 
 def test_training_goes_on_beside_a_stopped_agent_and_saves_go_on_after_it() -> None:
     with Job(size=2, step_s=0.002, timeout_s=5) as job:
         life = job.start()
         life.event("committed", step=5)
-        agent = job.agent_pid()
-        assert agent is not None
-        os.kill(agent, signal.SIGSTOP)
+        agent = _stop_agent(job)
         stopped_at = life.newest_step("step")
         life.event("step", step=stopped_at + 20)
         announced = life.newest_step("committed")
@@ -41,9 +54,7 @@ def test_a_save_that_a_stopped_agent_does_not_make_fails_in_time_and_training_go
     with Job(size=1, step_s=0.002, timeout_s=PATIENCE_S, save_at=30, wait_s=PATIENCE_S) as job:
         life = job.start()
         life.event("global", step=5)
-        agent = job.agent_pid()
-        assert agent is not None
-        os.kill(agent, signal.SIGSTOP)
+        agent = _stop_agent(job)
         failed = life.event("save_failed", step=30)
         life.event("step", step=failed["step"] + 50)
         os.kill(agent, signal.SIGCONT)
@@ -55,9 +66,7 @@ def test_attach_says_that_a_stopped_agent_does_not_answer() -> None:
         first = job.start()
         first.event("global", step=5)
         first.kill()
-        agent = job.agent_pid()
-        assert agent is not None
-        os.kill(agent, signal.SIGSTOP)
+        agent = _stop_agent(job)
         agent_folder, before, began_s = job.runtime, job.listing(), time.monotonic()
 
         words = job.start().refused("WaitTimeoutError")
