@@ -39,7 +39,8 @@ class Ledger:
 
     def announced(self) -> list[CheckpointName]:
         """Return every commit that an agent has announced, in the order of the announcements."""
-        text = self._log.read_text(errors="replace") if self._log.exists() else ""
+        logs = sorted(self._log.parent.glob(f"{self._log.name}*"), reverse=True)  # older ones have numbers
+        text = "".join(log.read_text(errors="replace") for log in logs)
         names = [parse_manifest_key(f"manifests/{name}.json") for name in COMMITTED.findall(text)]
         return [name for name in names if name is not None]
 

@@ -62,7 +62,7 @@ def _mounted(top: Path) -> dict[str | None, _Hierarchy]:
     found: dict[str | None, _Hierarchy] = {}
     for line in (top / "proc/self/mountinfo").read_text().splitlines():
         place, _, origin = line.partition(" - ")
-        kind, _, options = origin.split()[:3]
+        kind, *_, options = origin.split(" ")  # what lies between may be empty
         root, point = place.split()[3:5]
         mount = top / point.lstrip("/")
         if kind == "cgroup2":

@@ -20,7 +20,10 @@ class Machine:
     def __init__(self, top: Path, *, mount: str, root: str = "/", membership: str) -> None:
         self.top = top
         self.write("proc/meminfo", f"MemTotal: 99 kB\nMemAvailable: {FREE_KIB} kB")
-        self.write("proc/self/mountinfo", "21 1 8:1 / / rw - ext4 /dev/root rw\n" + mount.format(root=root))
+        others = (
+            "21 1 8:1 / / rw - ext4 /dev/root rw\n22 1 0:5 / /run rw shared:2 - tmpfs  rw\n"  # a source may be empty
+        )
+        self.write("proc/self/mountinfo", others + mount.format(root=root))
         self.write("proc/self/cgroup", membership)
 
     def write(self, path: str, text: object) -> None:
