@@ -54,7 +54,7 @@ class RemoteStore:
         url: str,
         storage_options: Mapping[str, object] | None = None,
         *,
-        patience_s: float = 60.0,
+        patience_s: float = 120.0,
         part_bytes: int = PART_BYTES,
         trace: Trace | None = None,
     ) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 __all__ = ["PART_BYTES", "PART_LIMIT", "S3_SCHEMES", "PartedContent", "bound_requests", "stale_uploads"]
 
 S3_SCHEMES = frozenset({"s3", "s3a"})
-REQUEST_TRIES = 3  # of one request, by botocore: one part of many should not fail the whole object
-SILENCE_S = 30.0  # until a request without an answer is given up
+REQUEST_TRIES = 4  # of one request, by botocore, within about 4 s: one part of many should not fail the whole object
+SILENCE_S = 60.0  # until a request without an answer is given up; joining the parts of a huge object takes long
 PART_BYTES = 16 * 2**20  # large enough for a fast stream, small enough to send many of them at once
 PART_LIMIT = 9000  # S3 takes 10000 parts
-UPLOAD_LIMIT = 10_000  # uploads that one sweep looks at
+PAGE_LIMIT = 100  # of 1000 uploads each, that one sweep looks at
 
 
 class PartedContent:
@@ -71,7 +71,7 @@ def stale_uploads(files: Any, base: str, *, older_than_s: float, timeout: float)
     begun_before = datetime.now(timezone.utc) - timedelta(seconds=older_than_s)
     found: list[dict[str, str]] = []
     page: dict[str, str] = {}
-    while len(found) < UPLOAD_LIMIT:
+    for _ in range(PAGE_LIMIT):
         answer = files.call_s3(
             "list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "", **page, timeout=timeout
         )

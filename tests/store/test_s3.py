@@ -34,6 +34,7 @@ from moc.store.open import open_store
 from moc.store.port import Store
 from moc.store.remote import RemoteStore
 from moc.store.retry import RetryingStore
+from moc.store.s3 import REQUEST_TRIES
 from moc.trace import Trace
 from moc.verify import verify_checkpoint, verify_repository
 from tests.support.clock import FakeClock
@@ -158,7 +159,7 @@ def test_one_layer_repeats_and_not_three(s3_server: S3Server, healed: FaultProxy
     with pytest.raises(StoreUnavailableError, match="SlowDown"):
         CALLS["list"](store)
 
-    assert fault.hits == 3
+    assert fault.hits == REQUEST_TRIES
     store.close()
 
 

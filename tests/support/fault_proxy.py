@@ -85,7 +85,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """One request or response: start line and headers as they came, and the decoded length of what follows."""
+    """One request or response as it is on the wire."""
 
     head: bytes
     body: bytes
@@ -137,7 +137,7 @@ class FaultProxy:
         return fault
 
     def heal(self) -> None:
-        """Forget all faults and requests; what stalls is let go."""
+        """Forget all faults and requests."""
         with self._lock:
             self._faults.clear()
             self._requests.clear()
