@@ -216,7 +216,7 @@ def decode_manifest(encoded: bytes, *, name: str) -> Manifest:
         fingerprint=fields.mapping("fingerprint"),
         versions=fields.mapping("versions"),
         is_finite=fields.boolean("is_finite"),
-        stale_experts=tuple(_stale(row, fields.name) for row in fields.rows("stale_experts")),
+        stale_experts=tuple(_stale(row, checkpoint, fields.name) for row in fields.rows("stale_experts")),
         plt=fields.mapping("plt"),
     )
 
@@ -284,8 +284,8 @@ def _check_objects(fields: Fields, name: CheckpointName, objects: tuple[ObjectRo
     dense_ranks = []
     for key in keys:
         owner, rank, piece = parse_object_key(key)
-        is_own = owner == name if piece == "d" else owner.run == name.run and owner <= name
-        if not is_own:
+        is_earlier = owner.run == name.run and owner.incarnation <= name.incarnation and owner.step <= name.step
+        if not is_earlier or (piece == "d" and owner != name):
             raise ManifestCorruptError(f"object is of another attempt: name={fields.name} object={key}")
         if piece == "d":
             dense_ranks.append(rank)
@@ -310,7 +310,8 @@ def _topology(fields: Fields) -> Mapping[str, object]:
     return topology
 
 
-def _stale(row: object, name: str) -> tuple[int, int, int]:
-    if not (isinstance(row, list) and len(row) == 3 and all(type(n) is int and n >= 0 for n in row)):
+def _stale(row: object, checkpoint: CheckpointName, name: str) -> tuple[int, int, int]:
+    is_row = isinstance(row, list) and len(row) == 3 and all(type(n) is int and n >= 0 for n in row)
+    if not isinstance(row, list) or not is_row or row[2] >= checkpoint.step:
         raise ManifestCorruptError(f"record field is wrong: name={name} field=stale_experts given={row!r}")
     return (row[0], row[1], row[2])

@@ -45,6 +45,11 @@ incarnations = numbers.flatmap(
 )
 
 
+def _stale_experts(step: int) -> st.SearchStrategy[tuple[int, int, int]]:
+    number = st.integers(0, 2**40)
+    return st.tuples(number, number, st.integers(0, max(step - 1, 0)))
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     name = draw(names)
@@ -73,7 +78,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         fingerprint=draw(mappings),
         versions=draw(mappings),
         is_finite=draw(st.booleans()),
-        stale_experts=tuple(draw(st.lists(st.tuples(*[st.integers(0, 2**40)] * 3), max_size=3))),
+        stale_experts=tuple(draw(st.lists(_stale_experts(name.step), max_size=3 if name.step else 0))),
         plt=draw(mappings),
     )
 

@@ -220,6 +220,15 @@ CONTRADICTIONS: Mapping[str, Case] = {
     "stale expert that is not stored": Case(
         TWO, lambda b: b.record("manifests/*/*", stale_experts=[[0, 0, 1]]), "not stored", "manifests/"
     ),
+    "stale expert of a later step": Case(
+        TWO, lambda b: b.record("manifests/*/*", stale_experts=[[0, 0, 3]]), "field=stale_experts", "manifests/"
+    ),
+    "experts of an abandoned later step": Case(
+        TWO,
+        lambda b: b.rows(lambda rows: rows[1].update(key=rows[1]["key"].replace("00000003-", "00000004-"))),
+        "another attempt",
+        "manifests/",
+    ),
     "dense shard of an earlier step": Case(
         TWO, lambda b: b.header(DENSE, lambda h: _steps(h, 2)), "impossible step", DENSE
     ),

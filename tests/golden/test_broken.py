@@ -33,6 +33,7 @@ from tests.golden.scenarios import RUN, SCENARIOS
 from tests.golden.write import FOLDER
 
 NEWEST_LIFE = {"lives": 4, "two-ranks": 1}
+STEPS = {"lives": ("5", "6"), "two-ranks": ("3", "3")}
 SAMPLE = ("missing object", "gap", "FORMAT of another version", "nested deep", "size of 2^63-1")
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -53,7 +54,13 @@ def test_verify_names_it_and_every_verb_answers(name: str, tmp_path: Path, capsy
     else:
         assert code == case.code, found
         assert any(case.key in key and case.words in words for key, words in found), found
-    for verb in (["ls"], ["show"], ["gc"], ["restore", "--to", str(tmp_path / "copy")]):
+    for verb in (
+        ["ls"],
+        ["show"],
+        ["gc"],
+        ["diff", *STEPS[case.scenario]],
+        ["restore", "--to", str(tmp_path / "copy")],
+    ):
         assert main([*verb, "-r", str(root)]) in (0, 3, 4, 5, 6), verb
     if (tmp_path / "copy").exists():
         assert main(["verify", "--read-data=100", "-r", str(tmp_path / "copy")]) == 0
