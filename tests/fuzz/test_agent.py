@@ -24,7 +24,7 @@ from moc.agent.client import AgentClient, ensure_agent
 from moc.agent.runtime import SOCKET_NAME, runtime_folder
 from moc.host import SystemHost
 from tests.fuzz import seeds
-from tests.fuzz.test_parsers import HOSTILE_TEXTS, HOSTILE_VALUES, changed_at
+from tests.fuzz.changes import HOSTILE_TEXTS, HOSTILE_VALUES, changed_at
 
 DEADLINE_S = 30.0
 LASTING = 4  # the present arena, that of an earlier life, and what the agent opens when it first needs it
@@ -57,7 +57,7 @@ def messages(draw: st.DrawFn) -> tuple[bytes, tuple[str, ...]]:
     if "descriptor" in fields:
         fields["descriptor"] = copy.deepcopy(seeds.descriptor())
     for _ in range(draw(st.integers(0, 2))):
-        fields = changed_at(draw, fields)
+        fields = changed_at(lambda options: draw(st.sampled_from(options)), fields)
         if not isinstance(fields, dict):
             break
     message = {"verb": verb, **fields} if isinstance(fields, dict) else fields
