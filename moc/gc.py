@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moc.commit import refuse_if_fenced
-from moc.errors import IntegrityError, ManifestCorruptError, ObjectMissingError
+from moc.errors import IntegrityError, ManifestCorruptError, StorageError
 from moc.format.keys import CheckpointName, parse_object_key, parse_victims_key
 from moc.format.manifest import Manifest
 from moc.plan.lineage import Link, chain, is_on_chain, merge_incarnations, tip
@@ -57,7 +57,7 @@ class Retention:
             # A manifest that is listed may be lost, and a missing one come back, while whoever put or deleted it had no
             # time to sync that: what is deleted below must not depend on it.
             self._repository.sync_names()
-        deleted = self._delete_condemned()
+        deleted = self._delete_condemned(unreadable)
         if not self._is_swept and not unreadable:
             deleted += self._sweep()
             self._is_swept = True
@@ -92,7 +92,7 @@ class Retention:
         for name in sorted(listed - set(self._manifests)):
             try:
                 self._manifests[name] = self._repository.read_manifest(name)
-            except (IntegrityError, ObjectMissingError):
+            except (IntegrityError, StorageError):
                 # It stays, and so do its objects: only what a readable manifest names is ever condemned.
                 unreadable.append(name)
         return unreadable
@@ -109,15 +109,16 @@ class Retention:
                 self._repository.delete_manifest(name)
             del self._manifests[name]
 
-    def _delete_condemned(self) -> int:
+    def _delete_condemned(self, unreadable: list[CheckpointName]) -> int:
         """Delete what an earlier round condemned, except what a manifest still names (a crash before the manifest's
-        deletion).
+        deletion), or may name: that waits until its manifest is gone or can be read.
         """
         condemned = self._read_condemned()
-        victims = [key for key in condemned if key not in self._named()]
+        waiting = [key for key in condemned if parse_object_key(key)[0] in unreadable]
+        victims = [key for key in condemned if key not in self._named() and key not in waiting]
         self._delete(victims)
-        if condemned:
-            self._repository.put_victims(self._run, self._incarnation, [])
+        if len(condemned) > len(waiting):
+            self._repository.put_victims(self._run, self._incarnation, waiting)
         return len(victims)
 
     def _read_condemned(self) -> tuple[str, ...]:

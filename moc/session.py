@@ -17,7 +17,7 @@ from moc.agent.client import AgentClient
 from moc.agent.link import AgentLink
 from moc.agent.runtime import runtime_folder
 from moc.agreement import agree, exchange
-from moc.attach import Recovered, begin_anew, map_arena, recover_life, write_life
+from moc.attach import Recovered, begin_anew, recover_life, write_life
 from moc.errors import (
     ClosedError,
     CoordinationError,
@@ -30,6 +30,7 @@ from moc.handle import SaveHandle
 from moc.host import Host
 from moc.plan.freeing import attempt_id
 from moc.recover import RecoveryReport
+from moc.restoration import map_arena
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT, PERSIST
 from moc.snapshot.snapshotter import Begun, SnapshotCounters, Snapshotter

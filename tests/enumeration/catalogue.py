@@ -1,6 +1,7 @@
 """What is enumerated by default, and what when time is no object.
 
-The default run has every crash and every power loss at every operation of every workflow. Of the errors, each of which
+The default run has every crash and a power loss at every operation of every workflow; of what may survive that, every
+other choice: nothing, all names without their bytes, what came last, and two at random. Of the errors, each of which
 needs a run of its own, it takes one operation in `FILE_STRIDE` and one request in `STORE_STRIDE`, others for each kind
 and workflow; of two disasters in a row those that begin where a dead process leaves most to its successor. The whole
 run leaves nothing out.
@@ -17,11 +18,13 @@ from tests.enumeration.tally import Tally
 from tests.enumeration.workflows import WORKFLOWS, Workflow
 from tests.support.faulty_files import FaultKind
 from tests.support.faulty_store import StoreFaultKind
+from tests.support.model_disk import SURVIVALS
 
 __all__ = ["FAMILIES", "run_all"]
 
 FILE_STRIDE = 36
 STORE_STRIDE = 6
+LAYOUT_DEPTH = 3  # slashes in the path of a folder right below the repository
 NAMING = frozenset({"rename", "link", "unlink"})
 FILE_ERRORS: tuple[tuple[FaultKind, int, bool], ...] = (
     ("error", errno.EIO, False),
@@ -57,7 +60,7 @@ class Family(Protocol):
 def crashes(workflow: Workflow, tally: Tally, *, is_whole: bool) -> None:
     """Let the process die, or the power go, at every operation."""
     local = LocalRuns(tally)
-    local.crash_everywhere(workflow)
+    local.crash_everywhere(workflow, SURVIVALS if is_whole else SURVIVALS[::2])
     local.lose_every_subset(workflow, limit=8 if is_whole else 3)
     local.read_everywhere(workflow)
 
@@ -97,6 +100,7 @@ def _every(stride: int, first: int) -> slice:
 
 
 def _is_telling(instant: Instant) -> bool:
-    """Return whether a dead process leaves names of records or manifests, or directories, unsynced here."""
+    """Return whether a dead process leaves names of records or manifests, or a folder of the layout, unsynced here."""
     is_name = instant.name in NAMING and "/objects/" not in instant.where
-    return instant.phase == "after" and (is_name or instant.name == "make_directory")
+    is_folder = instant.name == "make_directory" and instant.where.count("/") <= LAYOUT_DEPTH
+    return instant.phase == "after" and (is_name or is_folder)

@@ -32,7 +32,18 @@ from moc.store.port import Store
 from moc.trace import Trace
 from tests.support.plain import PlainState
 
-__all__ = ["RUN", "Ledger", "Life", "SerialHost", "Snapshots", "choose", "name_of", "restored_step", "snapshots"]
+__all__ = [
+    "RUN",
+    "Ledger",
+    "Life",
+    "SerialHost",
+    "Snapshots",
+    "choose",
+    "name_of",
+    "restored_step",
+    "snapshots",
+    "state_of",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,7 +54,8 @@ STEPS = 9  # as many as a workflow and what is done after it need
 TRACE = Trace()
 
 
-def _state(rank: int) -> PlainState:
+def state_of(rank: int) -> PlainState:
+    """Return a rank's training state at its beginning."""
     return PlainState(rank, SIZE, layers=1, experts=1, dense_elements=37, expert_elements=5)
 
 
@@ -51,7 +63,7 @@ class Snapshots:
     """An arena in which every rank has sealed steps 1 to `STEPS`; slot s - 1 holds step s."""
 
     def __init__(self) -> None:
-        states = [_state(rank) for rank in range(SIZE)]
+        states = [state_of(rank) for rank in range(SIZE)]
         catalogs = tuple(state.catalog for state in states)
         digest = catalog_digest(catalogs)
         descriptor: dict[str, object] = {
@@ -274,7 +286,7 @@ def restored_step(repository: Repository, candidate: Candidate, host: Host) -> i
     manifest = repository.read_manifest(name_of(candidate))
     digests = []
     for rank in range(SIZE):
-        state = _state(rank)
+        state = state_of(rank)
         source = StorageSource(repository, manifest, rank=rank)
         tree, is_exact = source.state(rank)
         restore_shards(source, state, candidate, parts=None, host=host, trace=TRACE)

@@ -166,7 +166,7 @@ class LocalRuns:
         kind: FaultKind,
         number: int = errno.EIO,
         *,
-        survivals: Iterable[Survival] = SURVIVALS[:2],
+        survivals: Iterable[Survival] = (SURVIVALS[0], SURVIVALS[2]),
         changes_only: bool = False,
         chosen: slice = slice(None),
     ) -> None:

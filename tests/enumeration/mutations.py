@@ -12,9 +12,10 @@ __all__ = ["MUTATIONS"]
 LOCAL, TREE, GC = "moc/store/local.py", "moc/store/tree.py", "moc/gc.py"
 
 
-def _enumerated(*parts: str) -> tuple[str, ...]:
+def _enumerated(*parts: str, is_whole: bool = False) -> tuple[str, ...]:
     """Return the ids of tests: each part is a family and a workflow."""
-    return tuple(f"tests/enumeration/test_crash_points.py::test_every_promise_is_kept[{part}]" for part in parts)
+    name = "test_every_promise_is_kept" + ("_in_every_case" if is_whole else "")
+    return tuple(f"tests/enumeration/test_crash_points.py::{name}[{part}]" for part in parts)
 
 
 _MAKE = """            with contextlib.suppress(FileExistsError):
@@ -98,14 +99,14 @@ MUTATIONS = (
         file=LOCAL,
         old="                self._tree.sync_nearest(key)\n                self._tree.remove",
         new="                self._tree.remove",
-        tests=_enumerated("crashes-retention-over-lives"),
+        tests=_enumerated("crashes-collection"),
     ),
     Mutation(
-        name="a delete of what is missing is not synced, and retention trusts it",
+        name="retention trusts that what it does not find stays away",
         file=GC,
         old="            self._repository.sync_names()\n",
         new="",
-        tests=_enumerated("double_crashes-retention", "double_crashes-retention-over-lives"),
+        tests=_enumerated("errors-retention-over-lives", is_whole=True),
     ),
     Mutation(
         name="a collection trusts what is not synced",
@@ -193,5 +194,26 @@ MUTATIONS = (
         old="                if _TEMPORARY.fullmatch(facts.name)",
         new="                if not facts.name",
         tests=_enumerated("crashes-first-save"),
+    ),
+    Mutation(
+        name="no checksum is compared after a read",
+        file="moc/recover.py",
+        old="            if actual != row.crc32c:\n",
+        new="            if actual is None:\n",
+        tests=("tests/enumeration/test_reading.py::test_a_flipped_byte_anywhere_never_reaches_the_training_state",),
+    ),
+    Mutation(
+        name="an object that cannot be read stops the recovery",
+        file="moc/restoration.py",
+        old="            if _is_unread(error, candidate):\n",
+        new="            if False:\n",
+        tests=("tests/enumeration/test_reading.py",),
+    ),
+    Mutation(
+        name="storage that does not answer costs a checkpoint",
+        file="moc/restoration.py",
+        old="if candidate == wanted[-1] or not _repository_answers(request, wanted, world, host=host, trace=trace):",
+        new="if candidate == wanted[-1]:",
+        tests=("tests/enumeration/test_reading.py",),
     ),
 )

@@ -99,6 +99,10 @@ class FaultyFilesystem(Filesystem):
         self.operations.clear()
         self._fault, self._observe = fault, observe
 
+    def path_of(self, handle: int) -> str:
+        """Return the path under which a file was opened."""
+        return self._paths[handle]
+
     def now_epoch_s(self) -> float:
         return self.inner.now_epoch_s()
 

@@ -77,9 +77,9 @@ def _seeded(seed: int) -> Survival:
 
 SURVIVALS = (
     Survival(name="nothing", names=_never, lengths=_never, sectors=_never),
+    Survival(name="early", names=_early, lengths=_always, sectors=_early, filler=b"\xa5"),
     Survival(name="names", names=_always, lengths=_never, sectors=_never),
     Survival(name="lengths", names=_always, lengths=_always, sectors=_never),
-    Survival(name="early", names=_early, lengths=_always, sectors=_early, filler=b"\xa5"),
     Survival(name="late", names=_late, lengths=_always, sectors=_late),
     Survival(name="everything", names=_always, lengths=_always, sectors=_always),
     *(_seeded(seed) for seed in (1, 2, 3)),

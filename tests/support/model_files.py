@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moc.store.filesystem import FileFacts, Filesystem
 from tests.support.model_disk import ROOT, Directory, Disk, File, Write
@@ -114,6 +114,14 @@ class ModelFilesystem(Filesystem):
         with self._lock:
             number = self._handles[handle].number
             self.disk.nodes[number] = self.disk.file(number).unsyncable()
+
+    def overwrite(self, path: str, offset: int, content: bytes) -> None:
+        """Change bytes behind everybody's back, as a failing disk does."""
+        with self._lock:
+            number = self._find_file(path)
+            file = self.disk.file(number)
+            changed = file.content[:offset] + content + file.content[offset + len(content) :]
+            self.disk.nodes[number] = replace(file, content=changed, durable=changed)
 
     def close(self, handle: int) -> None:
         with self._lock:
