@@ -138,7 +138,7 @@ def test_a_trainer_that_hangs_in_a_collective_is_seen_where_it_hangs(job: Job, t
         life.signal(signal.SIGCONT, 1)
 
     assert f"a trainer is stopped: run={job.run} pid={life.pid(1)}" in texts(summary, "problem")
-    assert "in _agree_to_terminate" in stacks(files, "rank00000")
+    assert "in boundary" in stacks(files, "rank00000")
     assert "in all_gather" in stacks(files, "rank00000")
     assert "no answer within" in stacks(files, "rank00001")
     at = life.newest_step("step")
