@@ -102,7 +102,7 @@ class Session:
         self._is_asked_to_terminate = False
         self._agrees = True
         self._owes_save = self._is_flagged = self._has_missed = False
-        self._failed_before = 0
+        self._failed_before, self._ended_step = 0, -1
         self._ordinal: tuple[int, int] = (-1, 0)
         self._step_s, self._beat_s = 0.0, 0.0
         self.boundary_name = "hook"
@@ -176,10 +176,12 @@ class Session:
         is_terminating = self._agree()
         if step % config.snapshot_every == 0 and not is_terminating:
             is_due = config.persist_every > 0 and step % config.persist_every == 0
-            is_persisted, self._owes_save = is_due or self._owes_save, False
+            is_persisted = (is_due or self._owes_save) and step != self._ended_step
+            self._owes_save &= step == self._ended_step  # called once more in a step: for a loop's micro-batches
             begun = life.snapshotter.begin(step, flags=PERSIST if is_persisted else 0, attempt=self._next_attempt(step))
             self._failed_before = life.snapshotter.counters.failed
             self._is_flagged, self._has_missed = is_persisted, is_persisted and begun is not Begun.STARTED
+        self._ended_step = step
         return is_terminating
 
     def save(self) -> SaveHandle:

@@ -29,6 +29,16 @@ def test_a_checkpoint_that_one_rank_has_missed_is_made_at_the_next_snapshot(snap
         job.sound()
 
 
+def test_a_loop_that_marks_its_micro_batches_as_well_has_missed_nothing() -> None:
+    with Job(size=2, persist_every=20, step_s=0.02, keep_last=50, boundaries=3) as job:
+        life = job.start(steps=65)
+        life.finished()
+
+        assert {20, 65} <= set(job.committed_steps()) <= {20, 40, 60, 65}, "a busy agent may leave one out"
+        assert life.last(0, "done")["skipped"] >= 2 * 64
+        life.exact()
+
+
 def test_a_save_fails_at_once_when_a_rank_has_ended_before_it_sealed() -> None:
     with Job(size=2, step_s=0.002, persist_every=0) as job:
         life = job.start(save_at=10, kill={1: "save.take:begin:1"})

@@ -60,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-at", type=int, default=None, help="an explicit save at this step")
     parser.add_argument("--renew-at", type=int, default=None, help="a new life without parent at this step")
     parser.add_argument("--defect-at", type=int, default=None, help="the capture of this step fails")
+    parser.add_argument("--boundaries", type=int, default=1, help="ends of micro-batches and of the step, per step")
     parser.add_argument("--wait-s", type=float, default=60.0, help="how long a save is waited for")
     parser.add_argument("--step-s", type=float, default=0.0, help="how long a forward pass takes")
     parser.add_argument("--kill", default=None, help="span:event:count")
@@ -136,6 +137,10 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
             state.advance()
         note("step", step=state.step, digest=state.digest(), incarnation=session.incarnation)
         is_terminating = session.boundary()
+        state.is_between = True
+        for _ in range(1, options.boundaries):
+            is_terminating |= session.boundary()
+        state.is_between = False
         if options.renew_at == state.step:
             session.begin_life("load_checkpoint")
         if options.save_at == state.step or is_terminating:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from moc._native import copy_crc32c
+from moc.errors import UsageError
 from moc.format.tagged import ArrayValue
 from moc.state import Expert, RankCatalog, Shard, shard_order
 
@@ -69,6 +70,7 @@ class PlainState:
         self._lengths = array("Q", (value.nbytes for value in self.values))
         self._step = 0
         self.defect_at: int | None = None
+        self.is_between = False
         self.noise = np.arange(8, dtype=np.int64) + 100 * rank
 
     @property
@@ -110,6 +112,8 @@ class PlainState:
         copy_crc32c(self._sources, targets, self._lengths, crcs)
 
     def capture(self) -> dict[str, object]:
+        if self.is_between:
+            raise UsageError("not at the boundary of a step")
         if self._step == self.defect_at:
             raise RuntimeError(f"what belongs to the loop cannot be saved at step {self._step}")
         noise = ArrayValue(dtype="I64", shape=(8,), kind="numpy", data=memoryview(self.noise).cast("B"))
