@@ -30,12 +30,12 @@ def test_a_checkpoint_that_one_rank_has_missed_is_made_at_the_next_snapshot(snap
 
 
 def test_a_loop_that_marks_its_micro_batches_as_well_has_missed_nothing() -> None:
-    with Job(size=2, persist_every=20, step_s=0.02, keep_last=50, boundaries=3) as job:
-        life = job.start(steps=65)
-        life.finished()
+    with Job(size=2, persist_every=20, step_s=0.01, boundaries=3) as job:
+        life = job.start()
+        life.event("committed", step=60)
 
-        assert {20, 65} <= set(job.committed_steps()) <= {20, 40, 60, 65}, "a busy agent may leave one out"
-        assert life.last(0, "done")["skipped"] >= 2 * 64
+        saves = job.ask_agent("status")[0]["counters"]["saves"]
+        assert saves <= life.newest_step("step") // 20, "one per flagged step, whatever became of it"
         life.exact()
 
 
