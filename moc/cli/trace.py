@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import os
+import resource
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -47,6 +48,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     paths = _files(args.files)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # all files are open at once, one per rank
     output: Path = args.output
     staged = output.with_name(f".{output.name}~{os.getpid()}")
     try:

@@ -24,7 +24,7 @@ from moc.repository import Repository
 from moc.store.open import open_store
 from moc.verify import verify_repository
 from tests.cli.console import DEADLINE_S, MOC, clean_env, moc, moc_json
-from tests.support.job import until
+from tests.support.job import Job, until
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = REPOSITORY / "tests" / "crash" / "worker.py"
@@ -271,3 +271,24 @@ def test_the_documented_commands_are_accepted(place: Place) -> None:
 
 def _agent_answers(place: Place) -> bool:
     return moc("status", "--runtime-root", place.root).returncode == 0
+
+
+@pytest.mark.parametrize("agent_first", [True, False])
+def test_sigterm_to_every_process_of_a_step_stores_the_last_step(agent_first: bool) -> None:
+    """As Slurm signals a step: the agent begins to leave while the ranks still want their last save from it."""
+    with Job(size=2, persist_every=0, step_s=0.002) as job:
+        life = job.start()
+        life.event("global", step=5)
+        agent = job.agent_pid()
+        assert agent is not None
+        order = [agent, life.pid(0), life.pid(1)] if agent_first else [life.pid(1), life.pid(0), agent]
+        for pid in order:
+            os.kill(pid, signal.SIGTERM)
+
+        life.finished()
+        until(lambda: job.agent_pid() is None, "the end of the last agent")
+
+        ended = life.last(0, "terminated")
+        assert ended is not None
+        assert max(job.committed_steps()) == ended["step"] == life.newest_step("step")
+        job.sound()
