@@ -1,0 +1,225 @@
+"""Which experts a checkpoint includes: policies, what was committed so far, and the decision.
+
+What was committed is a `History`: for each expert the number of the commit that last held it. Nothing else counts, so a
+failed save changes nothing, a restart goes on where the last commit was, and K may change at any time: a sequential
+selection takes, in each layer, the K experts whose last commit is oldest. Any commits whose K add up to the number of
+experts hold every expert, whatever happened between them. Everything here is pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from moc.errors import UsageError
+from moc.plan.rotation import Rotation
+from moc.state import Expert
+
+__all__ = [
+    "Budget",
+    "DynamicK",
+    "History",
+    "LoadAware",
+    "Policy",
+    "SelectAll",
+    "Selection",
+    "Sequential",
+    "choose_k",
+    "commit_selection",
+    "fresh_history",
+    "select",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SelectAll:
+    """Every expert, every time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequential:
+    """K experts per layer in the order of the rotation."""
+
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAware:
+    """The K experts per layer with the most tokens since their last commit.
+
+    None waits longer than `turns` * ceil(experts / K) commits while K stays: deadlines are met with the K in force, and
+    one that falls later may come too late for a few.
+    """
+
+    k: int
+    turns: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicK:
+    """Sequential, with the smallest of `k`, 2 `k`, 4 `k`, ... that keeps the lost tokens of the whole run under
+    `plt_limit`.
+    """
+
+    k: int
+    plt_limit: float
+
+
+Policy = SelectAll | Sequential | LoadAware | DynamicK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """`last[layer][expert]` is the number of the commit that last held the expert, from 1; 0 if none did."""
+
+    commits: int
+    last: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        for layer, row in enumerate(self.last):
+            if not row or min(row) < 0 or max(row) > self.commits:
+                raise UsageError(f"history of a layer is wrong: layer={layer} last={row} allowed=0..{self.commits}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The experts of one checkpoint, sorted; `k` is their number per layer."""
+
+    experts: tuple[Expert, ...]
+    k: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What the run has lost and what is still to come: `plt` and `faults` so far, and steps.
+
+    `interval` is the number of steps between two commits.
+    """
+
+    plt: float
+    faults: int
+    step: int
+    steps: int
+    interval: int
+
+
+def fresh_history(layers: int, experts: int) -> History:
+    """Return the history of a run without commits."""
+    return History(commits=0, last=((0,) * experts,) * layers)
+
+
+def commit_selection(history: History, selection: Selection) -> History:
+    """Return the history after the selection was committed."""
+    rows = [list(row) for row in history.last]
+    for expert in selection.experts:
+        rows[expert.layer][expert.index] = history.commits + 1
+    return replace(history, commits=history.commits + 1, last=tuple(tuple(row) for row in rows))
+
+
+def select(
+    policy: Policy,
+    history: History,
+    rotation: Rotation,
+    *,
+    loads: Sequence[Sequence[int]] | None = None,
+    budget: Budget | None = None,
+) -> Selection:
+    """Return what the next checkpoint includes.
+
+    `loads` counts each expert's tokens since its last commit, equal on all ranks (LoadAware); `budget` is for DynamicK.
+    Raises UsageError for a K outside 1..experts and for a missing or ill-shaped argument.
+    """
+    experts = len(history.last[0]) if history.last else 0
+    if [len(row) for row in history.last] != [len(order) for order in rotation.orders]:
+        raise UsageError("history and rotation belong to different models")
+    match policy:
+        case SelectAll():
+            return _selection([range(len(row)) for row in history.last], experts)
+        case Sequential():
+            return _sequential(history, rotation, policy.k)
+        case DynamicK():
+            if budget is None:
+                raise UsageError("DynamicK needs a budget")
+            return _sequential(history, rotation, choose_k(policy, budget, experts))
+        case LoadAware():
+            if loads is None or [len(row) for row in loads] != [len(row) for row in history.last]:
+                raise UsageError("LoadAware needs one load per expert of every layer")
+            return _load_aware(policy, history, rotation, loads)
+
+
+def choose_k(policy: DynamicK, budget: Budget, experts: int) -> int:
+    """Return the K that DynamicK uses now.
+
+    A fault loses (experts / K - 1) / 2 * interval steps of the mean expert (equation 7, closed form). Faults to come
+    are extrapolated from those so far, one at least. K rises when faults have used up the budget and falls when the
+    rest of the run can afford it; if nothing suffices, all experts are saved.
+    """
+    _check_k(policy.k, experts)
+    if not 0 < policy.plt_limit <= 1:
+        raise UsageError(f"limit of lost tokens is out of range: plt_limit={policy.plt_limit} allowed=0 < x <= 1")
+    left = max(0, budget.steps - budget.step)
+    to_come = max(1.0, budget.faults * left / max(1, budget.step)) if left else 0.0
+    k = policy.k
+    while k < experts:
+        lost = to_come * (experts / k - 1) / 2 * budget.interval / max(1, budget.steps)
+        if budget.plt + lost <= policy.plt_limit:
+            return k
+        k = min(2 * k, experts)
+    return experts
+
+
+def _sequential(history: History, rotation: Rotation, k: int) -> Selection:
+    rows = []
+    for last, order in zip(history.last, rotation.orders, strict=True):
+        _check_k(k, len(order))
+        rows.append(_oldest_first(last, order)[:k])
+    return _selection(rows, k)
+
+
+def _oldest_first(last: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Return the experts of a layer, those with the oldest commit first.
+
+    Experts of one commit follow the rotation, from the first of the oldest on: so a K that does not divide the number
+    of experts goes round the circle as one that does.
+    """
+    count = len(order)
+    oldest = min(last)
+    is_oldest = [last[expert] == oldest for expert in order]
+    start = next((p for p in range(count) if is_oldest[p] and not is_oldest[p - 1]), 0)
+    turned = [order[(start + step) % count] for step in range(count)]
+    return sorted(turned, key=lambda expert: last[expert])
+
+
+def _load_aware(policy: LoadAware, history: History, rotation: Rotation, loads: Sequence[Sequence[int]]) -> Selection:
+    if policy.turns < 1:
+        raise UsageError(f"bound of starvation is out of range: turns={policy.turns} allowed=at least 1")
+    rows = []
+    for last, order, load in zip(history.last, rotation.orders, loads, strict=True):
+        _check_k(policy.k, len(order))
+        patience = policy.turns * -(-len(order) // policy.k)
+        queue = _oldest_first(last, order)
+        left = [last[expert] + patience - history.commits for expert in queue]
+        due = _due_now(left, policy.k)
+        place = {expert: position for position, expert in enumerate(queue)}
+        busiest = sorted(queue[due:], key=lambda expert: (-load[expert], place[expert]))
+        rows.append([*queue[:due], *busiest[: policy.k - due]])
+    return _selection(rows, policy.k)
+
+
+def _due_now(left: Sequence[int], k: int) -> int:
+    """Return how many of the oldest experts must be taken now so that all can still meet their deadlines.
+
+    `left` are the commits each may still wait, ascending, the present one included: the first n + 1 experts need
+    `left[n] - 1` later commits of K to hold all but those taken now.
+    """
+    return min(k, max(0, *(n + 1 - k * (max(1, wait) - 1) for n, wait in enumerate(left))))
+
+
+def _selection(rows: Sequence[Sequence[int]], k: int) -> Selection:
+    experts = tuple(Expert(layer=layer, index=index) for layer, row in enumerate(rows) for index in sorted(row))
+    return Selection(experts=experts, k=k)
+
+
+def _check_k(k: int, experts: int) -> None:
+    if not 1 <= k <= experts:
+        raise UsageError(f"number of experts to save is out of range: k={k} allowed=1..{experts}")

@@ -1,0 +1,131 @@
+"""Evenness over ranks and columns, and the bound it is measured with."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moc.plan.bound import lower_bound
+from moc.plan.burden import Checkpoint, bytes_bound, plan_level
+from moc.plan.ownership import Ownership, zero2_ownership
+from moc.plan.presets import PRESETS
+from moc.plan.rotation import balanced_rotation, even_rotation, windows
+from moc.plan.scope import MOC_LAYOUT, Scope
+from moc.plan.shapes import ModelShape
+from tests.plan.values import shapes, tiny, wide
+
+BAR = 1.01
+
+
+def worst(own: Ownership, k: int) -> int:
+    return max(int(own.selected_elements(w).max()) for w in windows(balanced_rotation(own, k), k))
+
+
+def over_bound(shape: ModelShape, dp: int, ep: int, k: int) -> float:
+    """Return the fullest rank of a whole turn over the bound, in bytes."""
+    own = zero2_ownership(shape, dp, ep)
+    job = Checkpoint(shape=shape, ownership=own, layout=MOC_LAYOUT, scope=Scope(), is_cut=True)
+    level = plan_level(job, balanced_rotation(own, k), k, "adaptive")
+    return level.bottleneck / bytes_bound(job, k)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 16, 32, 64])
+def test_64_experts_on_16_ranks_reach_the_bound_at_every_checkpoint(k: int) -> None:
+    assert over_bound(wide(), 16, 16, k) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("columns", "k", "stacked"),
+    [
+        *((columns, k, True) for columns in (2, 4) for k in (1, 2, 4, 8, 16, 32)),
+        *((columns, k, False) for columns in (2, 4) for k in (1, 2, 16, 32)),
+        (2, 8, False),
+    ],
+)
+def test_columns_reach_the_bound_at_every_checkpoint(columns: int, k: int, stacked: bool) -> None:
+    assert over_bound(wide(stacked=stacked), 16 * columns, 16, k) <= BAR
+
+
+@pytest.mark.parametrize(("columns", "k"), [(2, 4), (4, 4), (4, 8)])
+def test_experts_that_a_border_cuts_cost_at_most_half_an_expert(columns: int, k: int) -> None:
+    """Where K divides everything the bound asks for perfection, which whole experts of two kinds rarely give."""
+    shape = wide()
+    own = zero2_ownership(shape, 16 * columns, 16)
+
+    assert worst(own, k) - lower_bound(own, k) <= shape.expert_elements // 2
+
+
+def test_671b_on_16384_ranks_reaches_the_bound_where_an_order_that_knows_no_columns_does_not() -> None:
+    shape = PRESETS["deepseek-v3"]
+    own = zero2_ownership(shape, 16_384, 64)
+
+    plain = max(int(own.selected_elements(w).max()) for w in windows(even_rotation(58, 256, 64), 32))
+
+    assert worst(own, 32) == lower_bound(own, 32) == 8 * int(own.slices.max())
+    assert plain > 3 * lower_bound(own, 32)
+    assert over_bound(shape, 16_384, 64, 32) <= BAR
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes(), st.data())
+def test_a_rotation_visits_every_expert_once_and_is_never_worse_than_the_plain_one(
+    drawn: tuple[ModelShape, int, int], data: st.DataObject
+) -> None:
+    shape, dp, ep = drawn
+    own = zero2_ownership(shape, dp, ep)
+    k = data.draw(st.integers(1, shape.experts))
+
+    rotation = balanced_rotation(own, k)
+
+    assert [sorted(order) for order in rotation.orders] == [list(range(shape.experts))] * own.layers
+    plain = max(int(own.selected_elements(w).max()) for w in windows(even_rotation(own.layers, own.experts, ep), k))
+    assert lower_bound(own, k) <= worst(own, k) <= plain
+
+
+def least_possible(own: Ownership, k: int) -> int:
+    """Return the fullest rank of the best of all selections."""
+    choices = list(itertools.combinations(range(own.experts), k))
+    best = None
+    for selection in itertools.product(choices, repeat=own.layers):
+        mask = np.zeros((own.layers, own.experts), dtype=np.bool_)
+        for layer, experts in enumerate(selection):
+            mask[layer, list(experts)] = True
+        size = int(own.selected_elements(mask).max())
+        best = size if best is None else min(best, size)
+    assert best is not None
+    return best
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("dp", "ep", "experts"), [(1, 1, 3), (2, 1, 3), (3, 3, 3), (4, 2, 2), (4, 1, 3), (4, 4, 4), (2, 2, 2)]
+)
+def test_the_bound_is_below_every_selection_of_small_worlds(dp: int, ep: int, experts: int, stacked: bool) -> None:
+    for layers, hidden, width in itertools.product((1, 2, 3), (2, 5), (1, 4)):
+        shape = tiny(layers=layers, experts=experts, hidden=hidden, expert_ffn=width, stacked=stacked)
+        own = zero2_ownership(shape, dp, ep)
+        for k in range(1, experts + 1):
+            possible = least_possible(own, k)
+            assert lower_bound(own, k) <= possible <= worst(own, k)
+            if dp == ep:
+                assert lower_bound(own, k) == possible  # whole experts: the bound is exact
+
+
+@given(shapes(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_bound_holds_with_what_ranks_carry_anyway(drawn: tuple[ModelShape, int, int], data: st.DataObject) -> None:
+    shape, dp, ep = drawn
+    own = zero2_ownership(shape, dp, ep)
+    k = data.draw(st.integers(1, shape.experts))
+    base = np.array(data.draw(st.lists(st.integers(0, 50), min_size=len(own.slices), max_size=len(own.slices))))
+    mask = np.zeros((own.layers, own.experts), dtype=np.bool_)
+    for layer in range(own.layers):
+        mask[layer, data.draw(st.permutations(range(own.experts)))[:k]] = True
+
+    carried = own.selected_elements(mask) + np.repeat(base[own.profile], own.ep)
+
+    assert lower_bound(own, k, base=base) <= int(carried.max())
