@@ -25,6 +25,8 @@ VERBS = {
     "doctor": "collect what is needed to judge a job from afar, and say what looks wrong",
     "agent": "start, stop or look at the node agent",
     "run": "run a training command and restart it when it fails",
+    "plan": "plan partial-expert checkpoints: bytes, stalls, lost tokens",
+    "simulate": "simulate failures at any scale: goodput and lost work",
 }
 OPTIONAL_VALUES = {"verify": {"--read-data": "--read-data=100%"}}
 """Options whose value must follow a "=": argparse would take the next argument, which is the step."""
