@@ -128,17 +128,16 @@ class Custody:
         # who cannot tell its slots, could never take a snapshot.
         self._records.clear()
         self._refresh()
+        source = self._whole_snapshot(self.life.record.parent)
         for (rank, index), record in list(self._records.items()):
-            is_source = (record.incarnation, record.step) == self._source
-            if not is_source and (record.incarnation, (record.step, record.attempt)) not in pinned:
+            key = (record.incarnation, (record.step, record.attempt))
+            if key != source and key not in pinned:
                 self._free(rank, index)
         for rank in self.life.ranks:
             self.arena.clear_words(rank)
 
     def _adopt_descriptor(self) -> None:
         self.life = Life.of(self.arena.descriptor)
-        parent = self.life.record.parent
-        self._source = None if parent is None else (parent.incarnation, parent.step)
         self._settled: set[Moment] = set()
         self.newest: Moment | None = None
         self.hopeless: dict[Moment, tuple[int, ...]] = {}
@@ -189,15 +188,16 @@ class Custody:
         complete = complete_moments(seals, ranks, incarnation)
         if complete and complete[-1] != self.newest:
             self.newest = complete[-1]
-            self._source = None  # the new life stands on its own
         if self.newest is not None:
             self._is_source_earlier = False
         if self.earlier is not None and not self._is_source_earlier and not self.earlier.is_pinned():
             self.earlier.close()
             self.earlier = None
+        # With a global step the new life stands on its own.
+        source = None if self.newest is not None else self._whole_snapshot(self.life.record.parent)
         wanted = self.unfinished_saves()
         pinned = self.pinned() | {(incarnation, moment) for moment in wanted}
-        for seal in freeable(seals, ranks, incarnation, pinned=pinned, source=self._source, hopeless=self.hopeless):
+        for seal in freeable(seals, ranks, incarnation, pinned=pinned, source=source, hopeless=self.hopeless):
             self._free(seal.rank, seal.record)
         return [moment for moment in complete if moment in wanted]
 
@@ -225,16 +225,24 @@ class Custody:
         Empty if memory does not hold all of them.
         """
         self._refresh()
-        steps = (
-            []
-            if parent is None
-            else [r for r in self._records.values() if (r.incarnation, r.step) == (parent.incarnation, parent.step)]
-        )
-        for attempt in sorted({record.attempt for record in steps}, reverse=True):
-            records = self.records_of(steps[0].incarnation, (steps[0].step, attempt))
-            if set(records) == set(self.life.ranks):
-                return records
-        return {}
+        source = self._whole_snapshot(parent)
+        return {} if source is None else self.records_of(*source)
+
+    def _whole_snapshot(self, parent: Parent | None) -> tuple[int, Moment] | None:
+        """Return the latest attempt at the parent's step that every rank holds.
+
+        Only that one is kept for a recovery: with all of them a life might find no free record, ever.
+        """
+        if parent is None:
+            return None
+        moments = {
+            (r.step, r.attempt)
+            for r in self._records.values()
+            if (r.incarnation, r.step) == (parent.incarnation, parent.step)
+        }
+        ranks = set(self.life.ranks)
+        whole = [moment for moment in moments if set(self.records_of(parent.incarnation, moment)) == ranks]
+        return (parent.incarnation, max(whole)) if whole else None
 
     def settle(self, moment: Moment) -> None:
         """Say that the save of this moment has ended, well or badly, and holds its seals no longer."""

@@ -97,13 +97,13 @@ class AgentLink:
                     client = self._connect()
                     client.hello(rank=self._rank, incarnation=self._incarnation)
                     client.request("adopt", descriptors=[self._arena.fd])
+                    bell = AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S, host=self._host)
             except (MocError, OSError) as error:
                 log.info("no agent yet: rank=%d reason=%s", self._rank, error)
                 if self._closing.wait(RECONNECT_WAIT_S):
                     return
                 continue
             client.close()
-            bell = AgentClient.connect(self.folder, timeout_s=CONNECT_TIMEOUT_S, host=self._host)
             self._bell, former = bell, self._bell
             former.close()
             self.agents_replaced += 1

@@ -101,13 +101,13 @@ def freeable(
     incarnation: int,
     *,
     pinned: Iterable[tuple[int, Moment]],
-    source: tuple[int, int] | None,
+    source: tuple[int, Moment] | None,
     hopeless: Iterable[Moment] = (),
 ) -> tuple[Seal, ...]:
     """Return the seals that nothing needs any more.
 
     A seal is free when a newer moment is global, or its own moment never will be, and nothing pins it: `pinned` holds
-    (incarnation, moment) of saves under way, `source` the (incarnation, step) that the present life was recovered from.
+    (incarnation, moment) of saves under way, `source` the one that the present life was recovered from.
     Seals of earlier lives stay until this one has a global moment. Without the `hopeless`, ranks that skip different
     steps would fill their records for good.
     """
@@ -122,5 +122,7 @@ def freeable(
     return tuple(
         seal
         for seal in sorted(seals)
-        if (seal.incarnation, seal.moment) not in held and (seal.incarnation, seal.step) != source and is_needless(seal)
+        if (seal.incarnation, seal.moment) not in held
+        and (seal.incarnation, seal.moment) != source
+        and is_needless(seal)
     )

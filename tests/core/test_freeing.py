@@ -74,9 +74,9 @@ def test_every_arrangement_of_few_ranks_and_steps() -> None:
 
 def test_the_source_stays_until_the_life_stands_on_its_own() -> None:
     old = [_seal(rank, step, incarnation=1) for rank in (0, 1) for step in (5, 6)]
-    assert not freeable(old, (0, 1), LIFE, pinned=[], source=(1, 6))
+    assert not freeable(old, (0, 1), LIFE, pinned=[], source=(1, _moment(6)))
     own = [_seal(0, 7), _seal(1, 7)]
-    freed = freeable([*old, *own], (0, 1), LIFE, pinned=[], source=(1, 6))
+    freed = freeable([*old, *own], (0, 1), LIFE, pinned=[], source=(1, _moment(6)))
     assert {(seal.incarnation, seal.step) for seal in freed} == {(1, 5)}
     freed = freeable([*old, *own], (0, 1), LIFE, pinned=[(1, _moment(5))], source=None)
     assert {(seal.incarnation, seal.step) for seal in freed} == {(1, 6)}

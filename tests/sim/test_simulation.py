@@ -96,8 +96,8 @@ PLANTED = (
     Mutation(
         name="source-not-kept-for-the-next-life",
         file="moc/agent/custody.py",
-        old="            is_source = (record.incarnation, record.step) == self._source\n",
-        new="            is_source = False\n",
+        old="            if key != source and key not in pinned:\n",
+        new="            if key not in pinned:\n",
         tests=("recovery",),
     ),
     Mutation(
