@@ -45,6 +45,8 @@ class Fiber:
         self.joiners: list[Fiber] = []
 
     def join(self, timeout: float | None = None) -> None:
+        if self.process.is_dead:  # whoever joins a thread is of the same process, and on its way out
+            raise Killed
         if not self.is_ended:
             self.joiners.append(self.scheduler.current)
             self.scheduler.wait(timeout_s=timeout)

@@ -116,28 +116,30 @@ class SimStore:
     def _change(self, what: str, key: str, land: Callable[[], None]) -> None:
         """Have a change take effect, now, later, or twice told wrongly."""
         storage, scheduler, chance = self._storage, self._storage.sim.scheduler, self._storage.chance
+        commits = storage.sim.auditor.counts.get("committed", 0)
         try:
             self._travel(what)
         except Killed:
             # The request is on its way although nobody waits for the answer any more.
             if storage.are_faults_on and chance.random() < storage.knobs.late_odds:
                 scheduler.call_at(
-                    scheduler.now_s + chance.random() * storage.knobs.late_s, lambda: self._land_late(key, land)
+                    scheduler.now_s + chance.random() * storage.knobs.late_s,
+                    lambda: self._land_late(key, commits, land),
                 )
             raise
         fault = chance.random() if storage.are_faults_on else 1.0
         if fault < storage.knobs.late_odds / 8:
             scheduler.call_at(
-                scheduler.now_s + chance.random() * storage.knobs.late_s, lambda: self._land_late(key, land)
+                scheduler.now_s + chance.random() * storage.knobs.late_s, lambda: self._land_late(key, commits, land)
             )
             raise StoreUnavailableError(f"simulated: no answer in time, it lands later: op={what}")
         land()
         if fault < storage.knobs.lost_answer_odds:
             raise StoreUnavailableError(f"simulated: the answer was lost: op={what}")
 
-    def _land_late(self, key: str, land: Callable[[], None]) -> None:
-        """Let a request take effect that nobody waits for, unless a newer life has committed (docs/format.md, A6)."""
-        if self._storage.sim.auditor.is_past(key):
+    def _land_late(self, key: str, commits: int, land: Callable[[], None]) -> None:
+        """Let a request take effect that nobody waits for, unless it is too old for that (docs/format.md, A6)."""
+        if self._storage.sim.auditor.is_past(key, commits):
             return
         try:
             land()
