@@ -58,6 +58,7 @@ class Auditor(Ledger):
                 for rejected in report.rejected:
                     self._judge_rejection(rejected.candidate, rejected.reason)
             self.lives[record.token] = LifeFact(fact, is_stored)
+            self.begun_s = self.sim.scheduler.now_s
             self.wholes[record.token, state.step] = whole
             self.doers[record.token, state.step] = doer
         self._compare(trainer, record.token)
@@ -123,7 +124,8 @@ class Auditor(Ledger):
 
     def note_refused(self, trainer: Trainer, error: MocError) -> None:
         self.count("refused")
-        if "InternalError" in str(error) or type(error).__name__ == "NoCheckpointError":
+        is_late = self.begun_s > trainer.launch.begun_s  # another life began meanwhile, and may have taken the memory
+        if "InternalError" in str(error) or (type(error).__name__ == "NoCheckpointError" and not is_late):
             self.fail("attach", f"{trainer.process.name}: {type(error).__name__}: {error}")
 
     def note_fenced(self, victim: Process, *, by: Process) -> None:

@@ -49,6 +49,7 @@ class Ledger:
     seen: dict[int, dict[int, Record]] = field(default_factory=dict)
     committer: dict[int, int] = field(default_factory=dict)
     surveys: dict[int, Survey] = field(default_factory=dict)
+    begun_s: float = 0.0  # when a life began last, as far as one can see
 
     def fail(self, promise: str, what: str) -> None:
         self.sim.note(None, f"VIOLATION {promise}: {what}")
@@ -63,6 +64,7 @@ class Ledger:
             self.fail("I1", f"{key} is written with a second content by {by.name}")
         if key.startswith("incarnations/"):
             record = parse_record(content)
+            self.begun_s = self.sim.scheduler.now_s
             self.records.setdefault(record.number, []).append(record)
         elif key.startswith("manifests/"):
             self._judge_commit(key, content, by, knowledge)
