@@ -169,15 +169,14 @@ def is_possible(call: str, fault: str) -> bool:
     return not (fault in {"request-timeout", "bad-digest"} and call in HEADS)
 
 
-QUICK_ALWAYS = {"slow-down", "flip-request", "cut", "short", "stall-unread"}
-QUICK_ONCE = QUICK_ALWAYS | {"internal-error", "reset-after", "error-after"}
+TYPICAL = {"put", "read-into"}  # calls for which every fault is tried by default
+SLOW_CALLS = {"put-begin", "put-complete"}  # calls that send an object in parts before the harmed request
+QUICK_ONCE = {"slow-down", "error-after", "flip-request", "cut", "short"}
 
 
 def case(call: str, fault: str, quick: Collection[str]) -> ParameterSet:
     """Return a parameter; what only repeats in another request what a quick case shows is left to the long run."""
-    is_quick = fault in quick or (call in {"put", "read-into"} and fault != "unavailable")
-    if call in {"put-begin", "put-complete"}:
-        is_quick = is_quick and fault in {"slow-down", "error-after", "expired"}
+    is_quick = call in TYPICAL or (fault in quick and (call not in SLOW_CALLS or fault == "error-after"))
     return pytest.param(call, fault, marks=[] if is_quick else [pytest.mark.slow])
 
 
