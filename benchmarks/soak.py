@@ -211,9 +211,10 @@ class Job:
         shutil.rmtree(self._runtime, ignore_errors=True)
 
     def _start(self, name: str, steps: int, *, is_attached: bool) -> "subprocess.Popen[bytes]":
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
         launcher = {
             "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", str(RANKS), "--master_port", str(free_port())],
-            "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", str(RANKS), "--rdzv-endpoint", "127.0.0.1:0"],
+            "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", str(RANKS), *rendezvous],
         }[self._options.launcher]
         supervisor = [str(BIN / "moc"), "run", "-r", str(self._storage), "--max-restarts", "100000", "--delay", "0.2"]
         settings = [*SETTINGS, f"data.cache={self._out / 'cache'}", f"training.steps={steps}"]
