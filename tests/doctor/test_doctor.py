@@ -21,8 +21,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from moc.agent.runtime import runtime_folder
 from moc.agent.stacks import SIGNAL, StackDump, collect_stacks
 from moc.clock import SystemClock
+from moc.doctor.bundle import Bundle
 from moc.doctor.collect import collect
 from moc.doctor.judge import judge
+from moc.doctor.report import secrets_to_hide
 from tests.cli.console import moc
 from tests.support.job import Job, until
 
@@ -240,6 +242,38 @@ def test_a_storage_that_hangs_costs_its_own_part_only(tmp_path: Path) -> None:
     assert facts.troubles == {"repository": "not finished within 0 s"}
     assert facts.node["versions"]["moc"]
     assert any("storage does not answer" in symptom.text for symptom in judge(facts))
+
+
+# Secrets
+
+
+def test_whatever_goes_into_a_bundle_goes_through_its_gate(tmp_path: Path) -> None:
+    facts = collect(
+        storage="memory://me:Hunter2/hunter2@place/run",
+        run_id=None,
+        root=tmp_path / "none",
+        clock=SystemClock(),
+        timeout_s=10,
+    )
+    secrets = secrets_to_hide(facts)
+    texts = ["quoted: Hunter2/hunter2", "escaped: Hunter2%2Fhunter2", "s3://a:Hunter2@b/c", "api_key=Hunter2"]
+    with Bundle(tmp_path / "bundle.tar.gz", folder="f", secrets=secrets, epoch_s=0.0) as bundle:
+        bundle.add_text("text", "\n".join(texts))
+        bundle.add_json("json", {"rows": texts, "Hunter2/hunter2": 1, "password": "Hunter2"})
+    files = read_bundle(tmp_path / "bundle.tar.gz")
+
+    assert {"text", "json"} == set(files)
+    assert "unter2" not in files["text"]
+    assert "unter2" not in files["json"]
+    assert json.loads(files["json"])["password"] == "***"
+
+
+def test_a_bundle_that_cannot_be_finished_is_not_left_behind(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path / "bundle.tar.gz", folder="f", secrets=(), epoch_s=0.0)
+    with pytest.raises(RuntimeError, match="half-way"), bundle:
+        raise RuntimeError("half-way")
+
+    assert list(tmp_path.iterdir()) == []
 
 
 # Stacks
