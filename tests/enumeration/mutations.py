@@ -92,7 +92,7 @@ MUTATIONS = (
         file=TREE,
         old=_MAKE_AND_SYNC,
         new=_MAKE_AND_SYNC.replace(_MAKE, _MAKE_SYNCED).replace(_LOOP, "            break\n"),
-        tests=_enumerated("double_crashes-first-save", "double_crashes-further-save"),
+        tests=_enumerated("double_crashes-first-save", is_whole=True),
     ),
     Mutation(
         name="a delete is not synced",
@@ -136,6 +136,13 @@ MUTATIONS = (
         old="        repository.sync_names()  # what a dead agent has put is announced only once it is durable\n",
         new="",
         tests=_enumerated("double_crashes-further-save"),
+    ),
+    Mutation(
+        name="a rewind that is found done is announced without syncing it",
+        file="moc/cli/rewind.py",
+        old="            repository.sync_names()  # the process that wrote it may have died before that was durable\n",
+        new="",
+        tests=_enumerated("double_crashes-rewind"),
     ),
     Mutation(
         name="the manifest before the objects",

@@ -237,7 +237,7 @@ WORKFLOWS = (
     Workflow(name="further save", act=further_save, last_step=2),
     Workflow(name="retention", act=retention, last_step=3),
     Workflow(name="retention over lives", act=retention_over_lives, last_step=4),
-    Workflow(name="rewind", act=rewind, last_step=3),
+    Workflow(name="rewind", act=rewind, last_step=3, again=lambda site: site.rewind(1)),
     Workflow(name="recovery", act=recovery, last_step=2),
     Workflow(name="late record", act=record_by_the_agent, last_step=2),
     Workflow(name="sweep", act=sweep, last_step=4),

@@ -14,10 +14,13 @@ from moc.store.local import LocalStore
 from moc.store.memory import MemoryStore
 from moc.store.port import Store
 from moc.store.remote import RemoteStore
+from tests.support.model_disk import Disk
+from tests.support.model_files import ModelFilesystem
 from tests.support.s3_server import S3Server
 
 OPENERS: dict[str, Callable[[pytest.FixtureRequest, Path], Store]] = {
     "local": lambda _, folder: LocalStore(folder / "repository"),
+    "local-model": lambda *_: LocalStore(Path("/disk/repository"), filesystem=ModelFilesystem(Disk("/disk"))),
     "memory": lambda *_: MemoryStore(),
     "fsspec-memory": lambda *_: RemoteStore(f"memory://{uuid4().hex}/repository"),
     "fsspec-file": lambda _, folder: RemoteStore(f"file://{folder}/repository"),
