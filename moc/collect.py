@@ -39,7 +39,9 @@ from moc.trace import Trace
 
 __all__ = ["SETTLE_S", "CollectReport", "Garbage", "collect", "fence", "find_garbage"]
 
-SETTLE_S = 180.0  # a put ends, with all its retries, within 120 s (moc/store/retry.py); and half as long for a pause
+SETTLE_S = 600.0
+"""From an agent's look for newer lives to the end of its put there are two calls of the store, of at most 240 s each:
+120 s of tries (moc/store/retry.py) and 120 s for the last one (moc/store/remote.py). The rest is for a pause."""
 DELETERS = 8  # requests under way to a remote store, where each is a round trip
 LISTINGS = 3  # where manifests come and go during so many listings, the repository is too busy to judge
 FENCE_REASON = "gc"

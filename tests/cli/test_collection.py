@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moc.collect import CollectReport, collect, fence, find_garbage
+from moc.collect import SETTLE_S, CollectReport, collect, fence, find_garbage
 from moc.commit import commit
 from moc.errors import CoordinationError, FencedError, IntegrityError, MocError, PlanDivergedError, StoreFullError
 from moc.format.manifest import Incarnation, Manifest, Parent
@@ -47,7 +47,7 @@ class MovedClock(SystemHost):
 
 
 def _collect(
-    repository: Repository, *, off_lineage: bool = False, settle_s: float = 180.0, clock: MovedClock | None = None
+    repository: Repository, *, off_lineage: bool = False, settle_s: float = SETTLE_S, clock: MovedClock | None = None
 ) -> CollectReport:
     return collect(
         repository,
@@ -304,7 +304,7 @@ def test_the_wait_ends_with_the_fences_age_by_the_stores_time(tmp_path: Path) ->
     _, fenced, _ = _littered(LocalStore(tmp_path / "repo"))
     record = tmp_path / "repo" / "incarnations" / "000004-run-7.json"
     waits = []
-    for age_s in (0, 100, DAY_S):
+    for age_s in (0, 400, DAY_S):
         now_s = record.stat().st_ctime
         os.utime(record, (now_s - age_s, now_s - age_s))
         clock = MovedClock()
@@ -313,8 +313,8 @@ def test_the_wait_ends_with_the_fences_age_by_the_stores_time(tmp_path: Path) ->
         waits.append(clock.slept_s)
         assert {entry.key for entry in report.objects} == fenced
 
-    assert 120 < waits[0] <= 180
-    assert 20 < waits[1] <= 80
+    assert SETTLE_S - 60 < waits[0] <= SETTLE_S
+    assert SETTLE_S - 460 < waits[1] <= SETTLE_S - 400
     assert waits[2] == 0
 
 
