@@ -168,7 +168,8 @@ class Auditor(Ledger):
             return
         links = chain(survey.records)
         lost = [n for n in survey.manifests & set(self.manifests) if position(links, n.number, n.step, n.attempt)]
-        lost_memory = [h for h in self._surviving(trainer) if position(links, h.number, h.step) is not None]
+        surviving = [h for h in self._surviving(trainer) if self.lives[h.token].record.run == fact.run]
+        lost_memory = [h for h in surviving if position(links, h.number, h.step) is not None]
         if lost or lost_memory:
             self.fail("recovery", f"life {fact.number} starts anew although there are {lost} {lost_memory}")
 
