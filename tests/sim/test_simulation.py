@@ -101,13 +101,6 @@ PLANTED = (
         tests=("recovery",),
     ),
     Mutation(
-        name="commits-of-a-dead-agent-made-again",
-        file="moc/agent/persister.py",
-        old="        if job.name in self._commits:\n",
-        new="        if False:\n",
-        tests=("I1",),
-    ),
-    Mutation(
         name="a-life-without-a-heartbeat-is-hung",
         file="moc/survey.py",
         old=" * 1e-9 or first_s\n",
