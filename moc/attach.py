@@ -140,6 +140,7 @@ def write_life(
                 # A run may have begun since the survey.
                 refuse_other_runs(repository.incarnation_numbers(), request, origin.run)
                 remember_run(request.runtime_root, request.url_digest, origin.run)
+                repository.put_missing_incarnations(origin.lineage)
                 repository.put_incarnation(record)
             finally:
                 repository.close()

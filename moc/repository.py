@@ -153,6 +153,16 @@ class Repository:
             incarnation_key(record.run, record.number), [memoryview(encode_incarnation(record))], create_only=True
         )
 
+    def put_missing_incarnations(self, lineage: Sequence[Incarnation]) -> None:
+        """Write the records of lives that began while the storage was away, oldest first.
+
+        Without them the chain would end at the gap, and checkpoints beyond it would be none of the lineage's.
+        """
+        held = set(self.incarnation_numbers())
+        for record in sorted(lineage, key=lambda record: record.number):
+            if (record.run, record.number) not in held:
+                self.put_incarnation(record)
+
     def lineage(self) -> tuple[Link, ...]:
         """Return the chain that recovery would follow from what is stored."""
         records, _ = self.incarnations()

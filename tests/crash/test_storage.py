@@ -134,8 +134,10 @@ def test_a_repository_that_is_deleted_costs_saves_and_a_start_is_refused_until_i
         job.sound()
 
 
-@pytest.mark.parametrize("lives_before", [1, 2])
-def test_storage_down_at_recovery_with_memory_complete(disk: FailingDisk, lives_before: int) -> None:
+@pytest.mark.parametrize(("lives_before", "lives_without"), [(1, 1), (2, 1), (1, 2)])
+def test_storage_down_at_recovery_with_memory_complete(
+    disk: FailingDisk, lives_before: int, lives_without: int
+) -> None:
     with Job(size=2, storage=disk.folder / "repo", step_s=0.002, persist_every=5) as job:
         for _ in range(lives_before):
             life = job.start()
@@ -145,27 +147,49 @@ def test_storage_down_at_recovery_with_memory_complete(disk: FailingDisk, lives_
         known = life.newest_step("global")
         disk.fail()
 
-        second = job.start()
-        attached = second.attached()
-        assert attached["source"] == "memory"
-        assert attached["step"] >= known
-        assert any("unavailable" in note for note in attached["notes"]), attached["notes"]
-        second.event("global", step=attached["step"] + 5)
+        for _ in range(lives_without):
+            life.kill()
+            life = job.start()
+            attached = life.attached()
+            assert attached["source"] == "memory"
+            assert attached["step"] >= known
+            assert any("unavailable" in note for note in attached["notes"]), attached["notes"]
+            life.event("global", step=attached["step"] + 5)
+            known = life.newest_step("global")
 
         disk.repair()
-        committed = second.event("committed", step=attached["step"] + 6)["step"]
+        committed = life.event("committed", step=attached["step"] + 6)["step"]
         records, findings = job.repository().incarnations()
-        assert [record.number for record in records] == list(range(1, lives_before + 2))
+        assert [record.number for record in records] == list(range(1, lives_before + lives_without + 1))
         assert not findings
         job.kill_agent()
-        second.kill()
+        life.kill()
 
-        third = job.start(steps=committed + 3)
-        attached = third.attached()
+        last = job.start(steps=committed + 3)
+        attached = last.attached()
         assert (attached["source"], attached["step"] >= committed) == ("storage", True)
-        third.finished()
-        third.exact()
+        last.finished()
+        last.exact()
         job.sound()
+
+
+def test_a_life_that_began_without_storage_gets_its_record_from_the_next(disk: FailingDisk) -> None:
+    with Job(size=2, storage=disk.folder / "repo", step_s=0.002, persist_every=5) as job:
+        first = job.start()
+        first.event("committed", step=5)
+        first.kill()
+        disk.fail()
+        second = job.start()
+        second.event("global", step=second.attached()["step"] + 2)
+        second.kill()
+        disk.repair()
+
+        third = job.start()
+        third.event("committed", step=third.attached()["step"] + 6)
+
+        records, _ = job.repository().incarnations()
+        assert [record.number for record in records] == [1, 2, 3]
+        assert all(link.is_known for link in job.repository().lineage())
 
 
 def test_storage_down_and_nothing_in_memory_is_refused(disk: FailingDisk) -> None:
