@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from moc.cli.main import VERBS
+
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 FAILURE_MODEL = (ROOT / "docs" / "failure-model.md").read_text()
@@ -50,5 +52,29 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
 
     missing = [target for target in targets if not (page.parent / target).exists()]
+
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+def test_every_verb_of_the_command_is_shown(page: str) -> None:
+    text = (ROOT / page).read_text()
+
+    missing = [verb for verb in VERBS if not re.search(rf"\bmoc {verb}\b", text)]
+
+    assert missing == []
+
+
+@pytest.mark.parametrize(("page", "form"), [("CONTRIBUTING.md", "moc/{}"), ("docs/architecture.md", "moc.{}")])
+def test_every_module_has_its_place_in_the_tour_and_in_the_layers(page: str, form: str) -> None:
+    text = (ROOT / page).read_text()
+    text = re.sub(r"moc/\{([^}]*)\}", lambda match: " ".join(f"moc/{name}" for name in match[1].split(",")), text)
+    modules = {
+        path.stem for path in (ROOT / "moc").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+
+    missing = [
+        name for name in sorted(modules - {"__init__"}) if not re.search(rf"{re.escape(form.format(name))}(?!\w)", text)
+    ]
 
     assert missing == []
