@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from moc._native import crc32c
-from moc.errors import MocError, UsageError
+from moc.errors import ClosedError, MocError, UsageError
 from moc.format.object import ALIGNMENT, align
 from moc.format.tagged import encode_state
 from moc.host import Event, Host
@@ -164,6 +164,8 @@ class Snapshotter:
     # Claim and capture: training thread
 
     def _claim(self, step: int, *, flags: int, attempt: str) -> _Filling | None:
+        if self._closing:  # by a life that was to be followed by another, which could not begin: nobody would copy
+            raise ClosedError("no snapshots are taken any more: a new life could not begin")
         if self._filling is not None and not self._filling.finished.is_set():
             return None
         layout = self._arena.rank_layout(self._rank)
