@@ -47,7 +47,7 @@ class Saves:
         """`wake_fd` is written to when a save has ended on the persist thread."""
         self._host, self._reply, self._wake_fd = host, reply, wake_fd
         self._persister = Persister(on_end=self.note_end, host=host, trace=trace)
-        self._custody_of: dict[int, Custody] = {}
+        self._under_way: dict[int, tuple[Custody, SaveJob]] = {}
         self._ended: list[tuple[SaveJob, Outcome]] = []
         self._lock = threading.Lock()
         self._outcomes: OrderedDict[tuple[int, Moment], Outcome] = OrderedDict()
@@ -62,7 +62,7 @@ class Saves:
     def is_busy(self) -> bool:
         """Return whether anything is being persisted, waits for it, or has ended unnoticed."""
         with self._lock:
-            return bool(self._custody_of) or bool(self._ended)
+            return bool(self._under_way) or bool(self._ended)
 
     def counters(self) -> dict[str, int]:
         """Return how many saves have ended since the agent began, and how many of them failed."""
@@ -110,7 +110,7 @@ class Saves:
                 self.give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
             elif lacking := sorted(ended - set(custody.records_of(custody.life.record.number, moment))):
                 self.give_up(custody, moment, f"ranks {lacking} ended before they had sealed it")
-            elif not custody.is_saving(moment) and self._host.now_s() - first_s > timeout_s:
+            elif not self._is_under_way(custody, moment) and self._host.now_s() - first_s > timeout_s:
                 self.give_up(custody, moment, f"not every rank sealed in time: timeout_s={timeout_s}")
         custody.arena.publish(global_step=custody.global_step, committed_step=self.last_committed_step)
 
@@ -132,7 +132,7 @@ class Saves:
         if custody.newest is not None:
             is_committed = self.last_committed_step is not None and self.last_committed_step >= custody.newest[0]
             if not is_committed and not custody.is_saving(custody.newest):
-                self._offer(custody, custody.newest)
+                self._offer(custody, custody.newest, is_last=True)
             return
         source = custody.source()
         records = source.recovery_source(life.parent)
@@ -151,8 +151,7 @@ class Saves:
             pinned=key,
         )
         source.pin(*key)
-        if not self._queue(source, job):
-            source.unpin(*key)
+        self._queue(source, job, is_last=True)
 
     def wait(self, waiter: Waiter) -> None:
         """Answer the connection when the save has ended, or at its deadline."""
@@ -196,7 +195,7 @@ class Saves:
     def note_end(self, job: SaveJob, outcomes: list[Outcome]) -> None:
         """Thread: the persist thread."""
         with self._lock:
-            holder = self._custody_of.pop(id(job))
+            holder, _ = self._under_way.pop(id(job))
             self._ended.extend((job, outcome) for outcome in outcomes)
         if job.pinned is not None:
             holder.unpin(*job.pinned)
@@ -206,17 +205,31 @@ class Saves:
         """Finish what is queued and stop the persist thread."""
         self._persister.close()
 
+    def _is_under_way(self, custody: Custody, moment: Moment) -> bool:
+        """Return whether a save of the present life waits, is made, or has ended and is not collected yet."""
+        if custody.is_saving(moment):  # first: the persist thread notes the end before it unpins
+            return True
+        number = custody.life.record.number
+        with self._lock:
+            ended = [outcome.name for _, outcome in self._ended]
+        return any((name.incarnation, (name.step, name.attempt)) == (number, moment) for name in ended)
+
     def _start(self, custody: Custody, moment: Moment) -> None:
-        if custody.is_saving(moment):
+        if self._is_under_way(custody, moment):
             return
         records = custody.records_of(custody.life.record.number, moment)
         is_awaited = any(record.flags & EXPLICIT for record in records.values())
-        if self.is_busy and not is_awaited:
-            self.give_up(custody, moment, "the previous save is still under way")
+        with self._lock:
+            under_way = [job for _, job in self._under_way.values()]
+        if under_way and not is_awaited:
+            if any(
+                job.records for job in under_way
+            ):  # else only a look at the storage, which wakes the loop at its end
+                self.give_up(custody, moment, "the previous save is still under way")
             return
         self._offer(custody, moment)
 
-    def _offer(self, custody: Custody, moment: Moment) -> None:
+    def _offer(self, custody: Custody, moment: Moment, *, is_last: bool = False) -> None:
         life = custody.life.record
         job = SaveJob(
             arena=custody.arena,
@@ -226,17 +239,17 @@ class Saves:
             pinned=(life.number, moment),
         )
         custody.pin(life.number, moment)
-        if not self._queue(custody, job):
+        if not self._queue(custody, job, is_last=is_last):
             custody.unpin(life.number, moment)
             self.give_up(custody, moment, "too many saves wait")
 
-    def _queue(self, custody: Custody, job: SaveJob) -> bool:
+    def _queue(self, custody: Custody, job: SaveJob, *, is_last: bool = False) -> bool:
         with self._lock:
-            self._custody_of[id(job)] = custody
-        if self._persister.offer(job):
+            self._under_way[id(job)] = custody, job
+        if self._persister.offer(job, is_last=is_last):
             return True
         with self._lock:
-            del self._custody_of[id(job)]
+            del self._under_way[id(job)]
         return False
 
     def _remember(self, outcome: Outcome) -> None:

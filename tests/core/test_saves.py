@@ -1,0 +1,153 @@
+"""Saves as the agent starts them, over a real arena and a real folder whose opening can be held up."""
+
+from __future__ import annotations
+
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from moc._native import crc32c
+from moc.agent.custody import Custody
+from moc.agent.saves import Saves
+from moc.host import SystemHost
+from moc.plan.freeing import Moment
+from moc.repository import Repository
+from moc.snapshot.seal import EXPLICIT, PERSIST, SealRecord
+from moc.store.open import open_store
+from moc.store.port import Store
+from moc.trace import Trace
+from tests.core.test_custody import CATALOGS, FIRST, _descriptor
+
+PATIENCE_S = 30.0
+VERSIONS = 5
+
+
+class SlowHost(SystemHost):
+    """A machine whose storage answers when the test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answers = threading.Event(), threading.Event()
+
+    def open_store(self, url: str, *, trace: Trace) -> Store:
+        self.asked.set()
+        assert self.answers.wait(PATIENCE_S)
+        return super().open_store(url, trace=trace)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desk:
+    """An agent's saves, without its sockets."""
+
+    saves: Saves
+    custody: Custody
+    host: SlowHost
+    woken: int
+
+    def look(self, *, may_start: bool = True) -> None:
+        self.saves.collect(self.custody)
+        self.saves.look(self.custody, ended=set(), may_start=may_start)
+
+    def look_until(self, is_true: Callable[[], bool]) -> None:
+        """Look whenever the persist thread says that something has ended."""
+        self.look()
+        while not is_true():
+            assert self.host.wait_readable(self.woken, PATIENCE_S), self.saves.outcomes()
+            os.read(self.woken, 4096)
+            self.look()
+
+    def seal(self, step: int, *, record: int, flags: int) -> Moment:
+        moment = (step, f"00{step:06x}")
+        for catalog in CATALOGS:
+            units = len(self.custody.arena.rank_layout(catalog.rank).units)
+            self.custody.arena.seal(
+                record,
+                SealRecord(
+                    run=FIRST.run,
+                    incarnation=FIRST.number,
+                    step=step,
+                    rank=catalog.rank,
+                    flags=flags,
+                    attempt=moment[1],
+                    digest="0" * 16,
+                    state_bytes=0,
+                    state_crc32c=0,
+                    slots=array("I", [record] * units),
+                    steps=array("Q", [step] * units),
+                    crcs=array("I", [crc32c(bytes(shard.size_bytes)) for shard in catalog.shards]),
+                ),
+            )
+        return moment
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    storage = tmp_path / "storage"
+    repository = Repository(open_store(str(storage)))
+    repository.create()
+    repository.put_incarnation(FIRST)
+    repository.close()
+    custody = Custody.create({**_descriptor(FIRST), "storage": str(storage), "versions": VERSIONS}, earlier=None)
+    receive, send = os.pipe()
+    host = SlowHost()
+    saves = Saves(host=host, trace=Trace(), reply=lambda _connection, _message: None, wake_fd=send)
+    yield Desk(saves=saves, custody=custody, host=host, woken=receive)
+    host.answers.set()
+    saves.close()
+    custody.close()
+    os.close(receive)
+    os.close(send)
+
+
+def test_a_periodic_save_waits_for_the_look_at_what_a_dead_agent_has_committed(desk: Desk) -> None:
+    desk.seal(7, record=0, flags=PERSIST)
+    desk.saves.recall(desk.custody)
+    assert desk.host.asked.wait(PATIENCE_S)
+    desk.look()
+    assert desk.saves.outcomes() == [], "not given up for a save that nobody makes"
+
+    desk.host.answers.set()
+    desk.look_until(lambda: desk.saves.last_committed_step == 7)
+
+
+def test_a_periodic_save_does_not_wait_for_another_one(desk: Desk) -> None:
+    desk.seal(7, record=0, flags=PERSIST)
+    desk.look()
+    assert desk.host.asked.wait(PATIENCE_S)
+    desk.seal(8, record=1, flags=PERSIST)
+    desk.look()
+    assert "the previous save is still under way" in str(desk.saves.last_error)
+
+
+def test_the_newest_snapshot_is_stored_before_the_agent_leaves_however_many_saves_wait(desk: Desk) -> None:
+    for record, step in enumerate((5, 6, 7)):
+        desk.seal(step, record=record, flags=PERSIST | EXPLICIT)
+        desk.look()
+        assert desk.host.asked.wait(PATIENCE_S)
+    desk.seal(8, record=3, flags=0)
+    desk.saves.persist_newest(desk.custody)
+    desk.look(may_start=False)
+
+    desk.host.answers.set()
+    desk.look_until(lambda: not desk.saves.is_busy)
+    assert desk.saves.last_committed_step == 8
+    assert desk.saves.counters() == {"saves": 4, "failed": 0}
+
+
+def test_a_save_that_ended_while_the_agent_looked_is_not_taken_for_one_that_never_was_made(desk: Desk) -> None:
+    desk.host.answers.set()
+    moment = desk.seal(7, record=0, flags=PERSIST)
+    desk.look()
+    assert desk.host.wait_readable(desk.woken, PATIENCE_S)
+    os.read(desk.woken, 4096)  # it has ended, and nobody has taken notice
+
+    desk.saves.look(desk.custody, ended=set(), may_start=True)
+    assert desk.saves.outcomes() == []
+    assert not desk.custody.is_saving(moment), "not begun again"
+    desk.look()
+    assert desk.saves.counters() == {"saves": 1, "failed": 0}
