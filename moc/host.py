@@ -106,7 +106,7 @@ class Host(Clock, Protocol):
     def start_agent(self, folder: Path, *, run: str, idle_s: float, log: Path, timeout_s: float) -> None:
         """Start an agent that outlives this process and its process tree; return when it listens, or when it gave up.
 
-        Raises: TimeoutError.
+        Blocks: at most `timeout_s` until it has left the process tree, and as long again. Raises: TimeoutError.
         """
 
     def connect(self, path: str, timeout_s: float) -> socket.socket:
@@ -180,9 +180,8 @@ class SystemHost(SystemClock):
             os.close(ready_child)
             ready_child = -1
             starter.wait(timeout_s)  # it forks the agent and leaves, so that nobody finds the agent among our children
-            with os.fdopen(ready, "rb") as stream:
-                ready = -1
-                stream.read()  # ends when the agent listens, or has died
+            if not self.wait_readable(ready, timeout_s):  # it is closed when the agent listens, or has died
+                raise TimeoutError(f"not listening in time: timeout_s={timeout_s}")
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"not started in time: timeout_s={timeout_s}") from error
         finally:
