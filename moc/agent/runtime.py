@@ -105,9 +105,10 @@ def remembered_run(root: Path | None, url_digest: str) -> str | None:
         return None
     try:
         with open_private(base / f"{url_digest}.run", os.O_RDONLY) as stream:
-            return check_run_id(stream.read(NOTE_LIMIT_BYTES).decode("utf-8", "replace"))
+            text = stream.read(NOTE_LIMIT_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
         return None
+    return check_run_id(text) if text else None  # nothing in it: a power loss, which no memory has survived
 
 
 def open_private(path: Path, flags: int) -> IO[bytes]:

@@ -218,6 +218,14 @@ def test_a_note_that_is_not_ours_is_not_read(place: Path, kind: str) -> None:
         remembered_run(root, DIGEST)
 
 
+def test_a_note_that_a_power_loss_has_emptied_says_nothing_and_refuses_no_start(place: Path) -> None:
+    root = place / "rt"
+    remember_run(root, DIGEST, "run-1")
+    os.truncate(root / f"{DIGEST}.run", 0)
+
+    assert remembered_run(root, DIGEST) is None
+
+
 @pytest.mark.parametrize("kind", ["link", "hard link"])
 def test_a_note_is_never_written_through_a_link(place: Path, kind: str) -> None:
     root, victim = place / "rt", place / "victim"
