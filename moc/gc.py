@@ -9,8 +9,6 @@ this life, or the first of the next one, removes those.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from moc.commit import refuse_if_fenced
 from moc.errors import IntegrityError, ManifestCorruptError, StorageError
 from moc.format.keys import CheckpointName, parse_object_key, parse_victims_key
@@ -20,18 +18,10 @@ from moc.plan.retention import CheckpointFact, dropped
 from moc.repository import Repository
 from moc.trace import Trace
 
-__all__ = ["Retention", "RetentionReport"]
+__all__ = ["Retention"]
 
 
 TEMPORARY_AGE_S = 3600.0  # a temporary file this old belongs to no put under way
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetentionReport:
-    """What one round did."""
-
-    dropped: tuple[CheckpointName, ...]
-    deleted_objects: int
 
 
 class Retention:
@@ -45,8 +35,8 @@ class Retention:
         self._manifests: dict[CheckpointName, Manifest] = {}
         self._is_swept = False
 
-    def after_commit(self) -> RetentionReport:
-        """Do one round.
+    def after_commit(self) -> tuple[CheckpointName, ...]:
+        """Do one round; return the checkpoints it has dropped.
 
         Raises: FencedError, StorageError, IntegrityError; a failed round is repeated after the next commit.
         """
@@ -57,9 +47,9 @@ class Retention:
             # A manifest that is listed may be lost, and a missing one come back, while whoever put or deleted it had no
             # time to sync that: what is deleted below must not depend on it.
             self._repository.sync_names()
-        deleted = self._delete_condemned(unreadable)
+        self._delete_condemned(unreadable)
         if not self._is_swept and not unreadable:
-            deleted += self._sweep()
+            self._sweep()
             self._is_swept = True
         first_known = 0 if all(link.is_known for link in links) else links[-1].incarnation
         facts = [
@@ -74,7 +64,7 @@ class Retention:
         doomed = dropped(facts, keep_last=self._keep_last, keep_every=self._keep_every)
         if doomed:
             self._drop(doomed)
-        return RetentionReport(dropped=doomed, deleted_objects=deleted)
+        return doomed
 
     def _lineage(self) -> tuple[Link, ...]:
         """Return the chain; raises IntegrityError if a record is unreadable, since what it hides may not be deleted."""
@@ -109,7 +99,7 @@ class Retention:
                 self._repository.delete_manifest(name)
             del self._manifests[name]
 
-    def _delete_condemned(self, unreadable: list[CheckpointName]) -> int:
+    def _delete_condemned(self, unreadable: list[CheckpointName]) -> None:
         """Delete what an earlier round condemned, except what a manifest still names (a crash before the manifest's
         deletion), or may name: that waits until its manifest is gone or can be read.
         """
@@ -119,7 +109,6 @@ class Retention:
         self._delete(victims)
         if len(condemned) > len(waiting):
             self._repository.put_victims(self._run, self._incarnation, waiting)
-        return len(victims)
 
     def _read_condemned(self) -> tuple[str, ...]:
         """Return the life's own list; one that is damaged is emptied, and what it named is left to the next life."""
@@ -129,7 +118,7 @@ class Retention:
             self._repository.put_victims(self._run, self._incarnation, [])
             return ()
 
-    def _sweep(self) -> int:
+    def _sweep(self) -> None:
         """Delete what lives before this one left behind: objects that no manifest names, victim lists, temporary files.
 
         Those lives are fenced: this one's record, which they look for before every commit, is older than this round by
@@ -150,7 +139,6 @@ class Retention:
             if life is not None and life[0] == self._run and life[1] < self._incarnation:
                 self._repository.store.delete(entry.key)
         self._repository.store.sweep(older_than_s=TEMPORARY_AGE_S)
-        return len(victims)
 
     def _named(self) -> set[str]:
         """Return the object keys that readable manifests name."""

@@ -297,7 +297,7 @@ class Session:
             self._is_flagged = self._has_missed = False
         except CoordinationError as error:
             # A rank was away for longer than the timeout. Snapshots need no agreement.
-            log.warning("ranks do not agree on SIGTERM any more: %s", error)
+            log.warning("ranks do not agree on SIGTERM and missed saves any more: %s", error)
             self._agrees = False
             return False
         self._owes_save |= agreed is not None and agreed[MISSED] > 0

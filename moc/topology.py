@@ -40,10 +40,6 @@ class Topology:
     def node_count(self) -> int:
         return max(self.node_of_rank) + 1
 
-    def ranks_of_node(self, node: int) -> tuple[int, ...]:
-        """Return the global ranks of one node, ascending."""
-        return tuple(rank for rank, owner in enumerate(self.node_of_rank) if owner == node)
-
     def to_json(self) -> dict[str, object]:
         return {
             "world_size": self.world_size,

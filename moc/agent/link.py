@@ -65,7 +65,7 @@ class AgentLink:
         log.warning("agent is gone: folder=%s rank=%d", self.folder, self._rank)
         self._reconnecting = self._host.spawn(self._reconnect, name="moc-reconnect")
 
-    def wait_connected(self, timeout_s: float, *, is_gone: bool = False) -> None:
+    def wait_connected(self, timeout_s: float, *, is_gone: bool) -> None:
         """Wait until the agent is there, or a new one has adopted the arena, or the time is over.
 
         `is_gone`: the caller knows better than the bell, which a dying agent closes among its last descriptors.

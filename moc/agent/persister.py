@@ -145,11 +145,11 @@ class Persister:
         """Do a round of retention; its failure is not the save's."""
         assert self._retention is not None, "prepared before"
         try:
-            report = self._retention.after_commit()
+            gone = self._retention.after_commit()
         except MocError as error:
             log.warning("retention failed, the next commit tries again: %s", error)
             return
-        for name in report.dropped:
+        for name in gone:
             log.info("dropped by retention: name=%s", name)
 
     def _prepare(self, job: SaveJob) -> Repository:

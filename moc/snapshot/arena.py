@@ -58,7 +58,6 @@ class RankWords:
     beat_step: int
     beat_ns: int
     beat_interval_ns: int
-    beat_incarnation: int
 
 
 def descriptor_room(descriptor: Mapping[str, object]) -> int:
@@ -202,7 +201,6 @@ class Arena:
             beat_step=raw[_BEAT_STEP],
             beat_ns=raw[_BEAT_NS],
             beat_interval_ns=raw[_BEAT_INTERVAL_NS],
-            beat_incarnation=raw[_BEAT_INCARNATION],
         )
 
     def beat(self, rank: int, *, incarnation: int, step: int, now_ns: int) -> None:

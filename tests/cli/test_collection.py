@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from moc.trace import Trace
 from moc.verify import verify_repository
 from tests.cli.console import flip_bit, manifest_path, moc, moc_json
 from tests.support.job import Job, start_agent, wait_killed
+from tests.support.kill import died_within
 from tests.support.repository import Model, RepositoryBuilder, build_history
 
 TRACE = Trace()
@@ -200,9 +200,9 @@ def test_retention_drops_nothing_that_a_lost_record_may_have_led_to() -> None:
     builder.store.delete("incarnations/000002-run-7.json")
     retention = Retention(builder.repository, run="run-7", incarnation=3, keep_last=1, keep_every=20, trace=TRACE)
 
-    report = retention.after_commit()
+    dropped = retention.after_commit()
 
-    assert [(name.incarnation, name.step) for name in report.dropped] == [(2, 30)]
+    assert [(name.incarnation, name.step) for name in dropped] == [(2, 30)]
     assert {(c.name.incarnation, c.name.step) for c in builder.repository.checkpoints()} >= {(1, 10), (1, 20)}
 
 
@@ -351,38 +351,22 @@ def test_a_kill_at_any_span_harms_no_checkpoint_and_the_next_collection_ends_the
 
 def _collect_and_die(root: Path, count: int, *, with_store: bool) -> bool:
     """Fence and collect in a child that kills itself at its trace event number `count`; False if it came to its end."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            seen = [0]
 
-            def kill_at(event: str, *_: object) -> None:
-                seen[0] += with_store or event == "begin"  # the end of one span is the begin of the next
-                if seen[0] == count:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def work(kill_at: Callable[..., None]) -> None:
+        trace = Trace(kill_at)
+        repository = Repository(LocalStore(root, trace=trace if with_store else None))
+        fence(repository, find_garbage(repository, with_off_lineage=True, trace=trace), trace=trace)
+        collect(
+            repository,
+            with_off_lineage=True,
+            settle_s=0.0,
+            host=MovedClock(),
+            trace=trace,
+            on_wait=lambda _: None,
+        )
 
-            trace = Trace(kill_at)
-            repository = Repository(LocalStore(root, trace=trace if with_store else None))
-            fence(repository, find_garbage(repository, with_off_lineage=True, trace=trace), trace=trace)
-            collect(
-                repository,
-                with_off_lineage=True,
-                settle_s=0.0,
-                host=MovedClock(),
-                trace=trace,
-                on_wait=lambda _: None,
-            )
-            code = 0
-        except MocError as error:
-            os.write(2, f"{error}\n".encode())
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0
-    return False
+    # Without the store's spans the end of one is the begin of the next.
+    return died_within(work, count=count, is_counted=lambda event: with_store or event == "begin")
 
 
 def _uncommitted(builder: RepositoryBuilder, incarnation: int, step: int) -> Manifest:

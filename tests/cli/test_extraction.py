@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from moc.errors import MocError, ShardCorruptError, UsageError
+from moc.errors import ShardCorruptError, UsageError
 from moc.extract import extract
 from moc.format.keys import CheckpointName
 from moc.plan.lineage import STORAGE, Candidate, candidates
@@ -18,6 +17,7 @@ from moc.store.memory import MemoryStore
 from moc.trace import Trace
 from moc.verify import verify_repository
 from tests.cli.console import flip_bit, shard_place
+from tests.support.kill import died_within
 from tests.support.repository import build_history
 
 KILL_LIMIT = 400  # far above the number of spans
@@ -133,29 +133,12 @@ def test_a_kill_at_any_span_leaves_no_checkpoint_and_can_be_continued(tmp_path: 
 
 def _extract_and_die(source: Path, target: Path, name: CheckpointName, count: int) -> bool:
     """Extract in a child that kills itself at its trace event number `count`; return whether it came to that."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            seen = [0]
 
-            def kill_at(*_: object) -> None:
-                seen[0] += 1
-                if seen[0] == count:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def work(kill_at: Callable[..., None]) -> None:
+        trace = Trace(kill_at)
+        extract(Repository(LocalStore(source)), name, Repository(LocalStore(target, trace=trace)), trace=trace)
 
-            trace = Trace(kill_at)
-            extract(Repository(LocalStore(source)), name, Repository(LocalStore(target, trace=trace)), trace=trace)
-            code = 0
-        except MocError as error:
-            os.write(2, f"{error}\n".encode())
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0
-    return False
+    return died_within(work, count=count, is_counted=lambda _: True)
 
 
 def _content(repository: Repository, key: str) -> bytes:

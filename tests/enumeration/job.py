@@ -18,7 +18,7 @@ from moc import errors
 from moc._native import crc32c
 from moc.agent.persister import Outcome, Persister, SaveJob
 from moc.format.keys import CheckpointName
-from moc.format.manifest import Incarnation
+from moc.format.manifest import Incarnation, encode_incarnation
 from moc.format.tagged import encode_state, expect_mapping
 from moc.host import Host, Semaphore, SystemHost, Task
 from moc.plan.layout import arrange_arena
@@ -193,17 +193,18 @@ class Life:
     """One life of the job and the agent that serves it. `open_store` opens what it works on."""
 
     def __init__(
-        self, open_store: Callable[[], Store], ledger: Ledger, *, keep_last: int, record: Incarnation | None = None
+        self, open_store: Callable[[], Store], ledger: Ledger, *, keep_last: int, adopted: Life | None = None
     ) -> None:
-        """With a `record` this is a new agent, which adopts the life of one that has died."""
+        """With `adopted` this is a new agent, which adopts the life of one that has died."""
         self._host, self._ledger, self.keep_last = SerialHost(open_store), ledger, keep_last
-        self.record = record
+        self.record = None if adopted is None else adopted.record
+        self._lineage: tuple[Incarnation, ...] = () if adopted is None else adopted._lineage
         self.recovered: CheckpointName | None = None
         self._outcomes: list[Outcome] = []
         self._persister = Persister(
             on_end=lambda _, outcomes: self._outcomes.extend(outcomes), host=self._host, trace=TRACE
         )
-        self._tries = 0 if record is None else 128
+        self._tries = 0 if adopted is None else 128
 
     @property
     def number(self) -> int:
@@ -218,7 +219,7 @@ class Life:
         repository = Repository(self._host.open_store("", trace=TRACE))
         if not repository.exists():
             repository.create()
-        admissible, number = choose(repository)
+        self._lineage, admissible, number = choose(repository)
         parent = None
         if admissible:
             self.recovered = name_of(admissible[0])
@@ -260,7 +261,13 @@ class Life:
     def _offer(self, records: dict[int, SealRecord]) -> list[Outcome]:
         shots = snapshots()
         assert self.record is not None, "attached before"
-        descriptor = shots.plan | {"keep_last": self.keep_last, "keep_every": 0, "storage": "model"}
+        lineage = [encode_incarnation(record).decode() for record in (*self._lineage, self.record)]
+        descriptor = shots.plan | {
+            "keep_last": self.keep_last,
+            "keep_every": 0,
+            "storage": "model",
+            "lineage": lineage,
+        }
         self._outcomes.clear()
         job = SaveJob(arena=shots.arena, records=records, life=self.record, descriptor=descriptor, pinned=None)
         assert self._persister.offer(job), "one save at a time"
@@ -268,8 +275,8 @@ class Life:
         return list(self._outcomes)
 
 
-def choose(repository: Repository) -> tuple[tuple[Candidate, ...], int]:
-    """Return the candidates in the order in which recovery tries them, and the number of the life that comes next."""
+def choose(repository: Repository) -> tuple[tuple[Incarnation, ...], tuple[Candidate, ...], int]:
+    """Return the lives so far, the candidates in the order in which recovery tries them, and the next life's number."""
     records, findings = repository.incarnations()
     assert not findings, f"incarnation records are damaged: {[str(finding) for finding in findings]}"
     merged = merge_incarnations(records, ())
@@ -277,8 +284,8 @@ def choose(repository: Repository) -> tuple[tuple[Candidate, ...], int]:
     known = [
         Candidate(source=STORAGE, run=n.run, incarnation=n.incarnation, step=n.step, attempt=n.attempt) for n in names
     ]
-    admissible = candidates(chain(merged, tip(merged)), known)
-    return admissible, max([tip(merged), *(name.incarnation for name in names)]) + 1
+    number = max([tip(merged), *(name.incarnation for name in names)]) + 1
+    return tuple(merged.values()), candidates(chain(merged, tip(merged)), known), number
 
 
 def restored_step(repository: Repository, candidate: Candidate, host: Host) -> int:

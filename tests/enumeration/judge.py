@@ -31,7 +31,7 @@ def judge(open_store: Callable[[], Store], ledger: Ledger, *, is_whole: bool = T
         assert later <= STEPS, "a workflow leaves room for two more steps"
         saved = life.save(later)
     repository = Repository(open_store())
-    admissible, _ = choose(repository)
+    _, admissible, _ = choose(repository)
     assert restored_step(repository, admissible[0], SerialHost(open_store)) == step + 2
     findings = verify_repository(repository, read_data_fraction=0.0).all_findings
     assert not findings, f"unsound after the next life: {[str(finding) for finding in findings]}"
@@ -42,7 +42,7 @@ def judge_promises(open_store: Callable[[], Store], ledger: Ledger) -> None:
     """Check 1 and 2 only."""
     repository = Repository(open_store())
     _require_sound(repository, is_whole=True)
-    admissible, _ = choose(repository)
+    _, admissible, _ = choose(repository)
     if admissible:
         restored_step(repository, admissible[0], SerialHost(open_store))
     _require_allowed(name_of(admissible[0]) if admissible else None, ledger)

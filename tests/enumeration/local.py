@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moc.errors import FencedError, MocError, StorageError
+from moc.errors import FencedError
 from moc.format.keys import MANIFESTS
 from moc.format.manifest import ObjectRow, decode_manifest
 from moc.store.local import LocalStore
 from tests.enumeration.job import Ledger, Life
 from tests.enumeration.judge import judge, judge_promises
 from tests.enumeration.tally import Case, Tally
-from tests.enumeration.workflows import Site, StorageGoneError, Workflow
+from tests.enumeration.workflows import Site, Workflow, go_through
 from tests.support.faulty_files import Crash, Fault, FaultKind, FaultyFilesystem, Operation, Phase
 from tests.support.model_disk import SURVIVALS, Disk, Survival, subsets
 from tests.support.model_files import ModelFilesystem
@@ -220,20 +220,8 @@ class _Run:
         return self
 
     def go(self) -> None:
-        """Run; after a fault that passes, the next save must work without another one."""
-        try:
-            life = self.workflow.act(self.site)
-        except StorageGoneError:
-            is_gone = self._fault is not None and self._fault.kind == "dead"
-            assert is_gone, "gave up although the storage answers"
-            return
-        if self._fault is None or self._fault.kind == "dead":
-            return
-        # A stale listing breaks what every store promises: a save may find a contradiction and fail by it.
-        expected = MocError if self._fault.kind == "stale" else StorageError
-        assert all(isinstance(error, expected) for error in self.site.failures), f"not a storage error: {self.site}"
-        assert len(self.site.failures) <= 1, f"one fault, several failures: {self.site.failures}"
-        life.save(self.workflow.last_step + 1)
+        fault = None if self._fault is None else self._fault.kind
+        go_through(self.workflow, self.site, fault=fault)
 
     def instant(self, operation: Operation, phase: Phase) -> Instant:
         """Return what there is at this moment."""
@@ -315,7 +303,7 @@ def _next_life(_: Instant, open_store: OpenStore, ledger: Ledger) -> None:
 def _new_agent(first: Instant, open_store: OpenStore, ledger: Ledger) -> None:
     """Announce what the agent that died has committed, and save; unless a rewind has fenced this life."""
     assert first.life is not None
-    life = Life(open_store, ledger, keep_last=first.life.keep_last, record=first.life.record)
+    life = Life(open_store, ledger, keep_last=first.life.keep_last, adopted=first.life)
     try:
         life.recall()
         life.save(max((name.step for name in ledger.allowed if name is not None), default=0) + 1)

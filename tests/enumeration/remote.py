@@ -10,13 +10,12 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from moc.errors import MocError, StorageError
 from moc.store.port import Store
 from moc.store.retry import RetryingStore
 from tests.enumeration.job import Ledger, Life
 from tests.enumeration.judge import judge
 from tests.enumeration.tally import Case, Tally
-from tests.enumeration.workflows import Site, StorageGoneError, Workflow
+from tests.enumeration.workflows import Site, Workflow, go_through
 from tests.support.faulty_store import Bucket, FaultyStore, Request, StoreFault, StoreFaultKind
 from tests.support.model_disk import without_token
 
@@ -105,21 +104,8 @@ class _Run:
         self.site = Site(open_store=self._open, begin=lambda: self.store.arm(self._fault, self.observe))
 
     def go(self) -> None:
-        """Run; after a fault that passes, the next save must work without another one."""
-        try:
-            life = self.workflow.act(self.site)
-        except StorageGoneError:
-            is_gone = self._fault is not None and self._fault.kind == "dead"
-            assert is_gone, "gave up although the storage answers"
-            return
-        if self._fault is None or self._fault.kind == "dead":
-            return
-        allowed = 0 if self._retries else 1
-        # A stale listing breaks what every store promises: a save may find a contradiction and fail by it.
-        expected = MocError if self._fault.kind == "stale" else StorageError
-        assert all(isinstance(error, expected) for error in self.site.failures), f"not a storage error: {self.site}"
-        assert len(self.site.failures) <= allowed, f"{allowed} failures are allowed: {self.site.failures}"
-        life.save(self.workflow.last_step + 1)
+        fault = None if self._fault is None else self._fault.kind
+        go_through(self.workflow, self.site, fault=fault, failure_limit=0 if self._retries else 1)
 
     def _open(self) -> Store:
         if not self._retries:

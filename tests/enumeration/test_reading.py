@@ -76,7 +76,7 @@ def recover(files: FaultyFilesystem) -> Recovery:
     host = PatientHost(lambda: LocalStore(ROOT, filesystem=files))
     repository = Repository(host.open_store("", trace=TRACE))
     records, _ = repository.incarnations()
-    admissible, number = choose(repository)
+    _, admissible, number = choose(repository)
     merged = merge_incarnations(records, ())
     origin = Origin(
         run=RUN,

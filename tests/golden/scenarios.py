@@ -130,7 +130,7 @@ class Golden:
         retention = Retention(
             self.repository, run=RUN, incarnation=incarnation, keep_last=keep_last, keep_every=0, trace=Trace()
         )
-        for name in retention.after_commit().dropped:
+        for name in retention.after_commit():
             del self.checkpoints[str(name)]
 
     def _commit(

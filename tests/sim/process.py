@@ -6,7 +6,6 @@ process does nothing any more: each of its threads ends where it is, and what th
 
 from __future__ import annotations
 
-import fcntl
 import os
 import selectors
 import socket
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
+from moc.host import SystemHost
 from moc.store.port import Store
 from moc.trace import Trace
 from tests.sim.scheduler import Fiber, Killed, Scheduler
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tests.sim.simulation import Simulation
 
 __all__ = ["Process", "SimHost"]
+
+KERNEL = SystemHost()  # for what the simulation leaves to it
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -253,26 +255,16 @@ class SimHost:
 
     def connect(self, path: str, timeout_s: float) -> socket.socket:
         self._process.enter()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.settimeout(timeout_s)
-        try:
-            sock.connect(path)
-        except OSError:
-            sock.close()
-            raise
+        sock = KERNEL.connect(path, timeout_s)
         self._process.sockets = [held for held in self._process.sockets if held.fileno() >= 0]
         self._process.sockets.append(sock)
         return sock
 
     def lock(self, path: Path) -> IO[bytes] | None:
         self._process.enter()
-        file = path.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        self._process.locks.append(file)
+        file = KERNEL.lock(path)
+        if file is not None:
+            self._process.locks.append(file)
         return file
 
     def open_store(self, url: str, *, trace: Trace) -> Store:

@@ -6,7 +6,6 @@ the values, so a state that was resumed from the wrong branch of the lineage is 
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -15,8 +14,8 @@ import numpy as np
 
 from moc._native import copy_crc32c
 from moc.format.tagged import ArrayValue
-from moc.state import Expert, RankCatalog, Shard, shard_order
-from tests.support.plain import split_tensor
+from moc.state import Expert, RankCatalog, shard_order
+from tests.support.plain import ArrayState, split_tensor
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
@@ -53,7 +52,7 @@ def noise_at(rank: int, step: int, life: int) -> np.ndarray:
     return np.array([rank, step, life], dtype=np.int64)
 
 
-class TinyState:
+class TinyState(ArrayState):
     """TrainingState of one rank; `life` tells lives apart (a life's token)."""
 
     def __init__(self, rank: int, size: int, process: Process) -> None:
@@ -70,10 +69,6 @@ class TinyState:
     @property
     def catalog(self) -> RankCatalog:
         return RankCatalog(rank=self.rank, shards=self._shards, state_capacity_bytes=4096)
-
-    @property
-    def needed(self) -> tuple[Shard, ...]:
-        return self._shards
 
     @property
     def fingerprint(self) -> Mapping[str, object]:
@@ -111,24 +106,3 @@ class TinyState:
     def capture(self) -> dict[str, object]:
         noise = ArrayValue(dtype="I64", shape=(3,), kind="numpy", data=memoryview(self.noise).cast("B"))
         return {"step": self.step, "noise": noise}
-
-    def begin_restore(self) -> None:
-        """Everything has its memory already."""
-
-    def write_shard(self, index: int, offset: int, view: memoryview) -> None:
-        source = np.frombuffer(view, dtype=np.uint8)
-        ctypes.memmove(self.values[index].ctypes.data + 4 * offset, source.ctypes.data, view.nbytes)
-
-    def apply(self, tree: Mapping[str, object]) -> None:
-        step = tree["step"]
-        assert isinstance(step, int)
-        self.step = step
-
-    def derive_weights(self) -> None:
-        """The values are the weights."""
-
-    def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
-        noise = tree["noise"]
-        assert isinstance(noise, ArrayValue)
-        if exact_rank:
-            self.noise = np.frombuffer(bytes(noise.data), dtype=np.int64).copy()

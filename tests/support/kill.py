@@ -8,7 +8,9 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["KillAt", "run_apart"]
+from moc.errors import MocError
+
+__all__ = ["KillAt", "died_within", "run_apart"]
 
 DEADLINE_S = 60.0
 
@@ -42,3 +44,32 @@ def run_apart(call: Callable[..., object], *arguments: object) -> int:
     process.join(DEADLINE_S)
     assert process.exitcode is not None, f"{call} did not end"
     return process.exitcode
+
+
+def died_within(work: Callable[[Callable[..., None]], None], *, count: int, is_counted: Callable[[str], bool]) -> bool:
+    """Run `work(sink)` in a child that kills itself at trace event `count`; return whether it came to that.
+
+    `is_counted` chooses among "begin" and "end".
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            seen = [0]
+
+            def kill_at(event: str, *_: object) -> None:
+                seen[0] += is_counted(event)
+                if seen[0] == count:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            work(kill_at)
+            code = 0
+        except MocError as error:
+            os.write(2, f"{error}\n".encode())
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.waitstatus_to_exitcode(status) == 0
+    return False

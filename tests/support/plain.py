@@ -28,7 +28,42 @@ EXPERT_ELEMENTS = 3_001
 PARTS = ("exp_avg", "exp_avg_sq", "master")
 
 
-class PlainState:
+class ArrayState:
+    """What training states over numpy arrays share: `values` are the shards, `noise` is the rank's own small state."""
+
+    step: int
+    values: list[np.ndarray]
+    noise: np.ndarray
+    _shards: tuple[Shard, ...]
+
+    @property
+    def needed(self) -> tuple[Shard, ...]:
+        return self._shards
+
+    def begin_restore(self) -> None:
+        """Everything has its memory already."""
+
+    def write_shard(self, index: int, offset: int, view: memoryview) -> None:
+        target = self.values[index]
+        source = np.frombuffer(view, dtype=np.uint8)
+        ctypes.memmove(target.ctypes.data + 4 * offset, source.ctypes.data, view.nbytes)
+
+    def apply(self, tree: Mapping[str, object]) -> None:
+        step = tree["step"]
+        assert isinstance(step, int)
+        self.step = step
+
+    def derive_weights(self) -> None:
+        """The values are the weights."""
+
+    def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
+        noise = tree["noise"]
+        assert isinstance(noise, ArrayValue)
+        if exact_rank:
+            self.noise = np.frombuffer(bytes(noise.data), dtype=np.int64).copy()
+
+
+class PlainState(ArrayState):
     """TrainingState over numpy arrays; `ranks` share one logical model."""
 
     def __init__(
@@ -68,7 +103,7 @@ class PlainState:
             value[:] = _initial(shard)
         self._sources = array("Q", (value.ctypes.data for value in self.values))
         self._lengths = array("Q", (value.nbytes for value in self.values))
-        self._step = 0
+        self.step = 0
         self.defect_at: int | None = None
         self.is_between = False
         self.noise = np.arange(8, dtype=np.int64) + 100 * rank
@@ -78,23 +113,15 @@ class PlainState:
         return RankCatalog(rank=self.rank, shards=self._shards, state_capacity_bytes=65536)
 
     @property
-    def needed(self) -> tuple[Shard, ...]:
-        return self._shards
-
-    @property
     def fingerprint(self) -> Mapping[str, object]:
         return {"model": self._model}
 
-    @property
-    def step(self) -> int:
-        return self._step
-
     def advance(self) -> None:
         """Do one optimizer step."""
-        self._step += 1
+        self.step += 1
         for value in self.values:
             value *= np.float32(0.999)
-            value += np.float32(self._step % 97) * np.float32(0.001)
+            value += np.float32(self.step % 97) * np.float32(0.001)
         self.noise = self.noise * 3 % 1_000_003
 
     def digest(self) -> str:
@@ -103,7 +130,7 @@ class PlainState:
 
     def tensor_digest(self) -> str:
         """Return a text that is equal for equal steps and tensors: what survives a change of the number of ranks."""
-        digest = hashlib.sha256(str(self._step).encode())
+        digest = hashlib.sha256(str(self.step).encode())
         for value in self.values:
             digest.update(value.tobytes())
         return digest.hexdigest()[:16]
@@ -114,32 +141,10 @@ class PlainState:
     def capture(self) -> dict[str, object]:
         if self.is_between:
             raise UsageError("not at the boundary of a step")
-        if self._step == self.defect_at:
-            raise RuntimeError(f"what belongs to the loop cannot be saved at step {self._step}")
+        if self.step == self.defect_at:
+            raise RuntimeError(f"what belongs to the loop cannot be saved at step {self.step}")
         noise = ArrayValue(dtype="I64", shape=(8,), kind="numpy", data=memoryview(self.noise).cast("B"))
-        return {"step": self._step, "noise": noise, "note": f"rank {self.rank}"}
-
-    def begin_restore(self) -> None:
-        """Everything has its memory already."""
-
-    def write_shard(self, index: int, offset: int, view: memoryview) -> None:
-        target = self.values[index]
-        source = np.frombuffer(view, dtype=np.uint8)
-        ctypes.memmove(target.ctypes.data + 4 * offset, source.ctypes.data, view.nbytes)
-
-    def apply(self, tree: Mapping[str, object]) -> None:
-        step = tree["step"]
-        assert isinstance(step, int)
-        self._step = step
-
-    def derive_weights(self) -> None:
-        """The values are the weights."""
-
-    def finish_restore(self, tree: Mapping[str, object], *, exact_rank: bool) -> None:
-        noise = tree["noise"]
-        assert isinstance(noise, ArrayValue)
-        if exact_rank:
-            self.noise = np.frombuffer(bytes(noise.data), dtype=np.int64).copy()
+        return {"step": self.step, "noise": noise, "note": f"rank {self.rank}"}
 
 
 def expected_digest(rank: int, size: int, step: int) -> str:

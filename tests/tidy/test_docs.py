@@ -43,6 +43,20 @@ def test_every_failure_is_proved_by_tests_that_exist(failure: str, proof: str) -
         assert not function or function.split("[")[0] in _functions(path), f"{failure}: no such test {name}"
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    path, missing = TESTS, []
+    for name in NAMED.findall(page.read_text()):
+        file, _, function = name.removeprefix("tests/").partition("::")
+        if " " in name or not ("/" in file or function):
+            continue  # a command, or a word of the text
+        path = TESTS / file if file else path
+        if not path.is_file() or (function and function.split("[")[0] not in _functions(path)):
+            missing.append(name)
+
+    assert missing == []
+
+
 def test_the_table_of_failures_is_found() -> None:
     assert len(_rows()) > 30
 
