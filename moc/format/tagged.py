@@ -144,7 +144,8 @@ class _Encoder:
                 )
             return value
         if type(value) is str:
-            if any("\ud800" <= letter <= "\udfff" for letter in value):
+            # Quick for what names and settings are made of: this runs at every snapshot, on the training thread.
+            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise UsageError(f"text is not unicode: path={path} text={value[:40]!r} allowed=no lone surrogates")
             return value
         if type(value) is float:
