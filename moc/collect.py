@@ -37,11 +37,12 @@ from moc.repository import Repository
 from moc.store.port import Entry
 from moc.trace import Trace
 
-__all__ = ["SETTLE_S", "CollectReport", "Garbage", "collect", "fence", "find_garbage"]
+__all__ = ["SETTLE_S", "CollectReport", "Garbage", "collect", "fence", "find_garbage", "temporary_age_s"]
 
 SETTLE_S = 600.0
 """From an agent's look for newer lives to the end of its put there are two calls of the store, of at most 240 s each:
 120 s of tries (moc/store/retry.py) and 120 s for the last one (moc/store/remote.py). The rest is for a pause."""
+UPLOAD_AGE_S = 86400.0  # of an upload that a living agent has surely given up: its age counts from its begin
 DELETERS = 8  # requests under way to a remote store, where each is a round trip
 LISTINGS = 3  # where manifests come and go during so many listings, the repository is too busy to judge
 FENCE_REASON = "gc"
@@ -180,8 +181,17 @@ def collect(
             with trace.span("gc.forget", key=key):
                 repository.store.delete(key)
     with trace.span("gc.sweep"):
-        temporary = repository.store.sweep(older_than_s=TEMPORARY_AGE_S)
+        temporary = repository.store.sweep(older_than_s=temporary_age_s(repository, final))
     return CollectReport(dropped=dropped, objects=victims, temporary_files=temporary)
+
+
+def temporary_age_s(repository: Repository, garbage: Garbage) -> float:
+    """Return how old something invisible must be to belong to no put under way.
+
+    A file's age counts from its last write, an upload's to an object store from its begin, hours before its end.
+    """
+    may_upload = garbage.has_agent and not repository.store.properties.is_local
+    return UPLOAD_AGE_S if may_upload else TEMPORARY_AGE_S
 
 
 def _delete(repository: Repository, victims: Sequence[Entry], *, host: Host, trace: Trace) -> None:

@@ -32,7 +32,7 @@ from moc.cli.exits import OK
 from moc.cli.live import add_runtime_root, serving_agents
 from moc.cli.options import add_json, add_repository, opened, repository_url
 from moc.cli.output import describe_age, describe_bytes, name_json, print_json, print_table, say
-from moc.collect import SETTLE_S, CollectReport, Garbage, collect, fence, find_garbage
+from moc.collect import SETTLE_S, CollectReport, Garbage, collect, fence, find_garbage, temporary_age_s
 from moc.errors import CoordinationError
 from moc.format.keys import parse_object_key
 from moc.gc import TEMPORARY_AGE_S
@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         if is_fencing:
             _refuse_if_alive(args, repository, garbage)
         if not args.apply:
-            temporary = repository.store.sweep(older_than_s=TEMPORARY_AGE_S, is_dry_run=True)
+            age_s = TEMPORARY_AGE_S if is_fencing and garbage.held else temporary_age_s(repository, garbage)
+            temporary = repository.store.sweep(older_than_s=age_s, is_dry_run=True)
             _show_plan(args, repository.url, garbage, temporary, is_fencing=is_fencing)
             return OK
         record = fence(repository, garbage, trace=trace) if is_fencing and garbage.held else None
