@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from moc.agent.runtime import node_identity
 from moc.agreement import agree, exchange
 from moc.config import Config
 from moc.errors import TopologyError, UsageError
-from moc.format.manifest import Incarnation, encode_incarnation
+from moc.format.manifest import Incarnation, encode_lineage
 from moc.host import Host
 from moc.plan.layout import arrange_arena
 from moc.state import RankCatalog, catalog_digest, check_coverage
@@ -98,6 +98,5 @@ def describe_life(
         "timeout_s": config.timeout_s,
         "memory_budget_bytes": config.memory_budget_bytes,
         "config": asdict(config),
-        # The newest life's fingerprint stands above; the others' would make the descriptor grow with every life.
-        "lineage": [encode_incarnation(replace(life, fingerprint={})).decode() for life in lineage],
+        "lineage": encode_lineage(lineage),
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from moc.agent.runtime import remembered_run, runtime_folder
 from moc.config import Config
 from moc.errors import IntegrityError, MismatchError, StoreUnavailableError, UsageError
 from moc.format.keys import CheckpointName, check_run_id
-from moc.format.manifest import Incarnation, decode_incarnation, encode_incarnation
+from moc.format.manifest import Incarnation, decode_incarnation, decode_lineage, encode_incarnation
 from moc.host import Host
 from moc.plan.lineage import MEMORY, STORAGE, Candidate, Link, candidates, chain, merge_incarnations, tip
 from moc.repository import Repository
@@ -273,9 +273,7 @@ def _survey_memory(
     notes.extend(
         f"snapshot is incomplete: step={step} sealed by ranks {ranks}" for _, step, _, ranks in inventory["incomplete"]
     )
-    lives = [decode_incarnation(text.encode(), name="arena lineage") for text in inventory["lineage"]]
-    lives[-1] = replace(lives[-1], fingerprint=inventory["fingerprint"])
-    return lives, [
+    return decode_lineage(inventory["lineage"], fingerprint=inventory["fingerprint"]), [
         Candidate(source=MEMORY, run=run, incarnation=number, step=step, attempt=attempt)
         for number, step, attempt in inventory["snapshots"]
     ]

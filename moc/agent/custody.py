@@ -9,13 +9,13 @@ import logging
 import resource
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from moc.agent import wire
 from moc.agent.memory import available_memory
 from moc.errors import UsageError
-from moc.format.manifest import Incarnation, Parent, decode_incarnation
+from moc.format.manifest import Incarnation, Parent, decode_lineage
 from moc.plan.freeing import (
     Moment,
     Seal,
@@ -56,10 +56,9 @@ class Life:
         for field in ("topology", "fingerprint", "software"):
             wire.mapping(descriptor, field)
         wire.number(descriptor, "timeout_s")
-        records = [decode_incarnation(str(text).encode(), name="arena descriptor") for text in descriptor["lineage"]]
+        records = decode_lineage(descriptor["lineage"], fingerprint=descriptor["fingerprint"])
         if not records:
             raise UsageError("the descriptor names no life")
-        records[-1] = replace(records[-1], fingerprint=descriptor["fingerprint"])
         return Life(
             record=records[-1],
             lineage=tuple(records),

@@ -14,7 +14,7 @@ from typing import Any
 from moc.commit import CommitPlan, build_manifest, commit, refuse_if_fenced
 from moc.errors import FencedError, ManifestCorruptError, MocError, StorageError, StoreUnavailableError
 from moc.format.keys import CheckpointName
-from moc.format.manifest import Incarnation, Parent, decode_incarnation
+from moc.format.manifest import Incarnation, Parent, decode_lineage
 from moc.gc import Retention
 from moc.host import Host
 from moc.persist import checkpoint_name, persist_rank
@@ -166,8 +166,8 @@ class Persister:
             # Every life begins with a repository: an empty place is a folder that is not mounted, or was moved away.
             raise StoreUnavailableError(f"repository has vanished: url={repository.url} allowed=back in its place")
         refuse_if_fenced(repository, job.life.run, job.life.number)
-        ancestors = [decode_incarnation(text.encode(), name="arena lineage") for text in job.descriptor["lineage"]]
-        repository.put_missing_incarnations([record for record in ancestors if record.number < job.life.number])
+        lives = decode_lineage(job.descriptor["lineage"], fingerprint=job.life.fingerprint)
+        repository.put_missing_incarnations([record for record in lives if record.number < job.life.number])
         self._put_life(repository, job.life)
         listed = [checkpoint.name for checkpoint in repository.checkpoints()]
         repository.sync_names()  # what a dead agent has put is announced only once it is durable

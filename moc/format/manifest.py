@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from moc.errors import FormatUnsupportedError, ManifestCorruptError, TopologyError
@@ -32,10 +32,12 @@ __all__ = [
     "Parent",
     "decode_format",
     "decode_incarnation",
+    "decode_lineage",
     "decode_manifest",
     "decode_victims",
     "encode_format",
     "encode_incarnation",
+    "encode_lineage",
     "encode_manifest",
     "encode_victims",
 ]
@@ -162,6 +164,20 @@ def decode_incarnation(encoded: bytes, *, name: str) -> Incarnation:
     if record.parent is not None and record.parent.incarnation >= record.number:
         raise fields.wrong("parent", "an earlier life")
     return record
+
+
+def encode_lineage(lives: Iterable[Incarnation]) -> list[str]:
+    """Return lives for an arena's descriptor, which has their fingerprint once: else it would grow with every life."""
+    return [encode_incarnation(replace(life, fingerprint={})).decode() for life in lives]
+
+
+def decode_lineage(texts: Iterable[object], *, fingerprint: Mapping[str, object]) -> list[Incarnation]:
+    """Return the lives of an arena's descriptor; those before the newest may have differed where the user allowed it.
+
+    Raises: ManifestCorruptError.
+    """
+    lives = (decode_incarnation(str(text).encode(), name="arena lineage") for text in texts)
+    return [replace(life, fingerprint=fingerprint) for life in lives]
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -161,6 +161,7 @@ def test_storage_down_at_recovery_with_memory_complete(
         committed = life.event("committed", step=attached["step"] + 6)["step"]
         records, findings = job.repository().incarnations()
         assert [record.number for record in records] == list(range(1, lives_before + lives_without + 1))
+        assert all(record.fingerprint == records[0].fingerprint for record in records)
         assert not findings
         job.kill_agent()
         life.kill()
