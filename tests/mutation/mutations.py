@@ -45,8 +45,8 @@ MUTATIONS = (
     Mutation(
         name="no-fsync-after-a-delete",
         file="moc/store/local.py",
-        old="                    self._files.fsync_directory(os.path.dirname(path))\n",
-        new="                    pass\n",
+        old="                self._tree.sync_nearest(key)\n                self._tree.remove_empty_directories(key)\n",
+        new="                self._tree.remove_empty_directories(key)\n",
         tests=(LOCAL,),
     ),
     Mutation(
@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         name="commit-without-a-look-for-newer-lives",
         file="moc/commit.py",
-        old="        refuse_if_fenced(repository, name.run, name.incarnation)\n",
-        new="",
+        old="        refuse_if_fenced(repository, name.run, name.incarnation)\n        condemned =",
+        new="        condemned =",
         tests=("tests/crash/test_lineage.py::test_a_rewind_during_training_fences_the_saves_of_the_life_that_goes_on",),
     ),
     Mutation(
