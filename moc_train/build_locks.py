@@ -1,7 +1,8 @@
 """Clear the way for DeepSpeed's native operations, which torch builds at first use under a lock file.
 
-A process that is killed while it builds leaves its lock behind, and every later start would wait for it for ever.
-A living builder keeps the file open, so a lock that no process here has open, and that is not new, is a dead one's.
+A process that is killed while it builds, or looks whether it must, leaves its lock behind, and every later start would
+wait for it for ever. A living builder keeps the file open, so what no process here has open is a dead one's lock; in a
+folder that other machines may share, whose processes cannot be seen, it must be old as well.
 """
 
 import os
@@ -12,8 +13,9 @@ import torch.utils.cpp_extension
 
 __all__ = ["clear_dead_locks", "extension_roots"]
 
-# Other machines may share the folder, and their open files can not be seen: a build takes less than this.
-DEAD_AFTER_S = 300.0
+DEAD_AFTER_S = 300.0  # a build takes less than this
+LOCAL = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
+"""Types of file systems that belong to one machine."""
 
 
 def extension_roots() -> tuple[Path, ...]:
@@ -29,13 +31,24 @@ def clear_dead_locks(roots: tuple[Path, ...], *, now_s: float | None = None) -> 
     dead = []
     for lock in sorted(locks):
         try:
-            is_old = now_s - lock.stat().st_mtime > DEAD_AFTER_S
-            if is_old and not _is_open(lock):
+            before = lock.stat()
+            may_be_elsewhere = not is_local(lock) and now_s - before.st_mtime <= DEAD_AFTER_S
+            # The same file still: another builder may have made a new one since.
+            if not may_be_elsewhere and not _is_open(lock) and os.path.samestat(before, lock.stat()):
                 lock.unlink()
                 dead.append(lock)
         except FileNotFoundError:  # its builder has just finished
             continue
     return tuple(dead)
+
+
+def is_local(path: Path, mounts: str | None = None) -> bool:
+    """Return whether only processes of this machine can have the file open; `mounts` is as /proc/self/mounts."""
+    mounts = Path("/proc/self/mounts").read_text() if mounts is None else mounts
+    kind_of = {Path(fields[1].replace("\\040", " ")): fields[2] for fields in map(str.split, mounts.splitlines())}
+    resolved = path.resolve()
+    kind = next((kind_of[folder] for folder in (resolved, *resolved.parents) if folder in kind_of), "")
+    return kind in LOCAL
 
 
 def _is_open(path: Path) -> bool:

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from moc_train.build_locks import DEAD_AFTER_S, clear_dead_locks
+from moc_train.build_locks import DEAD_AFTER_S, clear_dead_locks, is_local
+
+MOUNTS = """\
+/dev/vda / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+tmpfs /home/me/fast\\040disk tmpfs rw 0 0
+bridge /bridge fuse.sshfs rw 0 0
+"""
 
 
 @pytest.fixture
@@ -23,9 +30,23 @@ def test_the_lock_of_a_dead_builder_is_removed(lock: Path, tmp_path: Path) -> No
     assert not lock.exists()
 
 
-def test_a_new_lock_stays(lock: Path, tmp_path: Path) -> None:
-    assert clear_dead_locks((tmp_path,), now_s=lock.stat().st_mtime + DEAD_AFTER_S - 1) == ()
-    assert lock.exists()
+def test_a_new_lock_is_a_dead_ones_too_where_every_builder_can_be_seen(lock: Path, tmp_path: Path) -> None:
+    assert is_local(lock), "a disk of this machine"
+
+    assert clear_dead_locks((tmp_path,), now_s=lock.stat().st_mtime) == (lock,)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/root/.cache/op/lock", True),
+        ("/home/me/op/lock", False),
+        ("/home/me/fast disk/op/lock", True),
+        ("/bridge/op/lock", False),
+    ],
+)
+def test_a_folder_that_other_machines_may_share_is_told_by_its_mount(path: str, expected: bool) -> None:
+    assert is_local(Path(path), MOUNTS) is expected
 
 
 def test_the_lock_of_a_living_builder_stays(lock: Path, tmp_path: Path) -> None:
