@@ -2,8 +2,8 @@
 
 JSON: {"agents": [{"folder": path, "run", "pid", "version", "incarnation",
 "storage", "ranks": [{"rank", "pid", "alive", "incarnation", "version",
-"sealed_step", "beat_step", "beat_age_s"}], "global_step", "last_committed_step",
-"persisting", "arena_bytes", "versions", "counters": {"saves", "failed"},
+"sealed_step", "beat_step", "beat_age_s"}], "global_step",
+"last_committed_step", "persisting", "arena_bytes", "versions", "counters": {"saves", "failed"},
 "last_error"}]}; null stands for what is not known yet. The counters begin with
 the agent.
 
