@@ -1,4 +1,5 @@
-"""Collect what is needed to judge a job from afar into one file, and say what looks wrong.
+"""Say what looks wrong with a job, and collect what it takes to judge it from
+afar into one file.
 
 Looks at this machine, at every agent and its trainers (their stacks too, also
 while they hang), and at the repository: -r, else $MOC_STORAGE, else where the

@@ -3,9 +3,9 @@
 JSON: {"agents": [{"folder": path, "run", "pid", "version", "incarnation",
 "storage", "ranks": [{"rank", "pid", "alive", "incarnation", "version",
 "sealed_step", "beat_step", "beat_age_s"}], "global_step",
-"last_committed_step", "persisting", "arena_bytes", "versions", "counters": {"saves", "failed"},
-"last_error"}]}; null stands for what is not known yet. The counters begin with
-the agent.
+"last_committed_step", "persisting", "arena_bytes", "versions",
+"counters": {"saves", "failed"}, "last_error"}]}; null stands for what is not
+known yet. The counters begin with the agent.
 
 --prometheus prints the same as metrics moc_*, for a textfile collector; it
 needs the extra 'metrics'. Without an agent moc_agents is 0.
