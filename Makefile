@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OPERATORS := $(VENV)/.operators
+# Most of the suite waits for processes; a file stays on one worker, because its tests share worlds and servers.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 EXTRAS := test,train,s3,metrics
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
@@ -45,7 +47,7 @@ train: setup ## run the main job: train, lose a rank, recover, prove that nothin
 	$(BIN)/python -m examples.main_job
 
 test: setup $(OPERATORS) ## run the default suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: setup $(OPERATORS) ## run the long tests too
 	$(BIN)/python -m pytest -m "not gpu"
