@@ -256,8 +256,10 @@ def _survey_memory(
         trace=trace,
     )
     try:
-        _refuse_live_job(client, pids, host=host)
-        fenced, _ = client.request("fence", {"spare_pids": list(pids)})
+        fenced: dict[str, Any] = {"unknown": True}
+        while fenced["unknown"]:  # a trainer that has come to a young agent since the look: it may belong to a live job
+            known = _refuse_live_job(client, pids, host=host)
+            fenced, _ = client.request("fence", {"spare_pids": list(pids), "known_pids": known})
         if fenced["killed"]:
             notes.append(f"killed trainers of an earlier life: pids={fenced['killed']}")
         if fenced["quarantined"]:
@@ -279,8 +281,10 @@ def _survey_memory(
     ]
 
 
-def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) -> None:
+def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) -> list[int]:
     """Raise UsageError if an earlier life of this run still trains; wait while that is not clear.
+
+    Return the pids of the trainers that were looked at: those of a life that is over.
 
     A life trains if all its trainers here are alive and their step advances: with one dead the collectives of the
     others cannot end.
@@ -291,7 +295,7 @@ def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) ->
         inventory, _ = client.request("inventory")
         rows = [row for row in inventory["live"] if row["pid"] not in pids]
         if not rows or not all(row["alive"] for row in rows):
-            return
+            return [row["pid"] for row in rows]
         beats = {row["rank"]: (row.get("beat_step"), row.get("beat_ns")) for row in rows}
         first = first or dict(beats)
         if any(beats[rank] != first.get(rank) for rank in beats):
@@ -305,7 +309,7 @@ def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) ->
         interval_ns = max(row.get("beat_interval_ns") or 0 for row in rows)
         patience_s = max(LIVE_BEAT_S, 3e-9 * interval_ns) if interval_ns else FIRST_STEP_S
         if host.now_s() - newest_s > patience_s:
-            return
+            return [row["pid"] for row in rows]
         host.sleep(WATCH_INTERVAL_S)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import resource
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = ["Custody", "Life"]
 
 log = logging.getLogger(__name__)
 
+NEVER: Moment = (1 << 64, "")  # after every moment
 RESERVE_BYTES = 512 << 20  # left to everything else on the node when an arena is created
 
 
@@ -173,12 +174,14 @@ class Custody:
         with self._pins_lock:
             return set(self._pins)
 
-    def scan(self) -> list[Moment]:
-        """Look at all records, free what nothing needs.
+    def scan(self, *, ended: Collection[int] = ()) -> list[Moment]:
+        """Look at all records, free what nothing needs. `ended` are the ranks whose trainers are dead.
 
         Return the complete saves of this life that have not ended, ascending.
         """
         passed = self._read_passed()  # before the records: what a rank has passed, it shows or will never have
+        # A dead rank seals no more: without this the others would hold what it lacks until their own end.
+        passed |= dict.fromkeys(ended, NEVER)
         self._refresh()
         ranks, incarnation = self.life.ranks, self.life.record.number
         seals = self._seals()

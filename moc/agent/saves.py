@@ -98,7 +98,7 @@ class Saves:
 
     def look(self, custody: Custody, *, ended: set[int], may_start: bool) -> None:
         """Start what is complete, give up what cannot become complete; `ended` are the ranks that seal no more."""
-        complete = custody.scan()
+        complete = custody.scan(ended=ended)
         for moment in complete if may_start else ():
             self._start(custody, moment)
         timeout_s = float(custody.life.descriptor["timeout_s"])
@@ -106,10 +106,10 @@ class Saves:
         self._first_seen_s = {moment: seen for moment, seen in self._first_seen_s.items() if moment in unfinished}
         for moment in unfinished:
             first_s = self._first_seen_s.setdefault(moment, self._host.now_s())
-            if moment in custody.hopeless:
-                self.give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
-            elif lacking := sorted(ended - set(custody.records_of(custody.life.record.number, moment))):
+            if lacking := sorted(ended - set(custody.records_of(custody.life.record.number, moment))):
                 self.give_up(custody, moment, f"ranks {lacking} ended before they had sealed it")
+            elif moment in custody.hopeless:
+                self.give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
             elif not self._is_under_way(custody, moment) and self._host.now_s() - first_s > timeout_s:
                 self.give_up(custody, moment, f"not every rank sealed in time: timeout_s={timeout_s}")
         custody.arena.publish(global_step=custody.global_step, committed_step=self.last_committed_step)

@@ -199,13 +199,19 @@ class Agent:
         self._reply(connection, {"has_arena": True, "live": live, **self._custody.inventory()})
 
     def _fence(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        """Kill and reap trainers of earlier lives.
+        """Kill and reap trainers of earlier lives, or none if one lives that the caller has not looked at.
 
         What cannot be reaped is named, and its memory never written again.
         """
-        with self._trace.span("agent.fence"):
-            killed, quarantined = self._trainers.fence(wire.integers(message, "spare_pids"))
-        self._reply(connection, {"killed": killed, "quarantined": quarantined})
+        spared = wire.integers(message, "spare_pids")
+        judged = {*spared, *wire.integers(message, "known_pids")}
+        unknown = sorted(trainer.pid for trainer in self._trainers.living() if trainer.pid not in judged)
+        killed: list[int] = []
+        quarantined: list[int] = []
+        if not unknown:
+            with self._trace.span("agent.fence"):
+                killed, quarantined = self._trainers.fence(spared)
+        self._reply(connection, {"killed": killed, "quarantined": quarantined, "unknown": unknown})
 
     def _check(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Refuse, before anything is written, a life that `begin` would refuse."""

@@ -71,3 +71,20 @@ def test_a_source_whose_record_has_rotted_is_freed_when_a_life_begins() -> None:
     assert custody.arena.is_free(1, 0), "its trainer could not tell which slots it holds"
     assert custody.arena.is_free(0, 0), "half a snapshot is no source of a recovery"
     custody.close()
+
+
+def test_what_a_dead_rank_lacks_is_freed_on_the_others() -> None:
+    """A rank alone in an explicit save would else wait for slots until its deadline."""
+    custody = Custody.create(_descriptor(FIRST), earlier=None)
+    for rank, step, record in ((0, 5, 0), (1, 5, 0), (1, 6, 1), (1, 7, 2)):
+        _seal(custody, rank, step, record)
+    custody.scan()
+    assert not custody.arena.is_free(1, 1), "rank 0 may yet seal it"
+
+    custody.scan(ended={0})
+
+    assert custody.global_step == 5
+    assert not custody.arena.is_free(1, 0)
+    assert custody.arena.is_free(1, 1)
+    assert custody.arena.is_free(1, 2)
+    custody.close()

@@ -31,7 +31,7 @@ LASTING = 4  # the present arena, that of an earlier life, and what the agent op
 FIELDS: Mapping[str, Mapping[str, Any]] = {
     "hello": {"version": "0", "pid": 1, "rank": 0, "incarnation": 1},
     "inventory": {},
-    "fence": {"spare_pids": []},
+    "fence": {"spare_pids": [], "known_pids": []},
     "check": {"descriptor": {}},
     "begin": {"incarnation": 1, "descriptor": {}},
     "adopt": {},
