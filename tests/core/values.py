@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from moc.format.keys import CheckpointName, object_key
 from moc.format.manifest import Incarnation, Manifest, ObjectRow, Parent
+from moc.routing import BASES, COUNT_LIMIT, Capture, Routing
 from moc.state import DTYPE_BYTES, Expert, RankCatalog, Shard, shard_order
 
 runs = st.from_regex(r"[a-z0-9][a-z0-9-]{0,31}", fullmatch=True)
@@ -48,6 +49,27 @@ incarnations = numbers.flatmap(
 def _stale_experts(step: int) -> st.SearchStrategy[tuple[int, int, int]]:
     number = st.integers(0, 2**40)
     return st.tuples(number, number, st.integers(0, max(step - 1, 0)))
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> Routing:
+    """Return the routes of a few layers, which need not have the same number of experts."""
+    count = st.integers(0, COUNT_LIMIT)
+    routed = tuple(
+        tuple(row) for row in draw(st.lists(st.lists(count, min_size=1, max_size=4), min_size=1, max_size=3))
+    )
+    return Routing(basis=draw(st.sampled_from(BASES)), routed=routed, learned=_below(draw, routed))
+
+
+@st.composite
+def captures(draw: st.DrawFn) -> Capture:
+    routing = draw(routings())
+    at = tuple(tuple(draw(steps) for _ in row) for row in routing.routed)
+    return Capture(routing=routing, captured=_below(draw, routing.learned), steps=at)
+
+
+def _below(draw: st.DrawFn, counts: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(draw(st.integers(0, count)) for count in row) for row in counts)
 
 
 @st.composite
