@@ -214,11 +214,11 @@ def _checksums(pieces: Sequence[Piece]) -> dict[tuple[int, int], int]:
 
 def _facts(a: Manifest, b: Manifest) -> Iterator[tuple[str, object, object]]:
     """Yield the fields of the manifests that differ, mappings key by key."""
-    plain = ("size_bytes", "tensors", "catalog_digest", "is_finite", "stale_experts")
+    plain = ("size_bytes", "tensors", "catalog_digest", "is_finite", "stale_experts", "routing")
     for name in plain:
         if getattr(a, name) != getattr(b, name):
             yield name, getattr(a, name), getattr(b, name)
-    for name in ("topology", "versions", "fingerprint", "plt"):
+    for name in ("topology", "versions", "fingerprint"):
         left: Mapping[str, object] = getattr(a, name)
         right: Mapping[str, object] = getattr(b, name)
         for key in sorted({*left, *right}):

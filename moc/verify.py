@@ -26,7 +26,7 @@ from moc.errors import (
     ShardCorruptError,
     UsageError,
 )
-from moc.format.contents import contradictions
+from moc.format.contents import contradictions, live_shards
 from moc.format.keys import (
     FORMAT_KEY,
     OBJECTS,
@@ -42,7 +42,7 @@ from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
 from moc.format.tagged import decode_state
 from moc.repository import Finding, Repository
-from moc.state import check_coverage
+from moc.state import Expert, check_coverage
 from moc.store.port import Progress
 
 __all__ = [
@@ -193,25 +193,25 @@ def check_structure(repository: Repository, manifest: Manifest) -> tuple[list[Ch
 def _whole_errors(manifest: Manifest, objects: Sequence[CheckedObject]) -> Iterator[MocError]:
     """Yield what is wrong between objects: elements missing or twice, experts with two steps or an undeclared one."""
     key = manifest_key(manifest.name)
-    stored = [row for entry in objects for row in entry.header.shards]
+    stored = [row for entry in objects for row in live_shards(manifest, entry.row, entry.header)]
     try:
         tensors = check_coverage(row.shard for row in stored)
         if tensors != manifest.tensors:
             yield CoverageError(f"number of tensors differs: key={key} expected={manifest.tensors} actual={tensors}")
     except CoverageError as error:
         yield error
-    steps: dict[tuple[int, int], int] = {}
+    steps: dict[Expert, int] = {}
     for row in stored:
         expert = row.shard.expert
-        if expert is not None and steps.setdefault((expert.layer, expert.index), row.step) != row.step:
+        if expert is not None and steps.setdefault(expert, row.step) != row.step:
             yield ShardCorruptError(
-                f"expert has two steps: key={key} shard={row.shard.name} "
-                f"expected={steps[expert.layer, expert.index]} actual={row.step}"
+                f"expert has two steps: key={key} shard={row.shard.name} expected={steps[expert]} actual={row.step}"
             )
-    stale = {(layer, index, step) for (layer, index), step in steps.items() if step != manifest.name.step}
-    for layer, index, step in sorted(stale ^ set(manifest.stale_experts)):
-        declared = "declared but not stored" if (layer, index, step) not in stale else "stored but not declared"
-        yield ManifestCorruptError(f"stale expert is {declared}: key={key} layer={layer} expert={index} step={step}")
+    stale = {(expert, step) for expert, step in steps.items() if step != manifest.name.step}
+    for expert, step in sorted(stale ^ {(row.expert, row.step) for row in manifest.stale_experts}):
+        declared = "declared but not stored" if (expert, step) not in stale else "stored but not declared"
+        place = f"layer={expert.layer} expert={expert.index} step={step}"
+        yield ManifestCorruptError(f"stale expert is {declared}: key={key} {place}")
 
 
 def _check_states(repository: Repository, objects: Sequence[CheckedObject]) -> tuple[list[Finding], int]:

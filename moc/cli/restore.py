@@ -7,7 +7,7 @@ checkpoint of the lineage is taken; what is passed over is said on stderr.
 
 JSON: {"repository", "name", "run", "incarnation", "step", "attempt",
 "format", "target": path or URL, "size_bytes", "files": [path] or null,
-"experts": [{"layer": int, "steps": [step of each expert]}], "plt": float,
+"experts": [{"layer": int, "steps": [step of each expert]}], "plt": float or null,
 "rejected": [{"name", "kind", "message"}]}
 
 Exit codes: 0 restored, 2 target not empty, 3 no such checkpoint, 4 the
@@ -150,16 +150,6 @@ def _export_to(
     return tuple(str(file) for file in export(repository, manifest, Path(target), progress))
 
 
-def lost_fraction(manifest: Manifest) -> float:
-    """Return the share of routed tokens that stale experts have lost (PLT); 0.0 when nothing is stale.
-
-    `plt` holds (lost, routed) token counts by MoE layer.
-    """
-    rows = [row for row in manifest.plt.values() if isinstance(row, list) and [type(n) for n in row] == [int, int]]
-    lost, routed = sum(row[0] for row in rows), sum(row[1] for row in rows)
-    return lost / routed if routed and manifest.stale_experts else 0.0
-
-
 def _print(form: str, restored: Restored) -> None:
     name = restored.manifest.name
     size = describe_bytes(restored.manifest.size_bytes)
@@ -173,7 +163,8 @@ def _print(form: str, restored: Restored) -> None:
     ]
     for layer, steps in restored.experts.items():
         facts.append((f"MoE layer {layer}", describe_steps(steps)))
-    facts.append(("PLT", f"{100 * lost_fraction(restored.manifest):.3g} %"))
+    if restored.manifest.routing is not None:
+        facts.append(("PLT", f"{100 * restored.manifest.routing.plt:.3g} %"))
     print_facts(facts)
 
 
@@ -200,7 +191,7 @@ def _to_json(
         "size_bytes": restored.manifest.size_bytes,
         "files": None if restored.files is None else list(restored.files),
         "experts": [{"layer": layer, "steps": list(steps)} for layer, steps in restored.experts.items()],
-        "plt": lost_fraction(restored.manifest),
+        "plt": restored.manifest.routing and restored.manifest.routing.plt,
         "rejected": [
             {"name": str(stored.name), "kind": type(error).__name__, "message": str(error)}
             for stored, error in rejected

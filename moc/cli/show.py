@@ -6,8 +6,8 @@ printed by 'moc ls --json'. Without it: the newest on the lineage.
 JSON: {"repository", "name", "run", "incarnation", "step", "attempt",
 "parent": {"incarnation", "step", "attempt"} or null, "is_on_lineage": bool,
 "is_finite": bool, "modified_s", "size_bytes", "tensors", "catalog_digest",
-"topology": {...}, "fingerprint": {...}, "versions": {...}, "plt": {...},
-"stale_experts": [[layer, expert, step]], "lives": [{"number", "reason",
+"topology": {...}, "fingerprint": {...}, "versions": {...}, "plt": {...} or null,
+"stale_experts": [[layer, expert, step, source, routed]], "lives": [{"number", "reason",
 "parent", "last_step"}] newest first, "objects": [{"key", "rank", "piece",
 "size_bytes", "header_bytes", "header_crc32c"}]}
 
@@ -97,8 +97,11 @@ def _to_json(
         "topology": dict(manifest.topology),
         "fingerprint": dict(manifest.fingerprint),
         "versions": dict(manifest.versions),
-        "plt": dict(manifest.plt),
-        "stale_experts": [list(row) for row in manifest.stale_experts],
+        "plt": manifest.routing and manifest.routing.to_json(),
+        "stale_experts": [
+            [row.expert.layer, row.expert.index, row.step, str(row.source), row.routed]
+            for row in manifest.stale_experts
+        ],
         "lives": [
             {
                 "number": record.number,
@@ -152,7 +155,7 @@ def _facts(
 def _describe_steps(manifest: Manifest) -> str:
     if not manifest.stale_experts:
         return f"all of step {manifest.name.step}"
-    oldest = min(step for _, _, step in manifest.stale_experts)
+    oldest = min(row.step for row in manifest.stale_experts)
     return f"{len(manifest.stale_experts)} older than step {manifest.name.step}, the oldest of step {oldest}"
 
 

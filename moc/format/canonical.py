@@ -14,7 +14,7 @@ from typing import Any
 from moc._native import crc32c
 from moc.errors import ManifestCorruptError, UsageError
 
-__all__ = ["RECORD_LIMIT_BYTES", "Fields", "canonical_json", "load_json", "open_record", "seal_record"]
+__all__ = ["FIELD_LIMIT", "RECORD_LIMIT_BYTES", "Fields", "canonical_json", "load_json", "open_record", "seal_record"]
 
 DEPTH_LIMIT = 32
 RECORD_LIMIT_BYTES = 1 << 26  # 64 MiB: a manifest of some 250,000 objects

@@ -1,30 +1,45 @@
-"""What a manifest and the headers of its objects must agree on: the checks of one header, which every reader makes."""
+"""What a manifest and the headers of its objects must agree on, and which shards of an object a checkpoint consists of.
+
+A shard is *live* in a checkpoint if its expert comes from the attempt that the object belongs to; dense shards always
+are. Others are *superseded*: an object of an earlier attempt also holds experts that a later commit has written anew.
+Every reader takes the live shards of an object, and only these.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from moc.errors import ShardCorruptError
-from moc.format.keys import parse_object_key
+from moc.format.keys import CheckpointName, parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
-from moc.format.object import ObjectHeader
+from moc.format.object import ObjectHeader, StoredShard
+from moc.state import Expert
 
-__all__ = ["contradictions"]
+__all__ = ["contradictions", "live_shards"]
+
+
+def live_shards(manifest: Manifest, row: ObjectRow, header: ObjectHeader) -> tuple[StoredShard, ...]:
+    """Return the shards of one object that the checkpoint consists of, in the order of the header."""
+    owner, _, _ = parse_object_key(row.key)
+    return tuple(stored for stored in header.shards if _version(manifest, stored.shard.expert)[0] == owner)
 
 
 def contradictions(manifest: Manifest, row: ObjectRow, header: ObjectHeader) -> Iterator[ShardCorruptError]:
     """Yield what one header, which agrees with its key, says that its manifest does not allow."""
-    name, _, piece = parse_object_key(row.key)
+    owner, _, piece = parse_object_key(row.key)
     is_dense = piece == "d"
     if is_dense != (header.state is not None):
         yield ShardCorruptError(
             f"state blob is {'missing' if is_dense else 'not expected'}: key={row.key} piece={piece}"
         )
-    stale = {(layer, index): step for layer, index, step in manifest.stale_experts}
     for stored in header.shards:
         expert, where = stored.shard.expert, f"key={row.key} shard={stored.shard.name}"
         if is_dense != (expert is None):
             yield ShardCorruptError(f"shard is in an object of the other kind: {where} expert={expert}")
-        declared = manifest.name.step if expert is None else stale.get((expert.layer, expert.index), manifest.name.step)
-        if stored.step != declared or stored.step > name.step:
+        source, declared = _version(manifest, expert)
+        if stored.step > owner.step or (source == owner and stored.step != declared):
             yield ShardCorruptError(f"shard has an impossible step: {where} expected={declared} actual={stored.step}")
+
+
+def _version(manifest: Manifest, expert: Expert | None) -> tuple[CheckpointName, int]:
+    return (manifest.name, manifest.name.step) if expert is None else manifest.version(expert)

@@ -6,11 +6,12 @@ What decodes does not contradict itself, and encodes to the same bytes again as 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from moc.errors import FormatUnsupportedError, ManifestCorruptError, TopologyError
+from moc.errors import FormatUnsupportedError, InternalError, ManifestCorruptError, TopologyError
 from moc.format.canonical import RECORD_LIMIT_BYTES, Fields, open_record, seal_record
 from moc.format.keys import (
     ATTEMPT_PATTERN,
@@ -21,6 +22,9 @@ from moc.format.keys import (
     parse_object_key,
 )
 from moc.format.object import ALIGNMENT, HEADER_LIMIT_BYTES
+from moc.format.stale import StaleExpert, check_owners, decode_stale, encode_stale
+from moc.routing import Routing
+from moc.state import Expert
 from moc.topology import Topology
 
 __all__ = [
@@ -92,7 +96,8 @@ class ObjectRow:
 class Manifest:
     """One checkpoint.
 
-    `tensors` is the number of (tensor, part) pairs its objects cover; `plt` counts lost and routed tokens per layer.
+    `tensors` is the number of (tensor, part) pairs its objects cover; `stale_experts` is sorted by expert, each once;
+    `routing` is None where nothing counts routes.
     """
 
     name: CheckpointName
@@ -104,12 +109,25 @@ class Manifest:
     fingerprint: Mapping[str, object]
     versions: Mapping[str, object]
     is_finite: bool
-    stale_experts: tuple[tuple[int, int, int], ...] = ()
-    plt: Mapping[str, object] = field(default_factory=dict)
+    stale_experts: tuple[StaleExpert, ...] = ()
+    routing: Routing | None = None
+
+    def __post_init__(self) -> None:
+        for first, second in pairwise(self.stale_experts):
+            if first.expert >= second.expert:
+                raise InternalError(f"stale experts are not sorted, each once: name={self.name} at={second.expert}")
 
     @property
     def size_bytes(self) -> int:
         return sum(row.size_bytes for row in self.objects)
+
+    def version(self, expert: Expert) -> tuple[CheckpointName, int]:
+        """Return the attempt whose objects hold the expert's bytes, and the step of these bytes."""
+        place = (expert.layer, expert.index)
+        at = bisect_left(self.stale_experts, place, key=lambda row: (row.expert.layer, row.expert.index))
+        if at < len(self.stale_experts) and self.stale_experts[at].expert == expert:
+            return self.stale_experts[at].source, self.stale_experts[at].step
+        return self.name, self.name.step
 
 
 def encode_format() -> bytes:
@@ -201,8 +219,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "fingerprint": dict(manifest.fingerprint),
             "versions": dict(manifest.versions),
             "is_finite": manifest.is_finite,
-            "stale_experts": [list(row) for row in manifest.stale_experts],
-            "plt": dict(manifest.plt),
+            "plt": {} if manifest.routing is None else manifest.routing.to_json(),
+            **encode_stale(manifest.stale_experts),
         }
     )
 
@@ -221,7 +239,8 @@ def decode_manifest(encoded: bytes, *, name: str) -> Manifest:
     if parent is not None and not _is_earlier(parent, checkpoint):
         raise fields.wrong("parent", "an earlier moment")
     objects = tuple(_object_row(row) for row in fields.objects("objects"))
-    _check_objects(fields, checkpoint, objects)
+    stale = decode_stale(fields, checkpoint)
+    _check_objects(fields, checkpoint, objects, stale)
     return Manifest(
         name=checkpoint,
         parent=parent,
@@ -232,8 +251,8 @@ def decode_manifest(encoded: bytes, *, name: str) -> Manifest:
         fingerprint=fields.mapping("fingerprint"),
         versions=fields.mapping("versions"),
         is_finite=fields.boolean("is_finite"),
-        stale_experts=tuple(_stale(row, checkpoint, fields.name) for row in fields.rows("stale_experts")),
-        plt=fields.mapping("plt"),
+        stale_experts=stale,
+        routing=_routing(fields),
     )
 
 
@@ -294,23 +313,18 @@ def _object_row(row: Fields) -> ObjectRow:
     )
 
 
-def _check_objects(fields: Fields, name: CheckpointName, objects: tuple[ObjectRow, ...]) -> None:
+def _check_objects(
+    fields: Fields, name: CheckpointName, objects: tuple[ObjectRow, ...], stale: tuple[StaleExpert, ...]
+) -> None:
     """Raise ManifestCorruptError unless each object may belong to the checkpoint and each rank has a dense one."""
     keys = [row.key for row in objects]
-    dense_ranks = []
-    for key in keys:
-        owner, rank, piece = parse_object_key(key)
-        is_earlier = owner.run == name.run and owner.incarnation <= name.incarnation and owner.step <= name.step
-        if not is_earlier or (piece == "d" and owner != name):
-            raise ManifestCorruptError(f"object is of another attempt: name={fields.name} object={key}")
-        if piece == "d":
-            dense_ranks.append(rank)
+    dense_ranks = check_owners(fields, name, stale, keys)
     for first, second in pairwise(keys):
         if first >= second:
             what = "named twice" if first == second else "out of order"
             raise ManifestCorruptError(f"object is {what}: name={fields.name} object={second}")
     world_size = fields.mapping("topology").get("world_size")
-    if type(world_size) is not int or dense_ranks != list(range(min(world_size, len(objects) + 1))):
+    if type(world_size) is not int or dense_ranks != tuple(range(min(world_size, len(objects) + 1))):
         raise ManifestCorruptError(
             f"dense objects are not one per rank: name={fields.name} expected_ranks={world_size} "
             f"actual={len(dense_ranks)}"
@@ -326,8 +340,11 @@ def _topology(fields: Fields) -> Mapping[str, object]:
     return topology
 
 
-def _stale(row: object, checkpoint: CheckpointName, name: str) -> tuple[int, int, int]:
-    is_row = isinstance(row, list) and len(row) == 3 and all(type(n) is int and n >= 0 for n in row)
-    if not isinstance(row, list) or not is_row or row[2] >= checkpoint.step:
-        raise ManifestCorruptError(f"record field is wrong: name={name} field=stale_experts given={row!r}")
-    return (row[0], row[1], row[2])
+def _routing(fields: Fields) -> Routing | None:
+    counts = fields.mapping("plt")
+    if not counts:
+        return None
+    try:
+        return Routing.from_json(counts)
+    except (TypeError, ValueError) as error:
+        raise ManifestCorruptError(f"record field is wrong: name={fields.name} field=plt {error}") from error

@@ -75,15 +75,15 @@ def test_a_header_that_contradicts_its_key_or_manifest_is_found(change: Change, 
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("fields", "words"),
     [
-        ("tensors", 29, "number of tensors differs"),
-        ("stale_experts", [[0, 1, 9]], "declared but not stored"),
-        ("topology", {"world_size": 3}, "not one per rank"),
-        ("topology", {}, "not one per rank"),
+        ({"tensors": 29}, "number of tensors differs"),
+        ({"sources": [[1, 10, "9d5d5c10"]], "stale_experts": [[0, 1, 9, 0, 0]]}, "declared but not stored"),
+        ({"topology": {"world_size": 3}}, "not one per rank"),
+        ({"topology": {}}, "not one per rank"),
     ],
 )
-def test_a_manifest_that_contradicts_its_objects_is_found(field: str, value: object, words: str) -> None:
+def test_a_manifest_that_contradicts_its_objects_is_found(fields: dict[str, object], words: str) -> None:
     store = MemoryStore()
     builder = RepositoryBuilder(store)
     builder.begin(1)
@@ -91,7 +91,7 @@ def test_a_manifest_that_contradicts_its_objects_is_found(field: str, value: obj
     key = manifest_key(manifest.name)
     body = dict(open_record(store.read(key, limit_bytes=1 << 20), name=key).body)
 
-    store.put(key, [memoryview(seal_record({**body, field: value}))])
+    store.put(key, [memoryview(seal_record({**body, **fields}))])
 
     messages = [str(finding) for finding in verify_checkpoint(builder.repository, manifest.name).findings]
     assert any(words in message for message in messages), messages

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from moc.format.keys import CheckpointName, object_key
 from moc.format.manifest import Incarnation, Manifest, ObjectRow, Parent
+from moc.format.stale import StaleExpert, sources
 from moc.routing import BASES, COUNT_LIMIT, Capture, Routing
 from moc.state import DTYPE_BYTES, Expert, RankCatalog, Shard, shard_order
 
@@ -46,9 +47,28 @@ incarnations = numbers.flatmap(
 )
 
 
-def _stale_experts(step: int) -> st.SearchStrategy[tuple[int, int, int]]:
-    number = st.integers(0, 2**40)
-    return st.tuples(number, number, st.integers(0, max(step - 1, 0)))
+@st.composite
+def stale_experts(draw: st.DrawFn, name: CheckpointName) -> tuple[StaleExpert, ...]:
+    """Return rows that a manifest of this checkpoint may have, sorted."""
+    if name.step == 0:
+        return ()
+    earlier = st.builds(
+        lambda *moment: min(
+            name, CheckpointName(run=name.run, incarnation=moment[0], step=moment[1], attempt=moment[2])
+        ),
+        st.integers(1, name.incarnation),
+        st.integers(0, name.step),
+        attempts,
+    )
+    names = draw(st.lists(st.just(name) | earlier, min_size=1, max_size=3))
+    count = st.integers(0, 2**40)
+    experts = draw(st.sets(st.builds(Expert, layer=count, index=count), max_size=4))
+    rows = []
+    for expert in sorted(experts):
+        source = draw(st.sampled_from(names))
+        step = draw(st.integers(0, min(source.step, name.step - 1)))
+        rows.append(StaleExpert(expert=expert, step=step, source=source, routed=draw(count)))
+    return tuple(rows)
 
 
 @st.composite
@@ -76,15 +96,17 @@ def _below(draw: st.DrawFn, counts: tuple[tuple[int, ...], ...]) -> tuple[tuple[
 def manifests(draw: st.DrawFn) -> Manifest:
     name = draw(names)
     size = draw(st.integers(1, 2))
+    stale = draw(stale_experts(name))
+    own = [object_key(name, rank, piece) for rank in range(size) for piece in ("d", "e00")]
+    others = [object_key(source, draw(st.integers(0, 3)), "e00") for source in sources(stale) if source != name]
     rows = [
         ObjectRow(
-            key=object_key(name, rank, piece),
+            key=key,
             size_bytes=draw(st.integers(2**28, 2**50)),
             header_bytes=draw(st.integers(1, 2**16)) * 4096,
             header_crc32c=draw(st.integers(0, 2**32 - 1)),
         )
-        for rank in range(size)
-        for piece in ("d", "e00")
+        for key in sorted([*own, *others])
     ]
     return Manifest(
         name=name,
@@ -100,8 +122,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
         fingerprint=draw(mappings),
         versions=draw(mappings),
         is_finite=draw(st.booleans()),
-        stale_experts=tuple(draw(st.lists(_stale_experts(name.step), max_size=3 if name.step else 0))),
-        plt=draw(mappings),
+        stale_experts=stale,
+        routing=draw(st.none() | routings()),
     )
 
 

@@ -117,6 +117,11 @@ def _steps(header: ObjectHeader, step: int) -> ObjectHeader:
     return replace(header, shards=tuple(replace(stored, step=step) for stored in header.shards))
 
 
+def _stale(*rows: list[int]) -> dict[str, object]:
+    """Return the fields of a manifest whose stale experts all come from the golden checkpoint of two ranks itself."""
+    return {"sources": [[1, 3, "01010003"]], "stale_experts": list(rows)}
+
+
 def _text(**changes: bytes) -> Callable[[ObjectHeader], bytes]:
     """Return a header's bytes with pieces of its text replaced, padded anew."""
 
@@ -218,10 +223,10 @@ CONTRADICTIONS: Mapping[str, Case] = {
         TWO, lambda b: b.header(EXPERTS, lambda h: _steps(h, 9)), "impossible step", EXPERTS
     ),
     "stale expert that is not stored": Case(
-        TWO, lambda b: b.record("manifests/*/*", stale_experts=[[0, 0, 1]]), "not stored", "manifests/"
+        TWO, lambda b: b.record("manifests/*/*", **_stale([0, 0, 1, 0, 0])), "not stored", "manifests/"
     ),
     "stale expert of a later step": Case(
-        TWO, lambda b: b.record("manifests/*/*", stale_experts=[[0, 0, 3]]), "field=stale_experts", "manifests/"
+        TWO, lambda b: b.record("manifests/*/*", **_stale([0, 0, 3, 0, 0])), "field=stale_experts", "manifests/"
     ),
     "experts of an abandoned later step": Case(
         TWO,
