@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OPERATORS := $(VENV)/.operators
 # Most of the suite waits for processes; a file stays on one worker, because its tests share worlds and servers.
 SIDE_BY_SIDE := -n 2 --dist loadfile
-EXTRAS := test,train,s3,metrics
+EXTRAS := test,train,s3,nodes,metrics
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
 # The launcher and DeepSpeed's native operators look for `deepspeed` and `ninja` on the path.

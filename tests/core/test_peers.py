@@ -1,0 +1,153 @@
+"""What agents of several nodes say to each other: who is served, what is proved, what is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moc.agent.peers.proof import (
+    PROOF,
+    Membership,
+    answer_proof,
+    body_digest,
+    refuse_stranger,
+    request_headers,
+)
+from moc.agent.peers.transport import CONTROL_LIMIT_BYTES, Routes, Transport
+from moc.errors import CoordinationError, MocError, StoreUnavailableError, UsageError
+from moc.host import SystemHost
+
+TIMEOUT_S = 20.0
+WORDS = st.text(max_size=20)
+
+
+def member(node: int, *, secret: str = "a secret", incarnation: int = 1, run: str = "run") -> Membership:
+    return Membership(run=run, incarnation=incarnation, node=node, nodes=3, secret=secret)
+
+
+@contextmanager
+def transport(who: Membership | None, *, port: int = 0) -> Iterator[Transport]:
+    routes = Routes()
+    routes.message("/echo", lambda node, body: {"node": node, "body": body})
+    routes.message("/fail", _fail)
+
+    async def serve(node: int, request: web.Request) -> web.StreamResponse:
+        return web.Response(text=f"{node} {request.query['part']}")
+
+    routes.stream("GET", "/stream", serve)
+    opened = Transport(routes, address="127.0.0.1", port=port, host=SystemHost())
+    opened.enter(who)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _fail(node: int, _: dict[str, Any]) -> dict[str, object]:
+    raise UsageError(f"not that: node={node}")
+
+
+def ask(of: Transport, url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    return of.submit(of.ask(url, path, body, timeout_s=TIMEOUT_S)).result(TIMEOUT_S)
+
+
+@given(WORDS, WORDS, WORDS)
+def test_a_proof_holds_for_nothing_but_what_was_proved(path: str, other_path: str, body: str) -> None:
+    headers = request_headers(member(1), "POST", path, body_digest(body.encode()))
+    assert refuse_stranger(member(0), "POST", path, headers) == 1
+    if path != other_path:
+        with pytest.raises(UsageError):
+            refuse_stranger(member(0), "POST", other_path, headers)
+    for changed in ("Moc-Body", "Moc-Proof"):
+        with pytest.raises(UsageError):
+            refuse_stranger(member(0), "POST", path, {**headers, changed: headers[changed] + "0"})
+    with pytest.raises(UsageError):
+        refuse_stranger(member(0), "GET", path, headers)
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        member(1, secret="another secret"),
+        member(1, incarnation=2),
+        member(1, run="another"),
+        member(0),
+    ],
+    ids=["secret", "life", "run", "itself"],
+)
+def test_strangers_are_refused(stranger: Membership) -> None:
+    headers = request_headers(stranger, "POST", "/x", body_digest(b""))
+    with pytest.raises(UsageError):
+        refuse_stranger(member(0), "POST", "/x", headers)
+    with pytest.raises(UsageError):
+        refuse_stranger(None, "POST", "/x", headers)
+
+
+def test_an_answer_is_proved_for_its_own_request_only() -> None:
+    first = request_headers(member(1), "POST", "/x", body_digest(b"1"))[PROOF]
+    other = request_headers(member(1), "POST", "/x", body_digest(b"2"))[PROOF]
+    assert answer_proof(member(0), first, 200, b"yes") == answer_proof(member(1), first, 200, b"yes")
+    assert answer_proof(member(0), first, 200, b"yes") != answer_proof(member(0), other, 200, b"yes")
+
+
+def test_the_secret_is_not_shown() -> None:
+    assert "a secret" not in repr(member(0))
+    headers = request_headers(member(1), "POST", "/x", body_digest(b""))
+    assert "a secret" not in str(headers)
+
+
+def test_agents_of_one_life_talk_and_others_are_refused() -> None:
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(transport(member(node))) for node in (0, 1))
+        assert ask(second, first.url, "/echo", {"x": 1}) == {"node": 1, "body": {"x": 1}}
+        with pytest.raises(CoordinationError, match="not that: node=0"):
+            ask(first, second.url, "/fail", {})
+        for stranger in (member(1, secret="another"), member(1, incarnation=2)):
+            with pytest.raises(CoordinationError, match="status=403"):
+                ask(stack.enter_context(transport(stranger)), first.url, "/echo", {})
+        first.enter(None)
+        with pytest.raises(CoordinationError, match="status=403"):
+            ask(second, first.url, "/echo", {})
+
+
+def test_a_message_that_is_too_long_is_refused() -> None:
+    with transport(member(0)) as first, transport(member(1)) as second, pytest.raises(MocError):
+        ask(second, first.url, "/echo", {"x": "y" * CONTROL_LIMIT_BYTES})
+
+
+def test_a_successor_is_found_at_the_same_place_and_takes_another_where_that_is_taken() -> None:
+    with transport(member(1)) as second:
+        with transport(member(0)) as first:
+            url, port = first.url, first.port
+            with transport(member(0), port=port) as other:
+                assert other.port != port
+                assert ask(second, other.url, "/echo", {})["node"] == 1
+            assert ask(second, url, "/echo", {})["node"] == 1
+        with pytest.raises(StoreUnavailableError):
+            ask(second, url, "/echo", {})
+        with transport(member(0), port=port) as first:
+            assert first.url == url
+            assert ask(second, url, "/echo", {})["node"] == 1
+
+
+def test_streams_are_served_to_members_only() -> None:
+    async def get(of: Transport, url: str, path: str) -> tuple[int, str]:
+        async with of.session.get(url + path, headers=of.stream_headers("GET", path)) as answer:
+            return answer.status, await answer.text()
+
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(transport(member(node))) for node in (0, 1))
+        stranger = stack.enter_context(transport(member(1, secret="another")))
+        assert second.submit(get(second, first.url, "/stream?part=7")).result(TIMEOUT_S) == (200, "1 7")
+        assert stranger.submit(get(stranger, first.url, "/stream?part=7")).result(TIMEOUT_S)[0] == 403
+
+
+def test_an_address_that_is_not_this_machines_is_refused() -> None:
+    with pytest.raises(UsageError, match="cannot be reached"):
+        Transport(Routes(), address="192.0.2.1", port=0, host=SystemHost())
