@@ -1,8 +1,10 @@
 """Stacks on demand: SIGURG makes a process write where all its threads are, even while they hang in foreign code.
 
 SIGURG, because who does not know it ignores it: one that comes too late or reaches the wrong process harms nobody.
-The handler is Python's own fault handler, which needs neither the interpreter's lock nor memory. The file's name tells
-process and start time, so whoever asks needs no agent. Thread: any.
+Python's fault handler, which needs neither the interpreter's lock nor memory, writes at once where the main thread is.
+The other threads follow when the main thread comes back to Python, for only with the interpreter's lock do they stand
+still: to read the frames of a thread that runs can end the process. The file's name tells process and start time, so
+whoever asks needs no agent. Thread: the main thread, for a dump of all threads.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import logging
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moc.agent.runtime import open_private
 from moc.clock import Clock
@@ -53,6 +57,7 @@ class StackDump:
                 path.unlink(missing_ok=True)
         self._path = folder / f"stacks-{name}-{os.getpid()}-{_start_ticks(os.getpid())}.txt"
         self._file = None
+        self._former: Any = None
         if _catches(os.getpid()):
             log.info("no stacks on demand: something else handles %s", SIGNAL.name)
             return
@@ -61,15 +66,25 @@ class StackDump:
         except (OSError, UsageError) as error:  # a full disk must not end what is only to be looked at
             log.warning("no stacks on demand: %s", error)
             return
-        faulthandler.register(SIGNAL, file=self._file, all_threads=True, chain=False)
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main:  # else Python takes no handler
+            self._former = signal.signal(SIGNAL, self._dump_all)
+        faulthandler.register(SIGNAL, file=self._file, all_threads=False, chain=is_main)
 
     def close(self) -> None:
         """Ignore the signal again, as before; again is harmless."""
         if self._file is not None:
             faulthandler.unregister(SIGNAL)
+            if self._former is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(SIGNAL, self._former)
             self._file.close()
             self._file = None
             self._path.unlink(missing_ok=True)
+
+    def _dump_all(self, *_: object) -> None:
+        """Write where all threads are. The signal's handler, so this runs in the main thread, between two steps."""
+        if self._file is not None:
+            faulthandler.dump_traceback(file=self._file, all_threads=True)
 
 
 def collect_stacks(folder: Path, *, clock: Clock, timeout_s: float) -> list[StackReport]:
