@@ -31,25 +31,6 @@ class Facts:
     pids: tuple[int, ...]
     catalogs: tuple[RankCatalog, ...]
     tensors: int
-    addresses: tuple[str | None, ...] = ()
-    """By node: where agents of other nodes reach this one's."""
-
-    def node_of(self, rank: int) -> int:
-        return self.topology.node_of_rank[rank]
-
-    def ranks_of(self, node: int) -> tuple[int, ...]:
-        return tuple(rank for rank, of in enumerate(self.topology.node_of_rank) if of == node)
-
-    def is_leader(self, rank: int) -> bool:
-        """Return whether the rank starts its node's agent and speaks for the node: the lowest one does."""
-        return rank == self.ranks_of(self.node_of(rank))[0]
-
-    def catalogs_of(self, node: int) -> tuple[RankCatalog, ...]:
-        return tuple(self.catalogs[rank] for rank in self.ranks_of(node))
-
-    def pids_beside(self, rank: int) -> tuple[int, ...]:
-        """Return the pids of the ranks on the same node; a pid of another machine says nothing here."""
-        return tuple(self.pids[other] for other in self.ranks_of(self.node_of(rank)))
 
 
 def gather_facts(
@@ -66,7 +47,6 @@ def gather_facts(
             "pid": host.pid,
             "catalog": state.catalog.to_json(),
             "fingerprint": dict(request.fingerprint),
-            "address": request.node_address,
         },
     )
     rows: list[dict[str, Any]] = exchange(world, mine)  # type: ignore[assignment]  # our own dicts come back
@@ -76,26 +56,13 @@ def gather_facts(
     )
     if topology.node_count > 1:
         raise TopologyError(f"this version serves one node: nodes={topology.node_count} allowed=1")
-    addresses = tuple(next(row["address"] for row in rows if row["node"] == node) for node in nodes)
-    if len(nodes) > 1 and None in addresses:
-        raise TopologyError(
-            f"no address is known at which the agent of a node is reached: node={addresses.index(None)}"
-        )
     differing = [rank for rank, row in enumerate(rows) if row["fingerprint"] != rows[0]["fingerprint"]]
     if differing:
         raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
     catalogs = tuple(RankCatalog.from_json(row["catalog"]) for row in rows)
     tensors = agree(world, lambda: check_coverage(shard for catalog in catalogs for shard in catalog.shards))
-    facts = Facts(
-        topology=topology,
-        pids=tuple(row["pid"] for row in rows),
-        catalogs=catalogs,
-        tensors=tensors,
-        addresses=addresses,
-    )
-    for node in range(topology.node_count):
-        _refuse_over_budget(facts.catalogs_of(node), request.config)
-    return facts
+    _refuse_over_budget(catalogs, request.config)
+    return Facts(topology=topology, pids=tuple(row["pid"] for row in rows), catalogs=catalogs, tensors=tensors)
 
 
 def _refuse_over_budget(catalogs: tuple[RankCatalog, ...], config: Config) -> None:
@@ -112,25 +79,14 @@ def _versions(config: Config) -> int:
 
 
 def describe_life(
-    facts: Facts,
-    request: Request,
-    software: Mapping[str, str],
-    lineage: Sequence[Incarnation],
-    *,
-    node: int,
-    secret: str | None,
+    facts: Facts, request: Request, software: Mapping[str, str], lineage: Sequence[Incarnation]
 ) -> dict[str, object]:
-    """Return the descriptor of one node's arena for the life that `lineage` ends with. Pure.
-
-    It holds the catalogs of the node's own ranks; digest, tensors and topology are the whole life's. `secret` is what
-    the agents of several nodes know each other by, None on one node.
-    """
+    """Return the arena's descriptor for the life that `lineage` ends with. Pure."""
     config = request.config
-    fellows = {} if secret is None else {"fellows": _fellows(facts, node, secret)}
-    return fellows | {
+    return {
         "run": lineage[-1].run,
         "versions": _versions(config),
-        "catalogs": [catalog.to_json() for catalog in facts.catalogs_of(node)],
+        "catalogs": [catalog.to_json() for catalog in facts.catalogs],
         "digest": catalog_digest(facts.catalogs),
         "tensors": facts.tensors,
         "topology": facts.topology.to_json(),
@@ -144,7 +100,3 @@ def describe_life(
         "config": asdict(config),
         "lineage": encode_lineage(lineage),
     }
-
-
-def _fellows(facts: Facts, node: int, secret: str) -> dict[str, object]:
-    return {"node": node, "secret": secret, "address": facts.addresses[node], "urls": []}

@@ -66,6 +66,7 @@ ELSEWHERE = {
     "gc.list": "cli/test_collection.py kills at every span of a collection",
     "gc.settle": "cli/test_collection.py kills at every span of a collection",
     "gc.sweep": "cli/test_collection.py kills at every span of a collection",
+    "replica.send": "a host takes nothing that is not whole: peers/test_delivery.py ends parcels half way",
     "store.skip_sweep": "does nothing but say so",
     "store.put": "of remote stores, which put in one request: the server has all of it or nothing",
     "store.wait_retry": "a pause between two requests",

@@ -1,0 +1,119 @@
+"""What an agent answers to others about replicas: takes them in from the node they belong to, gives them to any member.
+
+    POST /replica/offer   {seal, token, known}             -> {held} or {units}
+    PUT  /replica/data?rank=&step=&attempt=                the units' bytes, checked against the seal on arrival
+    POST /replica/seal    {rank, step, attempt}            -> {held}: it is a replica from now on
+    POST /replica/find    {rank, incarnation, step, attempt}  -> {seal}
+    GET  /replica/data?rank=&incarnation=&step=&attempt=   all bytes of a replica
+
+Thread: the peers' event loop; checksums are computed beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+
+from moc.agent import wire
+from moc.agent.guests import Guests
+from moc.agent.peers.transport import Routes
+from moc.errors import MocError, UsageError
+from moc.plan.freeing import Moment
+from moc.snapshot.parcel import Intake, parcel_bytes, parcel_chunks, read_seal, seal_mark, write_seal
+
+__all__ = ["Reception"]
+
+STALL_S = 30.0  # between two pieces of a parcel; its sender gives up sooner
+
+
+class Reception:
+    """Answers for one agent's guests."""
+
+    def __init__(self, guests: Guests) -> None:
+        self._guests = guests
+        self._arriving: dict[int, Intake] = {}
+        self._arrived: dict[int, Intake] = {}
+
+    def add_to(self, routes: Routes) -> None:
+        routes.message("/replica/offer", self._offer)
+        routes.message("/replica/seal", self._seal)
+        routes.message("/replica/find", self._find)
+        routes.stream("PUT", "/replica/data", self._receive)
+        routes.stream("GET", "/replica/data", self._send)
+
+    def _offer(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
+        record = read_seal(body.get("seal"))
+        self._arriving.pop(record.rank, None)
+        self._arrived.pop(record.rank, None)
+        intake = self._guests.offer(record, node=node, token=wire.text(body, "token"), known=_moment(body.get("known")))
+        if not isinstance(intake, Intake):
+            return {"held": seal_mark(intake)}
+        self._arriving[record.rank] = intake
+        return {"units": list(intake.units)}
+
+    async def _receive(self, node: int, request: web.Request) -> web.StreamResponse:
+        query = request.query
+        moment = (_number(query.get("step")), query.get("attempt", ""))
+        intake = self._arriving.pop(_number(query.get("rank")), None)
+        is_meant = intake is not None and (intake.record.step, intake.record.attempt) == moment
+        if intake is None or not is_meant or request.content_length != intake.size_bytes:
+            return web.Response(status=409, text=f"nothing of {request.content_length} bytes is expected")
+        try:
+            while data := await asyncio.wait_for(request.content.readany(), STALL_S):
+                self._guests.take(intake, data)
+            await asyncio.to_thread(self._guests.check, intake)
+        except MocError as error:
+            self._guests.drop(intake)
+            return web.Response(status=422, text=str(error))
+        except BaseException:  # the sender is gone, or stalls
+            self._guests.drop(intake)
+            raise
+        self._arrived[intake.record.rank] = intake
+        return web.Response()
+
+    def _seal(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
+        rank, moment = wire.integer(body, "rank"), (wire.integer(body, "step"), wire.text(body, "attempt"))
+        intake = self._arrived.pop(rank, None)
+        if intake is None or (intake.record.step, intake.record.attempt) != moment:
+            raise UsageError(f"nothing has arrived: rank={rank} step={moment[0]}")
+        self._guests.publish(intake)
+        return {"held": seal_mark(intake.record)}
+
+    def _find(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
+        incarnation, step = wire.integer(body, "incarnation"), wire.integer(body, "step")
+        snapshot = (incarnation, step, wire.text(body, "attempt"))
+        with self._guests.open(snapshot, wire.integer(body, "rank")) as (_, record):
+            return {"seal": write_seal(record)}
+
+    async def _send(self, node: int, request: web.Request) -> web.StreamResponse:
+        query = request.query
+        snapshot = (_number(query.get("incarnation")), _number(query.get("step")), query.get("attempt", ""))
+        try:
+            with self._guests.open(snapshot, _number(query.get("rank"))) as (arena, record):
+                units = tuple(range(len(record.slots)))
+                response = web.StreamResponse()
+                response.content_length = parcel_bytes(arena, record, units)
+                await response.prepare(request)
+                for chunk in parcel_chunks(arena, record, units):
+                    await asyncio.wait_for(response.write(chunk), STALL_S)
+                await response.write_eof()
+                return response
+        except UsageError as error:
+            return web.Response(status=404, text=str(error))
+
+
+def _moment(value: object) -> Moment | None:
+    match value:
+        case None:
+            return None
+        case [int(step), str(attempt)]:
+            return (step, attempt)
+        case _:
+            raise UsageError(f"not a moment: given={value!r:.80}")
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 20 else -1

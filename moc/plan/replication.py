@@ -1,0 +1,70 @@
+"""Replication as values: what is global when snapshots have replicas, and where recovery finds a rank's snapshot.
+
+Only some moments are replicated: those that every rank has flagged, one at a time, so that all nodes replicate the same
+ones. A node's *duty* to a moment is done when each of its hosts holds whole replicas of all its ranks, or is counted as
+away. A moment is *global* when every rank has sealed it and every node that is not away has done its duty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from moc.plan.freeing import Moment
+
+__all__ = ["Holding", "global_moment", "places", "settled_step", "whole_snapshots"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Holding:
+    """One rank's seal in the memory of one node: its own, or a replica."""
+
+    incarnation: int
+    step: int
+    attempt: str
+    rank: int
+    node: int
+    is_replica: bool
+
+    @property
+    def snapshot(self) -> tuple[int, int, str]:
+        return (self.incarnation, self.step, self.attempt)
+
+
+def global_moment(
+    complete: Iterable[Moment], done: Mapping[int, Collection[Moment]], *, nodes: Collection[int], away: Collection[int]
+) -> Moment | None:
+    """Return the newest complete moment to which every node has done its duty, None before the first.
+
+    `done[n]` are the moments that node n says it has done its duty to; a node that is away is not waited for, but the
+    node that asks never counts itself as away.
+    """
+    duties = [frozenset(done.get(node, ())) for node in sorted(nodes) if node not in away]
+    return max((moment for moment in complete if all(moment in held for held in duties)), default=None)
+
+
+def settled_step(outstanding: Iterable[Moment], *, passed: Iterable[int | None]) -> int | None:
+    """Return the step up to which nothing is left to replicate on this node, None before the first.
+
+    `outstanding` are the flagged moments that are neither global nor given up, `passed` the newest step that each rank
+    of the node has sealed or skipped. The trainers flag the next snapshot once this has reached the last flagged one.
+    """
+    steps = [-1 if step is None else step for step in passed]
+    reached = min(steps, default=-1)
+    first = min((step for step, _ in outstanding), default=None)
+    settled = reached if first is None else min(reached, first - 1)
+    return settled if settled >= 0 else None
+
+
+def whole_snapshots(holdings: Iterable[Holding], ranks: Collection[int]) -> tuple[tuple[int, int, str], ...]:
+    """Return the snapshots (incarnation, step, attempt) of which every rank's seal exists somewhere, ascending."""
+    held: dict[tuple[int, int, str], set[int]] = {}
+    for holding in holdings:
+        held.setdefault(holding.snapshot, set()).add(holding.rank)
+    return tuple(sorted(snapshot for snapshot, found in held.items() if found >= set(ranks)))
+
+
+def places(holdings: Iterable[Holding], snapshot: tuple[int, int, str], rank: int, *, node: int) -> tuple[Holding, ...]:
+    """Return where a rank's part of a snapshot is, best first: what the rank's `node` has itself, then its replicas."""
+    found = {h for h in holdings if h.snapshot == snapshot and h.rank == rank}
+    return tuple(sorted(found, key=lambda h: (h.node != node, h.is_replica, h.node)))

@@ -1,0 +1,77 @@
+"""What is global when snapshots have replicas, and where the parts of a snapshot are."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moc.plan.replication import Holding, global_moment, places, settled_step, whole_snapshots
+
+moments = st.builds(lambda step: (step, f"00{step:06d}"), st.integers(1, 6))
+duties = st.dictionaries(st.integers(0, 3), st.sets(moments))
+
+
+@given(st.sets(moments), duties, st.sets(st.integers(0, 3)))
+def test_the_global_moment_is_held_by_all_that_are_there(complete, done, away) -> None:  # type: ignore[no-untyped-def]
+    found = global_moment(complete, done, nodes=range(4), away=away)
+
+    def is_global(moment: tuple[int, str]) -> bool:
+        return moment in complete and all(moment in done.get(node, ()) for node in range(4) if node not in away)
+
+    assert found == max(filter(is_global, complete), default=None)
+
+
+@given(st.sets(moments), duties, st.sets(st.integers(0, 3)), st.integers(0, 3), moments)
+def test_more_news_never_takes_the_global_moment_back(complete, done, away, node, moment) -> None:  # type: ignore[no-untyped-def]
+    before = global_moment(complete, done, nodes=range(4), away=away)
+    told = {**done, node: {*done.get(node, ()), moment}}
+
+    for after in (
+        global_moment(complete, told, nodes=range(4), away=away),
+        global_moment({*complete, moment}, done, nodes=range(4), away=away),
+        global_moment(complete, done, nodes=range(4), away=away | {node}),
+    ):
+        assert before is None or (after is not None and after >= before)
+
+
+@given(st.sets(moments), st.lists(st.none() | st.integers(0, 9), max_size=3))
+def test_nothing_up_to_the_settled_step_is_outstanding(outstanding, passed) -> None:  # type: ignore[no-untyped-def]
+    settled = settled_step(outstanding, passed=passed)
+
+    reached = -1 if settled is None else settled
+    assert all(step > reached for step, _ in outstanding)
+    assert all(reached <= (-1 if step is None else step) for step in passed)
+    if passed and None not in passed and not outstanding:
+        assert settled == min(passed)
+
+
+holdings = st.lists(
+    st.builds(
+        Holding,
+        incarnation=st.integers(1, 2),
+        step=st.integers(1, 3),
+        attempt=st.just("00abcdef"),
+        rank=st.integers(0, 2),
+        node=st.integers(0, 2),
+        is_replica=st.booleans(),
+    ),
+    max_size=20,
+)
+
+
+@given(holdings)
+def test_a_snapshot_is_whole_where_every_part_has_a_place(found: list[Holding]) -> None:
+    whole = whole_snapshots(found, range(3))
+
+    for snapshot in {holding.snapshot for holding in found}:
+        has_all = all(places(found, snapshot, rank, node=0) for rank in range(3))
+        assert (snapshot in whole) == has_all
+    assert list(whole) == sorted(whole)
+
+
+@given(holdings, st.integers(0, 2), st.integers(0, 2))
+def test_own_memory_comes_before_that_of_peers(found: list[Holding], rank: int, node: int) -> None:
+    for snapshot in {holding.snapshot for holding in found}:
+        order = places(found, snapshot, rank, node=node)
+        assert [h.node == node for h in order] == sorted((h.node == node for h in order), reverse=True)
+        assert set(order) == {h for h in found if h.snapshot == snapshot and h.rank == rank}
