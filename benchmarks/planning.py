@@ -16,11 +16,11 @@ from pathlib import Path
 
 from benchmarks.machine import machine_facts
 from moc.plan.assign import RULES
+from moc.plan.balance import balanced_rotation
 from moc.plan.burden import Checkpoint, bytes_bound, plan_level
 from moc.plan.cost import size_ratio
 from moc.plan.ownership import even_ownership, zero2_ownership
 from moc.plan.presets import PRESETS
-from moc.plan.rotation import balanced_rotation
 from moc.plan.scope import MOC_LAYOUT, PAPER_LAYOUT, PARTS, SIZES, Scope
 from moc.plan.shapes import ModelShape
 

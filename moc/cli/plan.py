@@ -36,6 +36,7 @@ from moc.cli.models import (
 from moc.cli.options import add_json
 from moc.cli.output import describe_bytes, print_facts, print_json, print_table, say
 from moc.errors import UsageError
+from moc.plan.balance import balanced_rotation
 from moc.plan.burden import Checkpoint, Level, all_experts, bytes_bound, plan_level, rank_bytes
 from moc.plan.cost import (
     Advice,
@@ -49,7 +50,6 @@ from moc.plan.cost import (
     two_level_lost_tokens,
     young_interval,
 )
-from moc.plan.rotation import balanced_rotation
 from moc.plan.scope import LAYOUTS, PAPER_LAYOUT
 
 __all__ = ["configure", "run"]

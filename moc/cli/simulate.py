@@ -38,10 +38,10 @@ from moc.cli.models import (
 from moc.cli.options import add_json
 from moc.cli.output import describe_bytes, print_json, print_table, say
 from moc.errors import UsageError
+from moc.plan.balance import balanced_rotation
 from moc.plan.burden import Checkpoint, Level, plan_level
 from moc.plan.cost import Rates, save_stall, two_level_lost_tokens, young_interval
 from moc.plan.forecast import Faults, Outcome, Scheme, forecast
-from moc.plan.rotation import balanced_rotation
 from moc.plan.scope import MOC_LAYOUT, PAPER_LAYOUT, Scope
 from moc.plan.shapes import ModelShape
 

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moc.plan.assign import fill_valleys
+from moc.plan.balance import windows
 from moc.plan.bound import lower_bound
 from moc.plan.ownership import Ints, Ownership, even_cuts
-from moc.plan.rotation import Rotation, windows
+from moc.plan.rotation import Rotation
 from moc.plan.scope import Layout, Scope
 from moc.plan.shapes import ModelShape
 

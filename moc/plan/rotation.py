@@ -4,26 +4,22 @@ A *rotation* gives each layer one cyclic order of its experts; a checkpoint take
 order walks over the expert-parallel (EP) ranks before it comes to a second expert of a rank, and layers start at
 different ranks.
 
-- Where every rank owns whole experts, `even_rotation` is enough: at every checkpoint, for every K and after any change
-  of K, two EP ranks differ by at most one expert.
-- Where ZeRO cuts the experts of a rank into columns, the order must also keep the columns even, which depends on where
-  the cuts lie: `balanced_rotation` searches for such an order and is deterministic.
+Where every rank owns whole experts, `even_rotation` is enough: at every checkpoint, for every K and after any change of
+K, two EP ranks differ by at most one expert. Where ZeRO cuts the experts of a rank into columns, the order must also
+keep the columns even: `moc.plan.balance` searches for such an order.
+
+Without arrays, so that an agent that turns its experts starts as fast as one that does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import gcd
-
-import numpy as np
-import numpy.typing as npt
 
 from moc.errors import InternalError
-from moc.plan.bound import lower_bound
-from moc.plan.ownership import Ints, Ownership
-from moc.plan.spread import spread_phases
+from moc.state import Expert
 
-__all__ = ["Rotation", "balanced_rotation", "even_rotation", "windows"]
+__all__ = ["Rotation", "even_rotation", "expert_counts", "rotation_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,50 +52,28 @@ def even_rotation(layers: int, experts: int, ep: int) -> Rotation:
     )
 
 
-def balanced_rotation(ownership: Ownership, k: int) -> Rotation:
-    """Return the rotation whose worst rank over all checkpoints of K experts per layer carries the fewest elements.
+def expert_counts(experts: Iterable[Expert]) -> tuple[int, ...]:
+    """Return the number of experts of each MoE layer; raises InternalError unless their indices are 0, 1, 2, ..."""
+    rows: dict[int, set[int]] = {}
+    for expert in experts:
+        rows.setdefault(expert.layer, set()).add(expert.index)
+    counts = tuple(len(rows.get(layer, ())) for layer in range(max(rows, default=-1) + 1))
+    for layer, count in enumerate(counts):
+        if rows.get(layer) != set(range(count)):
+            raise InternalError(f"experts of a layer have gaps: layer={layer} indices={sorted(rows.get(layer, ()))}")
+    return counts
 
-    Candidates are `even_rotation` and the results of a search that splits the experts evenly into blocks, of which a
-    checkpoint takes one, or several neighbours if K does not divide the experts. The first candidate that reaches the
-    lower bound is taken, else the best.
+
+def rotation_of(counts: Sequence[int], ep_sizes: Sequence[tuple[str, int]]) -> Rotation:
+    """Return a rotation for layers with so many experts each, on expert-parallel groups of these sizes.
+
+    Layers with equally many experts are one `even_rotation`, whatever lies between them. Of several sizes the largest
+    that divides a layer's experts counts: a wrong guess makes ranks less even, nothing else.
     """
-    experts, layers = ownership.experts, ownership.layers
-    best = even_rotation(layers, experts, ownership.ep)
-    if len(ownership.slices) == 1 or k >= experts:
-        return best
-    goal, block = lower_bound(ownership, k), gcd(experts, k)
-    worst = _worst(ownership, best, k)
-    if worst <= goal:
-        return best
-    block_goal = goal if block == k else lower_bound(ownership, block)
-    for phases in spread_phases(ownership.slices, ownership.ep, experts // block, goal=block_goal):
-        candidate = _concatenated(phases)
-        reached = _worst(ownership, candidate, k)
-        if reached < worst:
-            best, worst = candidate, reached
-        if worst <= goal:
-            break
-    return best
-
-
-def windows(rotation: Rotation, k: int) -> list[npt.NDArray[np.bool_]]:
-    """Return what each checkpoint of one full turn with constant K selects, by layer and expert."""
-    orders = np.array(rotation.orders, dtype=np.int64)
-    layers, experts = orders.shape
-    rows = np.arange(layers)[:, None]
-    found = []
-    for checkpoint in range(experts // gcd(experts, k)):
-        positions = (checkpoint * k + np.arange(k)) % experts
-        selected = np.zeros((layers, experts), dtype=np.bool_)
-        selected[rows, orders[:, positions]] = True
-        found.append(selected)
-    return found
-
-
-def _worst(ownership: Ownership, rotation: Rotation, k: int) -> int:
-    return max(int(ownership.selected_elements(selected).max()) for selected in windows(rotation, k))
-
-
-def _concatenated(phase: Ints) -> Rotation:
-    """Return the rotation that visits phase 0 first; `phase` is by layer and expert."""
-    return Rotation(orders=tuple(tuple(np.argsort(row, kind="stable").tolist()) for row in phase))
+    orders: list[tuple[int, ...]] = [()] * len(counts)
+    for experts in sorted(set(counts)):
+        layers = [layer for layer, count in enumerate(counts) if count == experts]
+        ep = max((size for _, size in ep_sizes if experts % size == 0), default=1)
+        for layer, order in zip(layers, even_rotation(len(layers), experts, ep).orders, strict=True):
+            orders[layer] = order
+    return Rotation(orders=tuple(orders))

@@ -8,7 +8,7 @@ experts hold every expert, whatever happened between them. Everything here is pu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from moc.errors import UsageError
@@ -83,7 +83,7 @@ class History:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """The experts of one checkpoint, sorted; `k` is their number per layer."""
+    """The experts of one checkpoint, sorted; `k` is their number per layer, where so many could be taken."""
 
     experts: tuple[Expert, ...]
     k: int
@@ -123,28 +123,34 @@ def select(
     *,
     loads: Sequence[Sequence[int]] | None = None,
     budget: Budget | None = None,
+    among: Collection[Expert] | None = None,
 ) -> Selection:
     """Return what the next checkpoint includes.
 
     `loads` counts each expert's tokens since its last commit, equal on all ranks (LoadAware); `budget` is for DynamicK.
-    Raises UsageError for a K outside 1..experts and for a missing or ill-shaped argument.
+    Only experts `among` these are taken (None: of all). Raises UsageError for a K outside 1..experts and for a missing
+    or ill-shaped argument.
     """
     experts = len(history.last[0]) if history.last else 0
     if [len(row) for row in history.last] != [len(order) for order in rotation.orders]:
         raise UsageError("history and rotation belong to different models")
+    queues = [
+        [index for index in _oldest_first(last, order) if among is None or Expert(layer=layer, index=index) in among]
+        for layer, (last, order) in enumerate(zip(history.last, rotation.orders, strict=True))
+    ]
     match policy:
         case SelectAll():
-            return _selection([range(len(row)) for row in history.last], experts)
+            return _selection(queues, experts)
         case Sequential():
-            return _sequential(history, rotation, policy.k)
+            return _sequential(history, queues, policy.k)
         case DynamicK():
             if budget is None:
                 raise UsageError("DynamicK needs a budget")
-            return _sequential(history, rotation, choose_k(policy, budget, experts))
+            return _sequential(history, queues, choose_k(policy, budget, experts))
         case LoadAware():
             if loads is None or [len(row) for row in loads] != [len(row) for row in history.last]:
                 raise UsageError("LoadAware needs one load per expert of every layer")
-            return _load_aware(policy, history, rotation, loads)
+            return _load_aware(policy, history, queues, loads)
 
 
 def choose_k(policy: DynamicK, budget: Budget, experts: int) -> int:
@@ -168,12 +174,10 @@ def choose_k(policy: DynamicK, budget: Budget, experts: int) -> int:
     return experts
 
 
-def _sequential(history: History, rotation: Rotation, k: int) -> Selection:
-    rows = []
-    for last, order in zip(history.last, rotation.orders, strict=True):
-        _check_k(k, len(order))
-        rows.append(_oldest_first(last, order)[:k])
-    return _selection(rows, k)
+def _sequential(history: History, queues: Sequence[Sequence[int]], k: int) -> Selection:
+    for last in history.last:
+        _check_k(k, len(last))
+    return _selection([queue[:k] for queue in queues], k)
 
 
 def _oldest_first(last: Sequence[int], order: Sequence[int]) -> list[int]:
@@ -190,14 +194,15 @@ def _oldest_first(last: Sequence[int], order: Sequence[int]) -> list[int]:
     return sorted(turned, key=lambda expert: last[expert])
 
 
-def _load_aware(policy: LoadAware, history: History, rotation: Rotation, loads: Sequence[Sequence[int]]) -> Selection:
+def _load_aware(
+    policy: LoadAware, history: History, queues: Sequence[Sequence[int]], loads: Sequence[Sequence[int]]
+) -> Selection:
     if policy.turns < 1:
         raise UsageError(f"bound of starvation is out of range: turns={policy.turns} allowed=at least 1")
     rows = []
-    for last, order, load in zip(history.last, rotation.orders, loads, strict=True):
-        _check_k(policy.k, len(order))
-        patience = policy.turns * -(-len(order) // policy.k)
-        queue = _oldest_first(last, order)
+    for last, queue, load in zip(history.last, queues, loads, strict=True):
+        _check_k(policy.k, len(last))
+        patience = policy.turns * -(-len(last) // policy.k)
         left = [last[expert] + patience - history.commits for expert in queue]
         due = _due_now(left, policy.k)
         place = {expert: position for position, expert in enumerate(queue)}
@@ -212,7 +217,7 @@ def _due_now(left: Sequence[int], k: int) -> int:
     `left` are the commits each may still wait, ascending, the present one included: the first n + 1 experts need
     `left[n] - 1` later commits of K to hold all but those taken now.
     """
-    return min(k, max(0, *(n + 1 - k * (max(1, wait) - 1) for n, wait in enumerate(left))))
+    return min(k, max([0, *(n + 1 - k * (max(1, wait) - 1) for n, wait in enumerate(left))]))
 
 
 def _selection(rows: Sequence[Sequence[int]], k: int) -> Selection:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from moc.errors import UsageError
 from moc.plan.assign import RULES, assign, fill_valleys
+from moc.plan.balance import balanced_rotation
 from moc.plan.burden import Checkpoint, bytes_bound, plan_level, rank_bytes
 from moc.plan.ownership import Ownership, even_ownership, zero2_ownership
 from moc.plan.presets import PRESETS
-from moc.plan.rotation import balanced_rotation
 from moc.plan.scope import MOC_LAYOUT, PAPER_LAYOUT, PARTS, SIZES, Layout, Scope
 from moc.plan.select import Selection, Sequential, fresh_history, select
 from moc.plan.shapes import ModelShape

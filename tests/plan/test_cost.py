@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moc.errors import UsageError
+from moc.plan.balance import balanced_rotation
 from moc.plan.burden import Checkpoint, bytes_bound, plan_level, rank_bytes
 from moc.plan.cost import (
     Rates,
@@ -29,7 +30,7 @@ from moc.plan.cost import (
 )
 from moc.plan.ownership import zero2_ownership
 from moc.plan.presets import PRESETS, preset
-from moc.plan.rotation import balanced_rotation, even_rotation
+from moc.plan.rotation import even_rotation
 from moc.plan.scope import LAYOUTS, MOC_LAYOUT, PAPER_LAYOUT, PARTS, SIZES, Scope
 from moc.plan.select import Sequential, commit_selection, fresh_history, select
 from moc.plan.shapes import ModelShape, shape_from_fields

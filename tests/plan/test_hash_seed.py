@@ -13,7 +13,7 @@ import hashlib
 from moc.plan.assign import RULES, assign
 from moc.plan.bound import lower_bound
 from moc.plan.ownership import zero2_ownership
-from moc.plan.rotation import balanced_rotation
+from moc.plan.balance import balanced_rotation
 from moc.plan.select import LoadAware, Sequential, commit_selection, fresh_history, select
 from moc.state import Expert
 from tests.plan.values import catalogs, tiny, wide

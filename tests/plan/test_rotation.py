@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moc.plan.balance import balanced_rotation, windows
 from moc.plan.bound import lower_bound
 from moc.plan.burden import Checkpoint, bytes_bound, plan_level
 from moc.plan.ownership import Ownership, zero2_ownership
 from moc.plan.presets import PRESETS
-from moc.plan.rotation import balanced_rotation, even_rotation, windows
+from moc.plan.rotation import even_rotation
 from moc.plan.scope import MOC_LAYOUT, Scope
 from moc.plan.shapes import ModelShape
 from tests.plan.values import shapes, tiny, wide

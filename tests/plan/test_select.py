@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moc.errors import UsageError
-from moc.plan.rotation import Rotation, even_rotation, windows
+from moc.plan.balance import windows
+from moc.plan.rotation import Rotation, even_rotation
 from moc.plan.select import (
     Budget,
     DynamicK,

@@ -1,0 +1,67 @@
+"""A rotation that keeps ranks even where ZeRO cuts experts into columns, and the selections of one turn of a rotation.
+
+The search is deterministic: equal ownership gives the same rotation on every rank and hash seed.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+import numpy as np
+import numpy.typing as npt
+
+from moc.plan.bound import lower_bound
+from moc.plan.ownership import Ints, Ownership
+from moc.plan.rotation import Rotation, even_rotation
+from moc.plan.spread import spread_phases
+
+__all__ = ["balanced_rotation", "windows"]
+
+
+def balanced_rotation(ownership: Ownership, k: int) -> Rotation:
+    """Return the rotation whose worst rank over all checkpoints of K experts per layer carries the fewest elements.
+
+    Candidates are `even_rotation` and the results of a search that splits the experts evenly into blocks, of which a
+    checkpoint takes one, or several neighbours if K does not divide the experts. The first candidate that reaches the
+    lower bound is taken, else the best.
+    """
+    experts, layers = ownership.experts, ownership.layers
+    best = even_rotation(layers, experts, ownership.ep)
+    if len(ownership.slices) == 1 or k >= experts:
+        return best
+    goal, block = lower_bound(ownership, k), gcd(experts, k)
+    worst = _worst(ownership, best, k)
+    if worst <= goal:
+        return best
+    block_goal = goal if block == k else lower_bound(ownership, block)
+    for phases in spread_phases(ownership.slices, ownership.ep, experts // block, goal=block_goal):
+        candidate = _concatenated(phases)
+        reached = _worst(ownership, candidate, k)
+        if reached < worst:
+            best, worst = candidate, reached
+        if worst <= goal:
+            break
+    return best
+
+
+def windows(rotation: Rotation, k: int) -> list[npt.NDArray[np.bool_]]:
+    """Return what each checkpoint of one full turn with constant K selects, by layer and expert."""
+    orders = np.array(rotation.orders, dtype=np.int64)
+    layers, experts = orders.shape
+    rows = np.arange(layers)[:, None]
+    found = []
+    for checkpoint in range(experts // gcd(experts, k)):
+        positions = (checkpoint * k + np.arange(k)) % experts
+        selected = np.zeros((layers, experts), dtype=np.bool_)
+        selected[rows, orders[:, positions]] = True
+        found.append(selected)
+    return found
+
+
+def _worst(ownership: Ownership, rotation: Rotation, k: int) -> int:
+    return max(int(ownership.selected_elements(selected).max()) for selected in windows(rotation, k))
+
+
+def _concatenated(phase: Ints) -> Rotation:
+    """Return the rotation that visits phase 0 first; `phase` is by layer and expert."""
+    return Rotation(orders=tuple(tuple(np.argsort(row, kind="stable").tolist()) for row in phase))
