@@ -1,7 +1,7 @@
 """The commit: from receipts to a checkpoint, by one put of one manifest.
 
-The manifest is a pure function of plan and receipts, so any agent that holds all receipts may put it, twice if need be:
-the bytes are the same. A crash before the put leaves no checkpoint, after it a whole one.
+The manifest is a pure function of plan, composition and receipts, so any agent that holds all receipts may put it,
+twice if need be: the bytes are the same. A crash before the put leaves no checkpoint, after it a whole one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moc.errors import FencedError, ManifestCorruptError, PlanDivergedError
-from moc.format.keys import CheckpointName, parse_object_key
+from moc.format.keys import CheckpointName
 from moc.format.manifest import Manifest, Parent
 from moc.persist import Receipt
+from moc.plan.composition import Composition
 from moc.repository import Repository
 from moc.trace import Trace
 
@@ -31,8 +32,17 @@ class CommitPlan:
     versions: Mapping[str, object]
 
 
+WRITTEN_WHOLE = Composition()
+"""Of a checkpoint that shares nothing with others, all of its own step."""
+
+
 def build_manifest(
-    plan: CommitPlan, name: CheckpointName, parent: Parent | None, receipts: Sequence[Receipt]
+    plan: CommitPlan,
+    name: CheckpointName,
+    parent: Parent | None,
+    receipts: Sequence[Receipt],
+    *,
+    composition: Composition = WRITTEN_WHOLE,
 ) -> Manifest:
     """Return the manifest.
 
@@ -47,16 +57,19 @@ def build_manifest(
                 f"rank planned another save: step={name.step} rank={receipt.rank} digest={receipt.digest} "
                 f"expected={plan.digest}"
             )
+    written = [row for receipt in receipts for row in receipt.rows]
     return Manifest(
         name=name,
         parent=parent,
         topology=plan.topology,
         catalog_digest=plan.digest,
         tensors=plan.tensors,
-        objects=tuple(sorted((row for receipt in receipts for row in receipt.rows), key=lambda row: row.key)),
+        objects=tuple(sorted((*written, *composition.kept), key=lambda row: row.key)),
         fingerprint=plan.fingerprint,
         versions=plan.versions,
-        is_finite=all(receipt.is_finite for receipt in receipts),
+        is_finite=all(receipt.is_finite for receipt in receipts) and composition.is_kept_finite,
+        stale_experts=composition.stale,
+        routing=composition.routing,
     )
 
 
@@ -94,14 +107,13 @@ def commit(repository: Repository, manifest: Manifest, *, trace: Trace) -> None:
 
 
 def _condemned(repository: Repository, manifest: Manifest) -> frozenset[str]:
-    """Return what is being deleted; raises ManifestCorruptError where a damaged list may hide it."""
+    """Return what is being deleted; nothing where the list is damaged."""
     name = manifest.name
     try:
         return frozenset(repository.read_victims(name.run, name.incarnation))
     except ManifestCorruptError:
-        # As long as the life is not fenced, only it writes its list, and it condemns what dropped checkpoints leave:
-        # never what the save under way has written. So a list that has rotted does not end all saves of the life.
+        # As long as the life is not fenced, only it writes its list, and it condemns what no checkpoint names that it
+        # keeps: never what the save under way has written, nor what that shares with the newest checkpoint. So a list
+        # that has rotted does not end all saves of the life.
         refuse_if_fenced(repository, name.run, name.incarnation)
-        if any(parse_object_key(row.key)[0] != name for row in manifest.objects):
-            raise
         return frozenset()

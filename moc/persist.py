@@ -1,24 +1,30 @@
-"""Write one rank's sealed snapshot to a repository, straight from its slots, and return receipts.
+"""Write one rank's sealed snapshot, or the chosen experts of it, to a repository, straight from its slots.
 
 A crash anywhere here leaves objects that no manifest references; `moc.gc` collects them.
 """
 
 from __future__ import annotations
 
-from array import array
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from moc._native import all_finite, crc32c
+from moc.errors import ShardCorruptError
 from moc.format.keys import CheckpointName, object_key
 from moc.format.manifest import ObjectRow
 from moc.format.object import ObjectHeader, StoredShard, align, encode_header
+from moc.format.tagged import decode_state
 from moc.repository import Repository
+from moc.routing import Capture
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
+from moc.state import Expert
 from moc.trace import Trace
 
-__all__ = ["Receipt", "checkpoint_name", "persist_rank"]
+__all__ = ["Receipt", "checkpoint_name", "persist_rank", "read_capture"]
 
+ROUTING = "routing"
+"""The key of a state tree under which the captured routes are."""
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -37,20 +43,50 @@ def checkpoint_name(record: SealRecord) -> CheckpointName:
     return CheckpointName(run=record.run, incarnation=record.incarnation, step=record.step, attempt=record.attempt)
 
 
-def persist_rank(arena: Arena, record: SealRecord, repository: Repository, *, trace: Trace) -> Receipt:
-    """Check the snapshot against its seal, then put its objects. Thread: any. Blocks: until durable.
+def read_capture(arena: Arena, record: SealRecord) -> Capture | None:
+    """Return what a rank's state says about routes, None where nothing counts them.
 
-    Raises: ShardCorruptError where memory has changed since the seal, StorageError.
+    Raises: ShardCorruptError where memory has changed since the seal, or nobody can have meant what it says.
     """
-    with trace.span("persist.check", rank=record.rank, step=record.step):
-        arena.check(record)
-        is_finite = _is_finite(arena, record)
-    rows = []
+    arena.check_state(record)
+    with arena.view(arena.state_offset(record.rank, record.slots), record.state_bytes) as view:
+        tree = decode_state(bytes(view))  # a copy: arrays in the tree must not keep the arena open
+    if not isinstance(tree, Mapping) or ROUTING not in tree:
+        return None
+    try:
+        return Capture.from_tree(tree[ROUTING])
+    except (TypeError, ValueError) as error:
+        raise ShardCorruptError(
+            f"captured routes are malformed: rank={record.rank} step={record.step} {error}"
+        ) from error
+
+
+def persist_rank(
+    arena: Arena,
+    record: SealRecord,
+    repository: Repository,
+    *,
+    experts: Collection[Expert] | None = None,
+    trace: Trace,
+) -> Receipt:
+    """Check the dense part and these experts (None: all) against the seal, then put their objects.
+
+    Thread: any. Blocks: until durable. Raises: ShardCorruptError where memory has changed since the seal, StorageError.
+    """
     layout = arena.rank_layout(record.rank)
-    experts = tuple(number for number, unit in enumerate(layout.units) if unit.expert is not None)
-    pieces = {"d": (0,)} | ({"e00": experts} if experts else {})
-    for piece, units in pieces.items():
-        header, segments = _compose(arena, record, piece, units)
+    chosen = tuple(
+        number
+        for number, unit in enumerate(layout.units)
+        if unit.expert is not None and (experts is None or unit.expert in experts)
+    )
+    units = (0, *chosen)
+    with trace.span("persist.check", rank=record.rank, step=record.step):
+        arena.check(record, units)
+        is_finite = _is_finite(arena, record, units)
+    rows = []
+    pieces = {"d": (0,)} | ({"e00": chosen} if chosen else {})
+    for piece, numbers in pieces.items():
+        header, segments = _compose(arena, record, piece, numbers)
         encoded = encode_header(header)
         key = object_key(header.name, record.rank, piece)
         try:
@@ -107,11 +143,11 @@ def _compose(
     return header, segments
 
 
-def _is_finite(arena: Arena, record: SealRecord) -> bool:
-    """Return whether every floating-point value of the snapshot is finite."""
-    offsets: array[int] = arena.shard_offsets(record.rank, record.slots)
+def _is_finite(arena: Arena, record: SealRecord, units: Sequence[int]) -> bool:
+    """Return whether every floating-point value of these units is finite."""
+    shards, offsets = arena.catalog(record.rank).shards, arena.shard_offsets(record.rank, record.slots)
     return all(
-        all_finite(arena.address + offset, shard.length, shard.dtype)  # type: ignore[arg-type]  # membership tested below
-        for shard, offset in zip(arena.catalog(record.rank).shards, offsets, strict=True)
-        if shard.dtype in _FLOATS
+        all_finite(arena.address + offsets[index], shards[index].length, shards[index].dtype)  # type: ignore[arg-type]  # membership tested below
+        for index in arena.shards_of(record.rank, units)
+        if shards[index].dtype in _FLOATS
     )

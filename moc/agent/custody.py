@@ -57,6 +57,10 @@ class Life:
         for field in ("topology", "fingerprint", "software"):
             wire.mapping(descriptor, field)
         wire.number(descriptor, "timeout_s")
+        config = wire.mapping(descriptor, "config")
+        wire.text(config, "mode"), wire.integer(config, "persist_every"), wire.number(config, "plt_limit")
+        if config.get("k_persist") is not None:
+            wire.integer(config, "k_persist")
         records = decode_lineage(descriptor["lineage"], fingerprint=descriptor["fingerprint"])
         if not records:
             raise UsageError("the descriptor names no life")

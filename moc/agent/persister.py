@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moc.agent.composer import Composer
 from moc.commit import CommitPlan, build_manifest, commit, refuse_if_fenced
 from moc.errors import FencedError, ManifestCorruptError, MocError, StorageError, StoreUnavailableError
 from moc.format.keys import CheckpointName
-from moc.format.manifest import Incarnation, Parent, decode_lineage
+from moc.format.manifest import Incarnation, Manifest, Parent, decode_lineage
 from moc.gc import Retention
 from moc.host import Host
 from moc.persist import checkpoint_name, persist_rank
@@ -37,7 +38,7 @@ class SaveJob:
     """One save: the seals of all ranks at one moment, pinned until `on_end`, and the life whose checkpoint they become.
 
     Without records the job only looks up what the life has committed. `descriptor` is that of the arena the seals are
-    in.
+    in. `is_whole` says that all experts are written which memory has newer than storage.
     """
 
     arena: Arena
@@ -45,10 +46,16 @@ class SaveJob:
     life: Incarnation
     descriptor: Mapping[str, Any]
     pinned: tuple[int, Moment] | None
+    is_whole: bool
 
     @property
     def name(self) -> CheckpointName:
         return checkpoint_name(next(iter(self.records.values())))
+
+    @property
+    def moment(self) -> Moment:
+        """The moment of the seals: the checkpoint's, but for one that is made of a moment a second time."""
+        return (self.name.step, self.name.attempt) if self.pinned is None else self.pinned[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +77,7 @@ class Persister:
         self._queued = host.semaphore()  # one permit per job in the queue
         self._repository: Repository | None = None
         self._retention: Retention | None = None
+        self._composer: Composer | None = None
         self._prepared: tuple[str, int, str] | None = None
         self._commits: list[CheckpointName] = []
         self._thread = host.spawn(self._run, name="moc-persist")
@@ -97,9 +105,10 @@ class Persister:
     def _attempt(self, job: SaveJob) -> Outcome:
         """Save and say how it went: the thread's top, nothing escapes."""
         began_s = self._host.now_s()
-        size, error = 0, None
+        name, size, error = job.name, 0, None
         try:
-            size = self._save(job)
+            manifest = self._save(job)
+            name, size = manifest.name, manifest.size_bytes
         except MocError as failure:
             error = f"{type(failure).__name__}: {failure}"
             log.error("save failed: name=%s %s", job.name, error)
@@ -108,7 +117,7 @@ class Persister:
         except Exception as failure:  # a defect: recorded, reported, and the next save starts afresh
             error = f"InternalError: {type(failure).__name__}: {failure}"
             log.exception("save failed: name=%s", job.name)
-        return Outcome(name=job.name, size_bytes=size, seconds=self._host.now_s() - began_s, error=error)
+        return Outcome(name=name, size_bytes=size, seconds=self._host.now_s() - began_s, error=error)
 
     def _recall(self, job: SaveJob) -> list[Outcome]:
         """Return what the job's life has committed, nothing if the storage does not say."""
@@ -122,24 +131,34 @@ class Persister:
             return []
         return [Outcome(name=name, size_bytes=0, seconds=0.0, error=None) for name in self._commits]
 
-    def _save(self, job: SaveJob) -> int:
-        repository = self._prepare(job)
+    def _save(self, job: SaveJob) -> Manifest:
+        """Return the checkpoint that has the job's moment."""
+        repository, records = self._prepare(job), tuple(job.records.values())
+        assert self._composer is not None, "prepared before"
         if job.name in self._commits:
             # By an agent that died before it could say so; a key is written with one content only.
-            return repository.read_manifest(job.name).size_bytes
+            return repository.read_manifest(job.name)
+        if job.moment != (job.name.step, job.name.attempt):
+            stored = self._composer.stored(job.name, job.moment, records, job.arena)
+            if stored is not None:
+                return stored
+        composition = self._composer.compose(job.name, records, job.arena, job.descriptor, is_whole=job.is_whole)
+        written = frozenset(composition.written)
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
             receipts = self._host.map(
-                lambda record: persist_rank(job.arena, record, repository, trace=self._trace),
-                job.records.values(),
+                lambda record: persist_rank(job.arena, record, repository, experts=written, trace=self._trace),
+                records,
                 workers=_writers(repository),
                 name="moc-write",
             )
-        manifest = build_manifest(_commit_plan(job.descriptor), job.name, self._parent(job), receipts)
+        plan = _commit_plan(job.descriptor)
+        manifest = build_manifest(plan, job.name, self._parent(job), receipts, composition=composition)
         commit(repository, manifest, trace=self._trace)
         self._commits.append(job.name)
-        log.info("committed: name=%s bytes=%d", job.name, manifest.size_bytes)
+        self._composer.note_commit(manifest, composition, receipts)
+        log.info("committed: name=%s bytes=%d kept=%d", job.name, manifest.size_bytes, len(composition.kept))
         self._retain(job)
-        return manifest.size_bytes
+        return manifest
 
     def _retain(self, job: SaveJob) -> None:
         """Do a round of retention; its failure is not the save's."""
@@ -172,6 +191,7 @@ class Persister:
         listed = [checkpoint.name for checkpoint in repository.checkpoints()]
         repository.sync_names()  # what a dead agent has put is announced only once it is durable
         self._commits = [name for name in listed if (name.run, name.incarnation) == (job.life.run, job.life.number)]
+        self._composer = Composer(repository, job.life, lives, listed)
         self._retention = Retention(
             repository,
             run=job.life.run,

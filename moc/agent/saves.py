@@ -10,16 +10,17 @@ import os
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from moc.agent import wire
+from moc.agent.composer import FULL
 from moc.agent.custody import Custody
 from moc.agent.persister import Outcome, Persister, SaveJob
 from moc.format.keys import CheckpointName
 from moc.host import Host
-from moc.plan.freeing import Moment
-from moc.snapshot.seal import EXPLICIT
+from moc.plan.freeing import Moment, second_attempt
+from moc.snapshot.seal import EXPLICIT, SealRecord
 from moc.trace import Trace
 
 __all__ = ["Saves", "Waiter"]
@@ -93,6 +94,7 @@ class Saves:
                 life=custody.life.record,
                 descriptor=custody.life.descriptor,
                 pinned=None,
+                is_whole=True,
             ),
         )
 
@@ -123,16 +125,18 @@ class Saves:
         self._remember(Outcome(name=name, size_bytes=0, seconds=0.0, error=f"save skipped: {reason}"))
 
     def persist_newest(self, custody: Custody) -> None:
-        """Save the newest global moment unless it is committed.
+        """Save the newest global moment unless all of it is committed.
 
         Of a life without one, what it was recovered from, as its own.
         """
         custody.scan()
         life = custody.life.record
         if custody.newest is not None:
-            is_committed = self.last_committed_step is not None and self.last_committed_step >= custody.newest[0]
-            if not is_committed and not custody.is_saving(custody.newest):
-                self._offer(custody, custody.newest, is_last=True)
+            moment, records = custody.newest, custody.records_of(life.number, custody.newest)
+            is_committed = self.last_committed_step is not None and self.last_committed_step >= moment[0]
+            is_made = is_committed or custody.is_saving(moment)
+            if not is_made or not _is_whole(custody, records):  # else its checkpoint may lack what has no turn yet
+                self._offer(custody, moment, is_last=True)
             return
         source = custody.source()
         records = source.recovery_source(life.parent)
@@ -143,12 +147,14 @@ class Saves:
         )
         record = next(iter(records.values()))
         key = (record.incarnation, (record.step, record.attempt))
+        own = {rank: replace(record, incarnation=life.number) for rank, record in records.items()}
         job = SaveJob(
             arena=source.arena,
-            records={rank: replace(record, incarnation=life.number) for rank, record in records.items()},
+            records=own if _is_whole(source, own) else _once_more(own),
             life=life,
             descriptor=source.life.descriptor,
             pinned=key,
+            is_whole=True,
         )
         source.pin(*key)
         self._queue(source, job, is_last=True)
@@ -184,7 +190,7 @@ class Saves:
         with self._lock:
             ended, self._ended = self._ended, []
         for job, outcome in ended:
-            moment = (outcome.name.step, outcome.name.attempt)
+            moment = job.moment if job.records else (outcome.name.step, outcome.name.attempt)
             is_present = custody is not None and job.life.number == custody.life.record.number
             if is_present and custody is not None:
                 custody.settle(moment)
@@ -231,12 +237,15 @@ class Saves:
 
     def _offer(self, custody: Custody, moment: Moment, *, is_last: bool = False) -> None:
         life = custody.life.record
+        records = custody.records_of(life.number, moment)
+        is_whole = _is_whole(custody, records)
         job = SaveJob(
             arena=custody.arena,
-            records=custody.records_of(life.number, moment),
+            records=_once_more(records) if is_last and not is_whole else records,
             life=life,
             descriptor=custody.life.descriptor,
             pinned=(life.number, moment),
+            is_whole=is_last or is_whole,
         )
         custody.pin(life.number, moment)
         if not self._queue(custody, job, is_last=is_last):
@@ -261,3 +270,16 @@ class Saves:
         self._outcomes[key] = outcome
         while len(self._outcomes) > OUTCOME_LIMIT:
             self._outcomes.popitem(last=False)
+
+
+def _is_whole(custody: Custody, records: Mapping[int, SealRecord]) -> bool:
+    """Return whether the checkpoint that a moment asks for has all experts that memory has newer than storage."""
+    is_full = custody.life.descriptor["config"]["mode"] == FULL
+    return is_full or any(record.flags & EXPLICIT for record in records.values())
+
+
+def _once_more(records: Mapping[int, SealRecord]) -> dict[int, SealRecord]:
+    """Return the seals for a second checkpoint of their moment: with other experts it is another one, and a key is
+    written with one content only.
+    """
+    return {rank: replace(record, attempt=second_attempt(record.attempt)) for rank, record in records.items()}

@@ -24,7 +24,7 @@ from moc.plan.select import Budget, History, Policy, select
 from moc.routing import Capture, Routing
 from moc.state import Expert
 
-__all__ = ["Base", "Composition", "Sealed", "Terms", "compose", "next_base", "steps_of_experts", "stores_all"]
+__all__ = ["Base", "Composition", "Sealed", "Terms", "compose", "is_newer", "next_base", "steps_of_experts"]
 
 Held = dict[Expert, StaleExpert]
 """By expert of the model what the base has of it, as the row that a checkpoint after it would have."""
@@ -99,12 +99,12 @@ def steps_of_experts(slices: Iterable[tuple[Expert, int]]) -> dict[Expert, int |
     return dict(sorted(steps.items()))
 
 
-def compose(sealed: Sealed, base: Base | None, terms: Terms, *, is_whole: bool) -> Composition:
+def compose(sealed: Sealed, base: Base | None, terms: Terms | None) -> Composition:
     """Return what to write and what to keep.
 
-    Of a whole checkpoint, and where the base is of another experiment, all that is fit is written; else as many experts
-    per layer as the terms allow, those first whose last commit is oldest. A base whose catalogs are others is none: its
-    experts are cut in another way. Raises: PlanDivergedError for an expert that can neither be written nor kept.
+    Without terms, and where the base is of another experiment, all that is fit is written; else as many experts per
+    layer as the terms allow, those first whose last commit is oldest. A base with other catalogs is none: its experts
+    are cut in another way. Raises: PlanDivergedError for an expert that can neither be written nor kept.
     """
     name, steps = sealed.name, sealed.steps
     if base is not None and base.manifest.catalog_digest != sealed.digest:
@@ -113,7 +113,7 @@ def compose(sealed: Sealed, base: Base | None, terms: Terms, *, is_whole: bool) 
     fit = {e for e, step in steps.items() if step is not None and (e not in held or step > held[e].step)}
     due = [expert for expert in steps if expert not in held or held[expert].step >= name.step]
     _refuse_unfit(sealed, due, held)
-    if base is None or is_whole or base.manifest.fingerprint != sealed.fingerprint:
+    if base is None or terms is None or base.manifest.fingerprint != sealed.fingerprint:
         chosen = fit
     else:
         chosen = _chosen(sealed, base, held, fit, terms)
@@ -134,13 +134,10 @@ def next_base(manifest: Manifest, composition: Composition, *, is_written_finite
     return Base(manifest=manifest, finite=composition.finite | own)
 
 
-def stores_all(base: Base, steps: Mapping[Expert, int | None], *, step: int, attempts: Sequence[str]) -> bool:
-    """Return whether a checkpoint was made of the snapshot with these steps, one of these attempts, and lacks nothing
-    that is in it.
-    """
+def is_newer(steps: Mapping[Expert, int | None], base: Base) -> bool:
+    """Return whether a snapshot has any expert newer than the base."""
     held = _held(base.manifest, steps)
-    is_newer = any(found is not None and found > held[expert].step for expert, found in steps.items())
-    return base.name.step == step and base.name.attempt in attempts and not is_newer
+    return any(step is not None and step > held[expert].step for expert, step in steps.items())
 
 
 def _held(manifest: Manifest, experts: Collection[Expert]) -> Held:

@@ -19,6 +19,7 @@ __all__ = [
     "hopeless_moments",
     "moment_after",
     "newest_moments",
+    "second_attempt",
 ]
 
 Moment = tuple[int, str]
@@ -45,6 +46,11 @@ def attempt_id(run: str, incarnation: int, token: str, step: int, ordinal: int) 
     """
     digest = hashlib.sha256(f"{run}/{incarnation}/{token}/{step}/{ordinal}".encode()).hexdigest()
     return f"{ordinal % 256:02x}{digest[:6]}"
+
+
+def second_attempt(attempt: str) -> str:
+    """Return the id of another checkpoint of the same snapshot: it sorts right after the attempt."""
+    return f"{min(int(attempt, 16) + 1, 0xFFFFFFFF):08x}"
 
 
 def attempt_ordinal(attempt: str) -> int:

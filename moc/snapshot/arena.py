@@ -17,7 +17,7 @@ import mmap
 import os
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moc._native import advise_dontfork, crc32c, crc32c_gather, load_acquire_u64, populate, store_release_u64
@@ -317,26 +317,40 @@ class Arena:
         """Return a view of the arena; release it before `close`."""
         return self._view[offset : offset + length]
 
-    def check(self, record: SealRecord) -> None:
+    def check(self, record: SealRecord, units: Sequence[int] | None = None) -> None:
         """Raise ShardCorruptError naming the first shard (or the state) whose bytes do not match the seal.
 
-        Blocks: reads all of it.
+        Looks at these units only, where given. Blocks: reads all of them.
         """
-        shards = self.catalog(record.rank).shards
-        offsets = self.shard_offsets(record.rank, record.slots)
-        addresses = array("Q", (self.address + offset for offset in offsets))
-        lengths = array("Q", (shard.size_bytes for shard in shards))
-        actual = array("I", bytes(4 * len(shards)))
+        catalog, offsets = self.catalog(record.rank).shards, self.shard_offsets(record.rank, record.slots)
+        chosen = self.shards_of(record.rank, units)
+        addresses = array("Q", (self.address + offsets[index] for index in chosen))
+        lengths = array("Q", (catalog[index].size_bytes for index in chosen))
+        actual = array("I", bytes(4 * len(chosen)))
         crc32c_gather(addresses, lengths, actual)
         where = f"source=memory rank={record.rank} step={record.step} incarnation={record.incarnation}"
-        for shard, expected, found in zip(shards, record.crcs, actual, strict=True):
-            if expected != found:
+        for index, found in zip(chosen, actual, strict=True):
+            if record.crcs[index] != found:
                 raise ShardCorruptError(
-                    f"shard checksum mismatch: shard={shard.name} {where} expected={expected} actual={found}"
+                    f"shard checksum mismatch: shard={catalog[index].name} {where} expected={record.crcs[index]} "
+                    f"actual={found}"
                 )
+        self.check_state(record)
+
+    def check_state(self, record: SealRecord) -> None:
+        """Raise ShardCorruptError if the state blob does not match the seal."""
         state = crc32c(self.view(self.state_offset(record.rank, record.slots), record.state_bytes))
         if state != record.state_crc32c:
-            raise ShardCorruptError(f"state checksum mismatch: {where} expected={record.state_crc32c} actual={state}")
+            raise ShardCorruptError(
+                f"state checksum mismatch: source=memory rank={record.rank} step={record.step} "
+                f"incarnation={record.incarnation} expected={record.state_crc32c} actual={state}"
+            )
+
+    def shards_of(self, rank: int, units: Sequence[int] | None = None) -> list[int]:
+        """Return the places in the catalog of these units' shards (None: of all units)."""
+        layout = self.rank_layout(rank).units
+        numbers = range(len(layout)) if units is None else units
+        return [index for n in numbers for index in range(layout[n].first, layout[n].first + layout[n].count)]
 
     def populate_rank(self, rank: int) -> None:
         """Make this process's mapping of one rank's slots present and writable. Blocks: about 0.7 s per GB."""

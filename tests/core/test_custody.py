@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from moc.agent.custody import Custody
+from moc.config import Config
 from moc.format.manifest import Incarnation, Parent, encode_incarnation
 from moc.snapshot.seal import SealRecord
 from tests.support.repository import Model
@@ -32,6 +33,7 @@ def _descriptor(*lives: Incarnation) -> dict[str, object]:
         "keep_every": 0,
         "timeout_s": 60.0,
         "memory_budget_bytes": None,
+        "config": asdict(Config()),
         "lineage": [encode_incarnation(life).decode() for life in lives],
     }
 

@@ -14,6 +14,7 @@ import pytest
 from moc._native import crc32c
 from moc.agent.custody import Custody
 from moc.agent.saves import Saves
+from moc.format.tagged import encode_state
 from moc.host import SystemHost
 from moc.plan.freeing import Moment
 from moc.repository import Repository
@@ -25,6 +26,7 @@ from tests.core.test_custody import CATALOGS, FIRST, _descriptor
 
 PATIENCE_S = 30.0
 VERSIONS = 5
+BLOB = encode_state({}).to_bytes()
 
 
 class SlowHost(SystemHost):
@@ -65,6 +67,9 @@ class Desk:
         moment = (step, f"00{step:06x}")
         for catalog in CATALOGS:
             units = len(self.custody.arena.rank_layout(catalog.rank).units)
+            slots = array("I", [record] * units)
+            with self.custody.arena.view(self.custody.arena.state_offset(catalog.rank, slots), len(BLOB)) as view:
+                view[:] = BLOB
             self.custody.arena.seal(
                 record,
                 SealRecord(
@@ -75,9 +80,9 @@ class Desk:
                     flags=flags,
                     attempt=moment[1],
                     digest="0" * 16,
-                    state_bytes=0,
-                    state_crc32c=0,
-                    slots=array("I", [record] * units),
+                    state_bytes=len(BLOB),
+                    state_crc32c=crc32c(BLOB),
+                    slots=slots,
                     steps=array("Q", [step] * units),
                     crcs=array("I", [crc32c(bytes(shard.size_bytes)) for shard in catalog.shards]),
                 ),

@@ -11,12 +11,13 @@ import functools
 import zlib
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from moc import errors
 from moc._native import crc32c
 from moc.agent.persister import Outcome, Persister, SaveJob
+from moc.config import Config
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, encode_incarnation
 from moc.format.tagged import encode_state, expect_mapping
@@ -80,6 +81,7 @@ class Snapshots:
             "topology": {"world_size": SIZE, "node_of_rank": [0] * SIZE, "ep_sizes": []},
             "fingerprint": {"model": "plain"},
             "software": {"moc": "0"},
+            "config": asdict(Config()),
         }
         self.digests = [tuple(state.digest() for state in states)]
         self._records: dict[tuple[int, int], SealRecord] = {}
@@ -269,7 +271,9 @@ class Life:
             "lineage": lineage,
         }
         self._outcomes.clear()
-        job = SaveJob(arena=shots.arena, records=records, life=self.record, descriptor=descriptor, pinned=None)
+        job = SaveJob(
+            arena=shots.arena, records=records, life=self.record, descriptor=descriptor, pinned=None, is_whole=False
+        )
         assert self._persister.offer(job), "one save at a time"
         self._host.work()
         return list(self._outcomes)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import struct
 from array import array
+from dataclasses import asdict
 from functools import cache
 
 from moc._native import crc32c
+from moc.config import Config
 from moc.format.object import header_length
 from moc.plan.layout import RECORD_FIXED_BYTES, arrange_arena
 from moc.snapshot.arena import Arena, descriptor_room
@@ -118,6 +120,7 @@ def descriptor() -> dict[str, object]:
         "keep_every": 0,
         "timeout_s": 60.0,
         "memory_budget_bytes": 1 << 24,
+        "config": asdict(Config()),
         "lineage": lineage,
     }
 

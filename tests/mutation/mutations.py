@@ -99,7 +99,7 @@ MUTATIONS = (
     Mutation(
         name="no-crc-before-a-write",
         file="moc/persist.py",
-        old="        arena.check(record)\n",
+        old="        arena.check(record, units)\n",
         new="",
         tests=("tests/crash/test_rot.py",),
     ),

@@ -1,0 +1,160 @@
+"""What the saves of one life are composed of: the policy that its settings name, and the checkpoint that a save grows
+from.
+
+In mode `full` a checkpoint is its snapshot, all of one step, and nothing is looked up. Else it grows from the newest
+one on the lineage up to the fork, then from what this life has committed. Ranks are told nothing: the base alone says
+whose turn it is (docs/decisions/0019-the-agent-decides-what-to-persist.md). One that cannot be read makes the next
+checkpoint a whole one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moc.errors import MocError, PlanDivergedError
+from moc.format.keys import CheckpointName
+from moc.format.manifest import Incarnation, Manifest
+from moc.persist import Receipt, read_capture
+from moc.plan.composition import Base, Composition, Sealed, Terms, compose, is_newer, next_base, steps_of_experts
+from moc.plan.freeing import Moment
+from moc.plan.lineage import chain, is_on_chain, merge_incarnations
+from moc.plan.rotation import expert_counts, rotation_of
+from moc.plan.select import DynamicK, LoadAware, Policy, SelectAll, Sequential
+from moc.repository import Repository
+from moc.routing import Capture
+from moc.snapshot.arena import Arena
+from moc.snapshot.seal import SealRecord
+from moc.state import Expert
+from moc.topology import Topology
+
+__all__ = ["FULL", "Composer"]
+
+log = logging.getLogger(__name__)
+
+FULL = "full"
+BY_LOAD = "partial_by_load"
+
+
+class Composer:
+    """The base of one life's saves, and how they use it. Thread: the agent's persist thread."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        life: Incarnation,
+        lineage: Iterable[Incarnation],
+        listed: Iterable[CheckpointName],
+    ) -> None:
+        """`lineage` are the lives known before this one, `listed` the checkpoints in the repository."""
+        self._repository, self._life = repository, life
+        links = chain(merge_incarnations((*lineage, life), ()), life.number)
+        self._lives = len(links)
+        self._known = [
+            name
+            for name in listed
+            if name.run == life.run and is_on_chain(links, name.incarnation, name.step, name.attempt)
+        ]
+        self._base: Base | None = None
+        self._has_warned = False
+
+    def compose(
+        self,
+        name: CheckpointName,
+        records: Sequence[SealRecord],
+        arena: Arena,
+        descriptor: Mapping[str, Any],
+        *,
+        is_whole: bool,
+    ) -> Composition:
+        """Return what the checkpoint of this name writes of the snapshot, and what it keeps.
+
+        Raises: PlanDivergedError for what cannot be a checkpoint, ShardCorruptError for a state that has changed.
+        """
+        steps = _steps(arena, records)
+        sealed = Sealed(
+            name=name,
+            steps=steps,
+            digest=descriptor["digest"],
+            fingerprint=descriptor["fingerprint"],
+            captures=_captures(arena, records, steps),
+        )
+        if descriptor["config"]["mode"] != FULL:
+            return compose(sealed, self._base_of(name), None if is_whole else self._terms(descriptor, sealed))
+        composition = compose(sealed, None, None)
+        if composition.stale:
+            row = composition.stale[0]
+            raise PlanDivergedError(
+                f"a checkpoint of mode full would be of several steps: step={name.step} {row.expert} actual={row.step}"
+            )
+        return composition
+
+    def stored(
+        self, name: CheckpointName, moment: Moment, records: Sequence[SealRecord], arena: Arena
+    ) -> Manifest | None:
+        """Return the checkpoint that a second one of its moment would grow from, if that would add nothing to it."""
+        base = self._base_of(name)
+        if base is None or (base.name.step, base.name.attempt) != moment or is_newer(_steps(arena, records), base):
+            return None
+        return base.manifest
+
+    def note_commit(self, manifest: Manifest, composition: Composition, receipts: Iterable[Receipt]) -> None:
+        """Let the next save grow from this checkpoint."""
+        is_written_finite = all(receipt.is_finite for receipt in receipts)
+        self._base = next_base(manifest, composition, is_written_finite=is_written_finite)
+
+    def _base_of(self, name: CheckpointName) -> Base | None:
+        """Return what the checkpoint of this name grows from; None where there is nothing that it can share."""
+        if self._base is None:
+            newest = max(self._known, default=None)
+            if newest is None:
+                return None
+            try:
+                self._base = Base.of(self._repository.read_manifest(newest))
+            except MocError as error:
+                log.warning("the checkpoint is made whole, because none can grow from %s: %s", newest, error)
+                return None
+        # Behind a later one it may be gone already.
+        return self._base if self._base.name < name else None
+
+    def _terms(self, descriptor: Mapping[str, Any], sealed: Sealed) -> Terms:
+        topology = Topology.from_json(descriptor["topology"])
+        return Terms(
+            policy=self._policy(descriptor["config"], is_counted=bool(sealed.captures)),
+            rotation=rotation_of(expert_counts(sealed.steps), topology.ep_sizes),
+            interval=max(1, descriptor["config"]["persist_every"]),
+            lives=self._lives,
+        )
+
+    def _policy(self, config: Mapping[str, Any], *, is_counted: bool) -> Policy:
+        k, is_by_load = config["k_persist"], config["mode"] == BY_LOAD
+        if is_by_load and not is_counted and not self._has_warned:
+            self._has_warned = True
+            log.warning("experts take turns, because nothing counts their tokens: mode=%s", BY_LOAD)
+        if k is None:
+            return SelectAll()
+        if not is_counted:
+            return Sequential(k)
+        return LoadAware(k) if is_by_load else DynamicK(k, config["plt_limit"])
+
+
+def _steps(arena: Arena, records: Iterable[SealRecord]) -> dict[Expert, int | None]:
+    """Return by expert the step of its bytes in the snapshot, None where its ranks differ."""
+    return steps_of_experts(
+        (unit.expert, record.steps[number])
+        for record in records
+        for number, unit in enumerate(arena.rank_layout(record.rank).units)
+        if unit.expert is not None
+    )
+
+
+def _captures(arena: Arena, records: Sequence[SealRecord], steps: Mapping[Expert, int | None]) -> tuple[Capture, ...]:
+    """Return the routes that the lowest rank has captured; those of the others too if it has missed a snapshot."""
+    first = read_capture(arena, records[0])
+    if first is None:
+        return ()
+    if all(step is None or first.learned_by(expert, step) is not None for expert, step in steps.items()):
+        return (first,)
+    others = (read_capture(arena, record) for record in records[1:])
+    return (first, *(capture for capture in others if capture is not None))
