@@ -101,10 +101,12 @@ class Retention:
 
     def _delete_condemned(self, unreadable: list[CheckpointName]) -> None:
         """Delete what an earlier round condemned, except what a manifest still names (a crash before the manifest's
-        deletion), or may name: that waits until its manifest is gone or can be read.
+        deletion), or may name: that waits until its manifest is gone or can be read. Objects are shared with later
+        checkpoints only, so whatever is older than an unreadable one waits.
         """
         condemned = self._read_condemned()
-        waiting = [key for key in condemned if parse_object_key(key)[0] in unreadable]
+        newest = max(unreadable, default=None)
+        waiting = [key for key in condemned if newest is not None and parse_object_key(key)[0] <= newest]
         victims = [key for key in condemned if key not in self._named() and key not in waiting]
         self._delete(victims)
         if len(condemned) > len(waiting):

@@ -16,6 +16,7 @@ from moc.plan.ownership import zero2_ownership
 from moc.plan.balance import balanced_rotation
 from moc.plan.select import LoadAware, Sequential, commit_selection, fresh_history, select
 from moc.state import Expert
+from tests.plan.test_composition import committed, terms_of
 from tests.plan.values import catalogs, tiny, wide
 
 own = zero2_ownership(wide(), 64, 16)
@@ -33,6 +34,12 @@ held = catalogs(
 )
 results += [assign(held, selection, rule=rule) for rule in RULES]
 small = zero2_ownership(tiny(layers=4, experts=6), 12, 3)
+grid = [Expert(layer=layer, index=index) for layer in range(3) for index in range(8)]
+base = None
+for step in range(5, 60, 5):
+    steps = {e: None if base and (7 * e.index + step) % 11 == 0 else step - (e.index * step) % 3 for e in grid}
+    base = committed(step, steps, base, terms_of((8, 8, 8), Sequential(3)))
+    results.append(base.manifest)
 results += [balanced_rotation(small, k) for k in range(1, 7)]
 print(hashlib.sha256(repr(results).encode()).hexdigest())
 """
