@@ -3,7 +3,7 @@ from.
 
 In mode `full` a checkpoint is its snapshot, all of one step, and nothing is looked up. Else it grows from the newest
 one on the lineage up to the fork, then from what this life has committed. Ranks are told nothing: the base alone says
-whose turn it is (docs/decisions/0019-the-agent-decides-what-to-persist.md). One that cannot be read makes the next
+whose turn it is (docs/decisions/0020-the-agent-decides-what-to-persist.md). One that cannot be read makes the next
 checkpoint a whole one.
 """
 
