@@ -18,9 +18,10 @@ from moc.errors import MismatchError, NoCheckpointError
 from moc.format.manifest import Incarnation, Parent
 from moc.host import Host
 from moc.plan.lineage import Candidate
-from moc.recover import RecoveryReport
+from moc.report import RecoveryReport
 from moc.repository import Repository
 from moc.restoration import restore_best
+from moc.routing import Routing
 from moc.survey import Origin, Request, refuse_other_runs, survey
 from moc.trace import Trace
 from moc.training import TrainingState, World
@@ -32,12 +33,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
-    """The outcome of the choice: where the new life comes from, and the report (None for a fresh start)."""
+    """The outcome of the choice: where the new life comes from, and the report (None for a fresh start).
+
+    `layers` are the snapshots in memory that some experts come from beside the parent's; they are needed until the life
+    has a global snapshot. `routing` is what the state says about routes, None where nothing counts them.
+    """
 
     origin: Origin
     parent: Parent | None
     reason: str
     report: RecoveryReport | None
+    layers: tuple[Candidate, ...] = ()
+    routing: Routing | None = None
 
 
 def recover_life(
@@ -78,10 +85,23 @@ def recover_life(
         seconds={"choose": surveyed_s - began_s, "restore": host.now_s() - surveyed_s},
         rejected=restored.rejected,
         notes=origin.notes + restored.notes,
+        stale=restored.stale,
+        lost=restored.lost,
+        plt=None if restored.routing is None else restored.routing.plt,
     )
+    if restored.stale and world.rank == 0:
+        for line in report.loss_lines():
+            log.warning("%s", line)
     is_weights = request.restore == "weights"
     parent = None if is_weights else candidate.as_parent()
-    return Recovered(origin=origin, parent=parent, reason="weights" if is_weights else "recover", report=report)
+    return Recovered(
+        origin=origin,
+        parent=parent,
+        reason="weights" if is_weights else "recover",
+        report=report,
+        layers=() if is_weights else restored.layers,
+        routing=restored.routing,
+    )
 
 
 def begin_anew(

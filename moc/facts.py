@@ -13,6 +13,7 @@ from moc.errors import TopologyError, UsageError
 from moc.format.manifest import Incarnation, encode_lineage
 from moc.host import Host
 from moc.plan.layout import arrange_arena
+from moc.plan.lineage import Candidate
 from moc.state import RankCatalog, catalog_digest, check_coverage
 from moc.survey import Request
 from moc.topology import Topology
@@ -79,11 +80,18 @@ def _versions(config: Config) -> int:
 
 
 def describe_life(
-    facts: Facts, request: Request, software: Mapping[str, str], lineage: Sequence[Incarnation]
+    facts: Facts,
+    request: Request,
+    software: Mapping[str, str],
+    lineage: Sequence[Incarnation],
+    layers: Sequence[Candidate] = (),
 ) -> dict[str, object]:
-    """Return the arena's descriptor for the life that `lineage` ends with. Pure."""
+    """Return the arena's descriptor for the life that `lineage` ends with. Pure.
+
+    `layers` are the snapshots in memory, beside its parent, that its state was recovered from.
+    """
     config = request.config
-    return {
+    descriptor: dict[str, object] = {
         "run": lineage[-1].run,
         "versions": _versions(config),
         "catalogs": [catalog.to_json() for catalog in facts.catalogs],
@@ -100,3 +108,6 @@ def describe_life(
         "config": asdict(config),
         "lineage": encode_lineage(lineage),
     }
+    if layers:
+        descriptor["layers"] = [[layer.incarnation, layer.step, layer.attempt] for layer in layers]
+    return descriptor

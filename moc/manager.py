@@ -20,7 +20,7 @@ from moc.config import Config
 from moc.errors import MocError, UsageError
 from moc.handle import SaveHandle
 from moc.host import SystemHost
-from moc.recover import RecoveryReport
+from moc.report import RecoveryReport
 from moc.session import Session, Status
 from moc.survey import Request
 from moc.termination import Termination

@@ -1,8 +1,8 @@
-"""Recovery: choose a state along the lineage (pure, see `moc.plan.lineage`) and copy its bytes into the training state.
+"""Where the bytes of a recovery are, and how they get into the training state.
 
-A *source* knows where the shards of one candidate lie and can read them. Whatever it reads is checked against a crc32c
-that was computed when the snapshot was sealed, before a byte of it reaches the training state; a mismatch rejects the
-whole candidate.
+A *source* knows where the shards of one snapshot or checkpoint lie and can read them. Whatever it reads is checked
+against a crc32c that was computed when the snapshot was sealed, before a byte of it reaches the training state. What is
+to become of a bad shard others decide: `moc.assembly` for an expert, `moc.restoration` for a whole candidate.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ from itertools import groupby
 from typing import Protocol
 
 from moc._native import crc32c
-from moc.errors import CoverageError, ShardCorruptError
-from moc.format.contents import contradictions
+from moc.errors import IntegrityError, MocError, ShardCorruptError, StorageError
+from moc.format.contents import contradictions, live_shards
 from moc.format.keys import parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
-from moc.format.tagged import decode_state
+from moc.format.tagged import decode_state, expect_mapping
 from moc.host import Host
-from moc.plan.lineage import Candidate
-from moc.plan.read import Piece, Placed, plan_read
+from moc.plan.lineage import MEMORY, STORAGE, Candidate
+from moc.plan.read import Piece, Placed, find_pieces
+from moc.plan.versions import Inventory, Version
 from moc.repository import Repository
+from moc.routing import Capture, Routing
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
-from moc.state import Shard
+from moc.state import Expert, Shard
 from moc.trace import Trace
 from moc.training import TrainingState
 
 __all__ = [
+    "Filled",
     "MemorySource",
-    "RecoveryReport",
-    "Rejection",
+    "Placing",
     "Source",
     "StorageSource",
-    "reasons_for_drift",
+    "fill_shards",
     "restore_shards",
+    "split_tree",
 ]
 
 READERS = 4  # concurrent shard reads per rank; enough to keep a disk or a few HTTP connections busy
@@ -45,42 +48,23 @@ IN_FLIGHT_BYTES = 1 << 30  # of shards being read at once per rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rejection:
-    """A candidate that was not used, and why."""
+class Placing:
+    """Stored shards, and why others could not be looked for: what is not among `rows` may be behind a failure."""
 
-    candidate: str
-    reason: str
+    rows: tuple[Placed, ...]
+    failures: tuple[MocError, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecoveryReport:
-    """What a recovery did; the same on every rank. Bytes and seconds are lists by rank and maps by phase."""
+class Filled:
+    """The bytes read for some shards, and by expert why its shards could not all be had."""
 
-    step: int
-    source: str
-    incarnation: int
-    parent_incarnation: int
-    run: str
-    lineage: tuple[tuple[int, int | None], ...]
-    bytes_per_rank: tuple[int, ...]
-    seconds: Mapping[str, float]
-    rejected: tuple[Rejection, ...]
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        total = sum(self.bytes_per_rank)
-        timing = " ".join(f"{phase}={seconds:.2f}s" for phase, seconds in self.seconds.items())
-        lines = [
-            f"recovered step {self.step} from {self.source}: {total / 1e6:.1f} MB, {timing}",
-            f"  run {self.run}, incarnation {self.incarnation}, grown from incarnation {self.parent_incarnation}",
-        ]
-        lines += [f"  rejected {r.candidate}: {r.reason}" for r in self.rejected]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+    size_bytes: int
+    damaged: Mapping[Expert, MocError]
 
 
 class Source(Protocol):
-    """Where one candidate's bytes are. Thread: `read` from any thread, the rest from one."""
+    """Where the bytes of one snapshot or checkpoint are. Thread: `read` from any thread, the rest from one."""
 
     @property
     def world_size(self) -> int:
@@ -90,7 +74,14 @@ class Source(Protocol):
     def software(self) -> Mapping[str, object]:
         """Return the versions of what that life ran."""
 
-    def placed(self, needed: Sequence[Shard]) -> tuple[Placed, ...]:
+    def slices(self, experts: Sequence[Expert], rank: int, size: int, *, step: int) -> list[Inventory]:
+        """Return what rank `rank` of `size` tells the others of the versions that are here.
+
+        One inventory for each part that is this rank's to tell; those of all ranks say which experts are whole (see
+        `moc.plan.versions.consistent`). What a version has learned is told where it is older than `step`.
+        """
+
+    def placed(self, needed: Sequence[Shard]) -> Placing:
         """Return stored shards that cover all of `needed`, as few as is easy to find."""
 
     def read(self, row: Placed) -> memoryview:
@@ -117,13 +108,29 @@ class MemorySource:
         assert isinstance(software, dict), "the descriptor was written by describe_life"
         return software
 
-    def placed(self, needed: Sequence[Shard]) -> tuple[Placed, ...]:
+    def slices(self, experts: Sequence[Expert], rank: int, size: int, *, step: int) -> list[Inventory]:
+        return [self._held_by(holder, step) for holder in self._records if holder % size == rank]
+
+    def _held_by(self, holder: int, step: int) -> Inventory:
+        record = self._records[holder]
+        name = f"{MEMORY} step={record.step} incarnation={record.incarnation} attempt={record.attempt}"
+        units = self._arena.rank_layout(holder).units
+        steps = {unit.expert: record.steps[n] for n, unit in enumerate(units) if unit.expert is not None}
+        capture = split_tree(*self.state(holder))[2] if any(other < step for other in steps.values()) else None
+        return {
+            expert: Version(step=held, learned=_learned_by(capture, expert, held), holder=name)
+            for expert, held in steps.items()
+        }
+
+    def placed(self, needed: Sequence[Shard]) -> Placing:
+        wanted = {shard.expert for shard in needed}
         rows = []
         for rank, record in self._records.items():
             offsets = self._arena.shard_offsets(rank, record.slots)
             for shard, offset, crc in zip(self._arena.catalog(rank).shards, offsets, record.crcs, strict=True):
-                rows.append(Placed(shard=shard, holder=f"memory rank={rank}", position=offset, crc32c=crc))
-        return tuple(rows)
+                if shard.expert in wanted:
+                    rows.append(Placed(shard=shard, holder=f"memory rank={rank}", position=offset, crc32c=crc))
+        return Placing(rows=tuple(rows))
 
     def read(self, row: Placed) -> memoryview:
         return self._arena.view(row.position, row.shard.size_bytes)
@@ -153,14 +160,23 @@ class StorageSource:
     def software(self) -> Mapping[str, object]:
         return self._manifest.versions
 
-    def placed(self, needed: Sequence[Shard]) -> tuple[Placed, ...]:
+    def slices(self, experts: Sequence[Expert], rank: int, size: int, *, step: int) -> list[Inventory]:
+        if rank:
+            return []  # every rank has read the same manifest
+        stale = {row.expert: row.routed for row in self._manifest.stale_experts}
+        inventory: dict[Expert, Version] = {}
+        for expert in experts:
+            source, held = self._manifest.version(expert)
+            learned = stale[expert] if expert in stale else _learned(self._manifest.routing, expert)
+            inventory[expert] = Version(step=held, learned=learned, holder=f"{STORAGE} {source}")
+        return [inventory]
+
+    def placed(self, needed: Sequence[Shard]) -> Placing:
         mine = [row for row in self._manifest.objects if parse_object_key(row.key)[1] == self._rank]
         own = self._placed_in(mine)
-        try:
-            plan_read(needed, own)
-        except CoverageError:
-            return self._placed_in(self._manifest.objects)
-        return own
+        if not find_pieces(needed, own.rows)[1]:
+            return own
+        return self._placed_in(self._manifest.objects)
 
     def read(self, row: Placed) -> memoryview:
         view = memoryview(bytearray(row.shard.size_bytes))
@@ -179,12 +195,20 @@ class StorageSource:
         self._repository.read_range(row, position, memoryview(blob))
         return _decode(bytes(blob), expected, f"key={row.key}"), holder == rank
 
-    def _placed_in(self, rows: Sequence[ObjectRow]) -> tuple[Placed, ...]:
-        return tuple(
-            Placed(shard=stored.shard, holder=row.key, position=stored.position, crc32c=stored.crc32c)
-            for row in rows
-            for stored in self._header(row).shards
-        )
+    def _placed_in(self, objects: Sequence[ObjectRow]) -> Placing:
+        rows: list[Placed] = []
+        failures: list[MocError] = []
+        for row in objects:
+            try:
+                header = self._header(row)
+            except (IntegrityError, StorageError) as error:
+                failures.append(error)
+                continue
+            rows += [
+                Placed(shard=stored.shard, holder=row.key, position=stored.position, crc32c=stored.crc32c)
+                for stored in live_shards(self._manifest, row, header)
+            ]
+        return Placing(rows=tuple(rows), failures=tuple(failures))
 
     def _header(self, row: ObjectRow) -> ObjectHeader:
         if row.key not in self._headers:
@@ -204,18 +228,30 @@ def restore_shards(
     host: Host,
     trace: Trace,
 ) -> int:
-    """Copy every needed shard (of these parts only, where given) from the source into the training state.
+    """Copy every needed shard (of these parts only, where given) from this one source into the training state.
 
-    Return the bytes read.
-
-    Nothing is written to the state unless the whole plan covers it; a shard is written after its checksum was found
-    right. When this raises (IntegrityError, MismatchError, StorageError) the state is partly overwritten: restore
-    another candidate or stop.
+    Return the bytes read. Raises as `fill_shards`, and for an expert too.
     """
     targets = [i for i, shard in enumerate(state.needed) if parts is None or shard.part in parts]
+    filled = fill_shards(source, state, targets, candidate, host=host, trace=trace)
+    for _, error in sorted(filled.damaged.items()):
+        raise error
+    return filled.size_bytes
+
+
+def fill_shards(
+    source: Source, state: TrainingState, targets: Sequence[int], candidate: Candidate, *, host: Host, trace: Trace
+) -> Filled:
+    """Copy these needed shards from the source into the training state.
+
+    A shard is written after its checksum was found right, and none of the dense part unless all of that is there. When
+    this raises (IntegrityError, MismatchError, StorageError), and for every damaged expert, the state is partly
+    overwritten: restore it from elsewhere or stop.
+    """
     needed = [state.needed[i] for i in targets]
-    placed = source.placed(needed)
-    pieces = plan_read(needed, placed)
+    placing = source.placed(needed)
+    placed = placing.rows
+    pieces, damaged = _plan(needed, placing)
     budget = _ByteBudget(IN_FLIGHT_BYTES)
     jobs = [(index, tuple(group)) for index, group in groupby(pieces, key=lambda piece: piece.source)]
 
@@ -237,23 +273,65 @@ def restore_shards(
                     state.write_shard(targets[piece.target], piece.target_offset, part)
         return row.shard.size_bytes
 
-    return sum(host.map(fill, jobs, workers=READERS, name="moc-read"))
+    def attempt(job: tuple[int, tuple[Piece, ...]]) -> int | tuple[Expert, MocError]:
+        expert = placed[job[0]].shard.expert
+        try:
+            return fill(job)
+        except (IntegrityError, StorageError) as error:
+            if expert is None:
+                raise
+            return expert, error
+
+    size_bytes = 0
+    for outcome in host.map(attempt, jobs, workers=READERS, name="moc-read"):
+        if isinstance(outcome, int):
+            size_bytes += outcome
+        else:
+            damaged.setdefault(*outcome)
+    return Filled(size_bytes=size_bytes, damaged=damaged)
 
 
-def reasons_for_drift(
-    *, stored_ranks: int, ranks: int, stored_software: Mapping[str, object], software: Mapping[str, object]
-) -> tuple[str, ...]:
-    """Return why a run whose every tensor was restored may yet not go on bit-exactly. Pure."""
-    reasons = []
-    if stored_ranks != ranks:
-        reasons.append(
-            f"the number of ranks has changed, so the run is not bit-exact: stored={stored_ranks} present={ranks}"
-        )
-    for name in sorted(stored_software.keys() | software.keys()):
-        stored, present = stored_software.get(name), software.get(name)
-        if stored != present:
-            reasons.append(f"a version has changed, so the run may not be bit-exact: {name} {stored=} {present=}")
-    return tuple(reasons)
+def split_tree(tree: object, is_exact: bool) -> tuple[dict[str, object], bool, Capture | None]:
+    """Take what a captured tree says about routes out of it; raises ShardCorruptError where that cannot be."""
+    fields = dict(expect_mapping(tree, "state"))
+    captured = fields.pop("routing", None)
+    if captured is None:
+        return fields, is_exact, None
+    try:
+        return fields, is_exact, Capture.from_tree(captured)
+    except (TypeError, ValueError) as error:
+        raise ShardCorruptError(f"captured routes are not readable: reason={error}") from error
+
+
+def _plan(needed: Sequence[Shard], placing: Placing) -> tuple[tuple[Piece, ...], dict[Expert, MocError]]:
+    """Return the pieces to read, and the experts of which some are missing; raises where that is a dense shard."""
+    pieces, gaps = find_pieces(needed, placing.rows)
+    damaged: dict[Expert, MocError] = {}
+    for target, gap in sorted(gaps.items()):
+        # What is missing may be behind any failure; one that may pass is worth another try.
+        reason = min(placing.failures, key=lambda error: isinstance(error, IntegrityError), default=gap)
+        expert = needed[target].expert
+        if expert is None:
+            raise reason
+        damaged.setdefault(expert, reason)
+    return tuple(piece for piece in pieces if needed[piece.target].expert not in damaged), damaged
+
+
+def _learned_by(capture: Capture | None, expert: Expert, step: int) -> int:
+    if capture is None or not _is_inside(capture.routing.routed, expert):
+        return 0
+    # A rank knows what its own versions have learned; should it not, all their routes count as lost.
+    return capture.learned_by(expert, step) or 0
+
+
+def _learned(routing: Routing | None, expert: Expert) -> int:
+    if routing is None or not _is_inside(routing.learned, expert):
+        return 0
+    return routing.learned[expert.layer][expert.index]
+
+
+def _is_inside(counts: Sequence[Sequence[int]], expert: Expert) -> bool:
+    return expert.layer < len(counts) and expert.index < len(counts[expert.layer])
 
 
 def _decode(blob: bytes, expected: int, where: str) -> object:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moc import errors
 from moc.agent.client import AgentClient
 from moc.agent.runtime import runtime_folder
 from moc.agreement import agree, decide, exchange
+from moc.assembly import Terms, TooStale, assemble
 from moc.errors import (
     IntegrityError,
     MocError,
@@ -31,9 +32,13 @@ from moc.errors import (
 from moc.format.keys import CheckpointName
 from moc.format.tagged import decode_state, encode_state, expect_mapping
 from moc.host import Host
+from moc.layers import Layers, WithheldError
 from moc.plan.lineage import STORAGE, Candidate
-from moc.recover import MemorySource, Rejection, Source, StorageSource, reasons_for_drift, restore_shards
+from moc.plan.versions import older_layers
+from moc.recover import MemorySource, Source, StorageSource
+from moc.report import Rejection, StaleVersion, reasons_for_drift
 from moc.repository import Repository
+from moc.routing import Routing
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
 from moc.survey import Origin, Request
@@ -44,6 +49,7 @@ __all__ = ["Restored", "map_arena", "restore_best"]
 
 log = logging.getLogger(__name__)
 
+FREE_VERSIONS = 2  # of the arena: the candidate's, and one for the new life's first snapshot
 WEIGHT_PARTS = ("master", "weight")
 READ_ATTEMPTS = 3  # of a candidate that storage does not give: what passes by itself passes within seconds
 READ_DELAY_S = 2.0  # between them; a remote store has repeated each request for longer before
@@ -51,12 +57,20 @@ READ_DELAY_S = 2.0  # between them; a remote store has repeated each request for
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """What was restored, and what was passed over for it."""
+    """What was restored, and what was passed over for it.
+
+    `layers` are the snapshots in memory, older than the candidate, that some
+    experts come from: with the candidate they are what this restore could be made from again.
+    """
 
     candidate: Candidate
     bytes_per_rank: tuple[int, ...]
     rejected: tuple[Rejection, ...]
     notes: tuple[str, ...]
+    stale: tuple[StaleVersion, ...] = ()
+    layers: tuple[Candidate, ...] = ()
+    routing: Routing | None = None
+    lost: tuple[int, ...] = ()
 
 
 def restore_best(
@@ -72,38 +86,177 @@ def restore_best(
 ) -> Restored | None:
     """Restore the first candidate that can be restored; None if none is wanted. Collective.
 
+    One whose stale experts exceed the limit of lost tokens is passed over for the first without any; where there is
+    none, it is restored nevertheless. What was asked for by its step is restored as it is.
+
     Raises the same error on every rank: NoCheckpointError where all are damaged, StorageError where storage does not
     give what there is, and whatever is no fault of a candidate.
     """
-    rejected: list[Rejection] = []
-    unread: list[tuple[Candidate, MocError]] = []
-    for candidate in wanted:
-        try:
-            sizes, notes = _restore_patiently(
-                request, origin, candidate, state, world, software=software, host=host, trace=trace
-            )
-        except MocError as error:
-            if _is_unread(error, candidate):
-                if candidate == wanted[-1] or not _repository_answers(request, wanted, world, host=host, trace=trace):
-                    raise
-                unread.append((candidate, error))
-            elif not _is_rejection(error):
-                raise
-            log.warning("candidate rejected: %s reason=%s", candidate, error)
-            rejected.append(Rejection(candidate=str(candidate), reason=str(error)))
-            continue
-        notes += tuple(_note_unread(passed) for passed, _ in unread)
-        return Restored(candidate=candidate, bytes_per_rank=tuple(sizes), rejected=tuple(rejected), notes=notes)
-    if unread:
-        raise unread[0][1]
-    if rejected:
+    search = _Search(request, origin, wanted, state, world, software, host, trace)
+    is_asked_for = request.restore != "auto" or any(life.reason == "rewind" for life in origin.lineage[-1:])
+    restored = search.first(wanted, plt_limit=None if is_asked_for else request.config.plt_limit)
+    if restored is None and search.too_stale is not None:
+        restored = search.first([search.too_stale], plt_limit=None)
+    if restored is not None:
+        return restored
+    for _, error in search.unread:
+        raise error
+    if search.rejected:
         raise NoCheckpointError(
-            "no candidate could be restored: " + "; ".join(f"{r.candidate}: {r.reason}" for r in rejected)
+            "no candidate could be restored: " + "; ".join(f"{r.candidate}: {r.reason}" for r in search.rejected)
         )
     return None
 
 
+class _Search:
+    """One candidate after the other, and why those before it were not taken. Methods are collective."""
+
+    def __init__(
+        self,
+        request: Request,
+        origin: Origin,
+        wanted: Sequence[Candidate],
+        state: TrainingState,
+        world: World,
+        software: Mapping[str, str],
+        host: Host,
+        trace: Trace,
+    ) -> None:
+        self._request, self._origin, self._wanted = request, origin, wanted
+        self._state, self._world, self._software = state, world, software
+        self._host, self._trace = host, trace
+        self.rejected: list[Rejection] = []
+        self.unread: list[tuple[Candidate, MocError]] = []
+        self.too_stale: Candidate | None = None
+
+    def first(self, candidates: Sequence[Candidate], *, plt_limit: float | None) -> Restored | None:
+        """Restore the first that can be, None if none can; from the first on that is too stale, only a whole one."""
+        for candidate in candidates:
+            is_whole = self.too_stale is not None and plt_limit is not None
+            terms = Terms(
+                parts=WEIGHT_PARTS if self._request.restore == "weights" else None,
+                has_layers=self._request.config.mode != "full" and not is_whole,
+                is_whole=is_whole,
+                plt_limit=plt_limit,
+                answers=None,
+            )
+            try:
+                outcome = self._patiently(candidate, terms)
+            except MocError as error:
+                self._reject(candidate, error, is_optional=is_whole)
+                continue
+            if isinstance(outcome, Restored):
+                return outcome
+            log.warning("candidate passed over: %s reason=%s", candidate, outcome.reason)
+            self.rejected.append(Rejection(candidate=str(candidate), reason=outcome.reason))
+            self.too_stale = self.too_stale or candidate
+        return None
+
+    def _reject(self, candidate: Candidate, error: MocError, *, is_optional: bool) -> None:
+        """Note why a candidate could not be restored; raise the error where it is no fault of the candidate."""
+        if _is_unread(error, candidate):
+            # A snapshot lacks but some experts: an older one that has them all needs no storage, and costs few steps.
+            is_needed = candidate.source == STORAGE and not is_optional
+            if is_needed and (candidate == self._wanted[-1] or not self._repository_answers()):
+                raise error
+            self.unread.append((candidate, error))
+        elif not _is_rejection(error):
+            raise error
+        log.warning("candidate rejected: %s reason=%s", candidate, error)
+        self.rejected.append(Rejection(candidate=str(candidate), reason=str(error)))
+
+    def _patiently(self, candidate: Candidate, terms: Terms) -> Restored | TooStale:
+        """Restore as `_try`, again and after a pause where storage does not give something."""
+        for attempt in range(1, READ_ATTEMPTS + 1):
+            if attempt == READ_ATTEMPTS:
+                terms = replace(terms, answers=self._repository_answers)
+            try:
+                return self._try(candidate, terms)
+            except MocError as error:
+                if attempt == READ_ATTEMPTS or not _is_unread(error, candidate):
+                    raise
+                log.warning("storage does not give a candidate, trying again: %s reason=%s", candidate, error)
+            self._host.sleep(READ_DELAY_S)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _try(self, candidate: Candidate, terms: Terms) -> Restored | TooStale:
+        """Restore one candidate on all ranks; raises one error on all of them if any rank fails."""
+        request, state, world, trace = self._request, self._state, self._world, self._trace
+        own = agree(world, lambda: encode_state(state.capture()).to_bytes()) if terms.parts is not None else b""
+        snapshots = max(0, request.config.versions - FREE_VERSIONS)
+        older = older_layers(candidate, self._origin.candidates, snapshots=snapshots) if terms.has_layers else ()
+        with (
+            trace.span("recover.restore", source=candidate.source, step=candidate.step, rank=world.rank),
+            Layers(candidate, older, self._open, world, is_storage_away=not self._origin.is_stored) as layers,
+        ):
+            outcome = assemble(layers, state, world, terms, host=self._host, trace=trace)
+            if isinstance(outcome, TooStale):
+                return outcome
+            notes: tuple[str, ...] = ()
+            if terms.parts is None:
+                notes = reasons_for_drift(
+                    stored_ranks=layers.first.world_size,
+                    ranks=world.size,
+                    stored_software=layers.first.software,
+                    software=self._software,
+                )
+        tree = expect_mapping(decode_state(own), "state") if outcome.tree is None else outcome.tree
+        with trace.span("recover.apply", step=candidate.step, rank=world.rank):
+            agree(world, lambda: state.apply(tree))  # agreed before the collective: a failed rank would not take part
+            agree(world, state.derive_weights)
+            agree(world, lambda: state.finish_restore(tree, exact_rank=outcome.is_exact))
+        return Restored(
+            candidate=candidate,
+            bytes_per_rank=tuple(int(str(value)) for value in exchange(world, outcome.size_bytes)),
+            rejected=tuple(self.rejected),
+            notes=(*notes, *outcome.notes, *self._notes(candidate)),
+            stale=outcome.stale,
+            layers=outcome.layers,
+            routing=outcome.routing,
+            lost=outcome.lost,
+        )
+
+    def _notes(self, candidate: Candidate) -> tuple[str, ...]:
+        """Return what the user should know of the choice."""
+        notes = [_note_unread(passed) for passed, _ in self.unread if passed != candidate]
+        if self.too_stale == candidate:
+            notes.append(
+                "more tokens are lost than plt_limit allows, and nothing without stale experts can be restored"
+            )
+        elif self.too_stale is not None:
+            notes.append(
+                "the newest one without stale experts was chosen, because more tokens than plt_limit allows are lost "
+                f"in {self.too_stale}"
+            )
+        return tuple(notes)
+
+    def _open(self, candidate: Candidate) -> tuple[Source, Callable[[], None]]:
+        return _open_source(
+            self._request, self._origin, candidate, self._world.rank, host=self._host, trace=self._trace
+        )
+
+    def _repository_answers(self) -> bool:
+        """Return whether storage gives FORMAT and a checkpoint's manifest, so that it refuses single objects."""
+
+        def look() -> dict[str, object]:
+            try:
+                repository = Repository(self._host.open_store(self._request.storage, trace=self._trace))
+            except StorageError:
+                return {"answers": False}
+            try:
+                has_manifest = any(_has_manifest(repository, c) for c in self._origin.candidates)
+                return {"answers": repository.exists() and has_manifest}
+            except (StorageError, IntegrityError):
+                return {"answers": False}
+            finally:
+                repository.close()
+
+        return bool(decide(self._world, look)["answers"])
+
+
 def _note_unread(candidate: Candidate) -> str:
+    if candidate.source != STORAGE:
+        return f"a newer snapshot was passed over because storage does not give the experts that it lacks: {candidate}"
     return (
         f"a newer checkpoint was passed over because storage does not give it: {candidate}; it is off the lineage now, "
         f"and `moc rewind --step {candidate.step}-{candidate.attempt}` brings it back once it can be read"
@@ -117,7 +270,9 @@ def _is_rejection(error: MocError) -> bool:
 
 
 def _is_unread(error: MocError, candidate: Candidate) -> bool:
-    """Return whether storage holds the candidate, as far as one can tell, and yet does not give it."""
+    """Return whether storage holds what the candidate needs, as far as one can tell, and yet does not give it."""
+    if isinstance(error, WithheldError):
+        return True
     classes = _classes(error)
     is_of_storage = all(issubclass(c, (IntegrityError, StorageError)) for c in classes)
     # Missing rights are somebody's mistake, and mended by somebody.
@@ -130,26 +285,6 @@ def _classes(error: MocError) -> list[type]:
     return [getattr(errors, kind, MocError) for kind in kinds]
 
 
-def _repository_answers(
-    request: Request, wanted: Sequence[Candidate], world: World, *, host: Host, trace: Trace
-) -> bool:
-    """Return whether storage gives FORMAT and a candidate's manifest, so that it refuses single objects. Collective."""
-
-    def look() -> dict[str, object]:
-        try:
-            repository = Repository(host.open_store(request.storage, trace=trace))
-        except StorageError:
-            return {"answers": False}
-        try:
-            return {"answers": repository.exists() and any(_has_manifest(repository, c) for c in wanted)}
-        except (StorageError, IntegrityError):
-            return {"answers": False}
-        finally:
-            repository.close()
-
-    return bool(decide(world, look)["answers"])
-
-
 def _has_manifest(repository: Repository, candidate: Candidate) -> bool:
     if candidate.source != STORAGE:
         return False
@@ -160,98 +295,14 @@ def _has_manifest(repository: Repository, candidate: Candidate) -> bool:
     return True
 
 
-def _restore_patiently(
-    request: Request,
-    origin: Origin,
-    candidate: Candidate,
-    state: TrainingState,
-    world: World,
-    *,
-    software: Mapping[str, str],
-    host: Host,
-    trace: Trace,
-) -> tuple[list[int], tuple[str, ...]]:
-    """Restore as `_try_restore`, again and after a pause where storage does not give the candidate."""
-    for attempt in range(1, READ_ATTEMPTS + 1):
-        try:
-            return _try_restore(request, origin, candidate, state, world, software=software, host=host, trace=trace)
-        except MocError as error:
-            if attempt == READ_ATTEMPTS or not _is_unread(error, candidate):
-                raise
-            log.warning("storage does not give a candidate, trying again: %s reason=%s", candidate, error)
-        host.sleep(READ_DELAY_S)
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _try_restore(
-    request: Request,
-    origin: Origin,
-    candidate: Candidate,
-    state: TrainingState,
-    world: World,
-    *,
-    software: Mapping[str, str],
-    host: Host,
-    trace: Trace,
-) -> tuple[list[int], tuple[str, ...]]:
-    """Restore one candidate on all ranks; return bytes by rank, and what the user should know.
-
-    Raises one error on all ranks if any rank fails.
-    """
-
-    def restore() -> tuple[int, Mapping[str, object], bool, tuple[str, ...]]:
-        with trace.span("recover.restore", source=candidate.source, step=candidate.step, rank=world.rank):
-            source, close = _open_source(request, origin, candidate, world.rank, host=host, trace=trace)
-            try:
-                notes: tuple[str, ...] = ()
-                if request.restore != "weights":
-                    notes = reasons_for_drift(
-                        stored_ranks=source.world_size,
-                        ranks=world.size,
-                        stored_software=source.software,
-                        software=software,
-                    )
-                return *_restore(request, source, candidate, state, world, host=host, trace=trace), notes
-            finally:
-                close()
-
-    size, tree, is_exact, notes = agree(world, restore)
-    with trace.span("recover.apply", step=candidate.step, rank=world.rank):
-        agree(world, lambda: state.apply(tree))  # agreed upon before the collective: a failed rank would not take part
-        agree(world, state.derive_weights)
-        agree(world, lambda: state.finish_restore(tree, exact_rank=is_exact))
-    return [int(str(value)) for value in exchange(world, size)], notes
-
-
-def _restore(
-    request: Request,
-    source: Source,
-    candidate: Candidate,
-    state: TrainingState,
-    world: World,
-    *,
-    host: Host,
-    trace: Trace,
-) -> tuple[int, Mapping[str, object], bool]:
-    if request.restore == "weights":
-        own = encode_state(state.capture()).to_bytes()
-        state.begin_restore()
-        size = restore_shards(source, state, candidate, parts=WEIGHT_PARTS, host=host, trace=trace)
-        return size, expect_mapping(decode_state(own), "state"), True
-    tree, is_exact = source.state(world.rank)
-    state.begin_restore()
-    size = restore_shards(source, state, candidate, parts=None, host=host, trace=trace)
-    return size, expect_mapping(tree, "state"), is_exact
-
-
 def _open_source(
     request: Request, origin: Origin, candidate: Candidate, rank: int, *, host: Host, trace: Trace
 ) -> tuple[Source, Any]:
     if candidate.source == STORAGE:
         repository = Repository(host.open_store(request.storage, trace=trace))
-        name = _checkpoint_name(candidate)
         try:
-            return StorageSource(repository, repository.read_manifest(name), rank=rank), repository.close
+            manifest = repository.read_manifest(_checkpoint_name(candidate))
+            return StorageSource(repository, manifest, rank=rank), repository.close
         except MocError:
             repository.close()
             raise

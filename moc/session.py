@@ -29,7 +29,7 @@ from moc.format.manifest import Incarnation
 from moc.handle import SaveHandle
 from moc.host import Host
 from moc.plan.freeing import attempt_id
-from moc.recover import RecoveryReport
+from moc.report import RecoveryReport
 from moc.restoration import map_arena
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT, PERSIST
@@ -336,7 +336,7 @@ class Session:
 
         def describe(record: Incarnation) -> dict[str, object]:
             lineage = (*(r for r in recovered.origin.lineage if r.number < record.number), record)
-            return describe_life(self._facts, self._request, self._software, lineage)
+            return describe_life(self._facts, self._request, self._software, lineage, recovered.layers)
 
         def ask(verb: str, record: Incarnation) -> None:
             with closing(self._connect(folder)) as client:

@@ -46,6 +46,8 @@ class Life:
     lineage: tuple[Incarnation, ...]
     ranks: tuple[int, ...]
     descriptor: Mapping[str, Any]
+    layers: frozenset[tuple[int, Moment]] = frozenset()
+    """Snapshots of earlier lives that this one was recovered from beside its parent."""
 
     @staticmethod
     def of(descriptor: Mapping[str, Any]) -> Life:
@@ -69,6 +71,7 @@ class Life:
             lineage=tuple(records),
             ranks=tuple(sorted(row["rank"] for row in descriptor["catalogs"])),
             descriptor=descriptor,
+            layers=_layers(descriptor.get("layers", [])),
         )
 
 
@@ -127,7 +130,7 @@ class Custody:
         """
         self.arena.describe(descriptor)
         self._adopt_descriptor()
-        pinned = self.pinned()
+        pinned = self.pinned() | self.life.layers
         # Read again: a record that has rotted since it was first read would stay, as the source, and its new trainer,
         # who cannot tell its slots, could never take a snapshot.
         self._records.clear()
@@ -315,6 +318,16 @@ class Custody:
     def _free(self, rank: int, index: int) -> None:
         self.arena.free(rank, index)
         self._records.pop((rank, index), None)
+
+
+def _layers(rows: object) -> frozenset[tuple[int, Moment]]:
+    """Return the moments of a descriptor's layers; raises UsageError for what no trainer has described."""
+    if not isinstance(rows, list):
+        raise UsageError(f"layers of a descriptor are wrong: type={type(rows).__name__} allowed=a list")
+    for row in rows:
+        if not isinstance(row, list) or [type(cell) for cell in row] != [int, int, str]:
+            raise UsageError(f"layers of a descriptor are wrong: {repr(row)[:80]} allowed=incarnation, step, attempt")
+    return frozenset((incarnation, (step, attempt)) for incarnation, step, attempt in rows)
 
 
 def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: int) -> None:

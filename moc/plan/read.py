@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moc.errors import CoverageError, MismatchError
 from moc.state import DTYPE_BYTES, Shard
 
-__all__ = ["Piece", "Placed", "plan_read"]
+__all__ = ["Piece", "Placed", "find_pieces", "plan_read"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +40,24 @@ def plan_read(needed: Sequence[Shard], placed: Sequence[Placed]) -> tuple[Piece,
     Raises MismatchError where stored and needed tensor differ in shape or dtype, CoverageError where elements are
     missing.
     """
+    pieces, gaps = find_pieces(needed, placed)
+    for _, gap in sorted(gaps.items()):
+        raise gap
+    return pieces
+
+
+def find_pieces(
+    needed: Sequence[Shard], placed: Sequence[Placed]
+) -> tuple[tuple[Piece, ...], dict[int, CoverageError]]:
+    """Return the pieces as `plan_read`, and by target the needed shards of which elements are missing.
+
+    A target with a gap has pieces of what is there.
+    """
     by_tensor: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(placed):
         by_tensor.setdefault((row.shard.tensor, row.shard.part), []).append(index)
     pieces: list[Piece] = []
+    gaps: dict[int, CoverageError] = {}
     for target, shard in enumerate(needed):
         reached = shard.offset
         sources = sorted(by_tensor.get((shard.tensor, shard.part), ()), key=lambda i: placed[i].shard.offset)
@@ -71,7 +85,7 @@ def plan_read(needed: Sequence[Shard], placed: Sequence[Placed]) -> tuple[Piece,
             )
             reached = last
         if reached != shard.offset + shard.length:
-            raise CoverageError(
+            gaps[target] = CoverageError(
                 f"elements are missing: tensor={shard.tensor} part={shard.part} offset={reached} needed={shard}"
             )
-    return tuple(sorted(pieces, key=lambda p: (p.source, p.source_offset, p.target)))
+    return tuple(sorted(pieces, key=lambda p: (p.source, p.source_offset, p.target))), gaps

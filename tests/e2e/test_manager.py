@@ -11,7 +11,7 @@ import pytest
 
 from moc import Config
 from moc.errors import ConfigError
-from moc.recover import reasons_for_drift
+from moc.report import reasons_for_drift
 from tests.e2e.launch import Job, Life, Zygote
 from tests.e2e.matrix import Case
 

@@ -212,15 +212,15 @@ MUTATIONS = (
     Mutation(
         name="an object that cannot be read stops the recovery",
         file="moc/restoration.py",
-        old="            if _is_unread(error, candidate):\n",
-        new="            if False:\n",
+        old="        if _is_unread(error, candidate):\n",
+        new="        if False:\n",
         tests=("tests/enumeration/test_reading.py",),
     ),
     Mutation(
         name="storage that does not answer costs a checkpoint",
         file="moc/restoration.py",
-        old="if candidate == wanted[-1] or not _repository_answers(request, wanted, world, host=host, trace=trace):",
-        new="if candidate == wanted[-1]:",
+        old="if is_needed and (candidate == self._wanted[-1] or not self._repository_answers()):",
+        new="if is_needed and candidate == self._wanted[-1]:",
         tests=("tests/enumeration/test_reading.py",),
     ),
 )
