@@ -34,9 +34,9 @@ SETTINGS = (  # 49 M parameters; a rank's snapshot is 293 MB
 END_WAIT_S = 60.0
 
 
-def torchrun(script: str, plan: Path) -> list[str]:
+def torchrun(script: str, plan: Path, ranks: int = RANKS) -> list[str]:
     """Return the command that starts one of this folder's scripts on all ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     return [
         *[*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"],
         *[str(ROOT / "benchmarks" / script), str(plan)],

@@ -1,9 +1,10 @@
 """Print what the planner says about the cases of the MoC-System paper, and how long it takes to plan for many ranks.
 
-    python benchmarks/planning.py              # the paper's cases, evenness, planning time
+    python benchmarks/planning.py              # sizes, order, cases, evenness, planning time, manifest
     python benchmarks/planning.py --repeats 9
 
-Only the planning times depend on the machine; every other number is exact arithmetic.
+Only times depend on the machine; every other number is exact arithmetic. The paper's bars have no numbers; beside ours
+stand the ranges that its text gives.
 """
 
 import argparse
@@ -15,17 +16,27 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.machine import machine_facts
+from moc.errors import UsageError
+from moc.format.keys import CheckpointName, object_key
+from moc.format.manifest import RECORD_LIMIT_BYTES, Manifest, ObjectRow, decode_manifest, encode_manifest
+from moc.format.stale import StaleExpert
 from moc.plan.assign import RULES
-from moc.plan.balance import balanced_rotation
+from moc.plan.balance import balanced_rotation, windows
 from moc.plan.burden import Checkpoint, bytes_bound, plan_level
 from moc.plan.cost import size_ratio
 from moc.plan.ownership import even_ownership, zero2_ownership
 from moc.plan.presets import PRESETS
+from moc.plan.rotation import even_rotation
 from moc.plan.scope import MOC_LAYOUT, PAPER_LAYOUT, PARTS, SIZES, Scope
 from moc.plan.shapes import ModelShape
+from moc.routing import KEPT, Routing
+from moc.state import Expert
+from moc.topology import Topology
 
 CASES = (("Case1", 8, 8), ("Case2", 16, 16), ("Case3", 16, 8))  # data-parallel and expert-parallel ranks
 PUBLISHED = {"w": "0.88", "o": "0.54", "wo": "0.42"}
+PUBLISHED_CHANGES = {"all": "-12 to -28 %", "partial": "-22 to -29 %", "adaptive": "a further -3.7 to -6.1 %"}
+FIGURE_4 = ((0, 1, 2, 0), (1, 2, 0, 1))  # experts of the four MoE layers in the first two checkpoints, K = 1 of 3
 
 
 def print_sizes() -> None:
@@ -42,11 +53,18 @@ def print_sizes() -> None:
         print(f"| {parts} | {PUBLISHED[parts]} | " + " | ".join(ratios) + " |")
 
 
+def print_order() -> None:
+    print("\n## Order of a rotation: 4 MoE layers, 3 experts, K = 1, as in the paper's Fig. 4\n")
+    print("| checkpoint | ours | paper |\n|---|---|---|")
+    for number, (selected, published) in enumerate(zip(windows(even_rotation(4, 3, 3), 1), FIGURE_4, strict=False), 1):
+        print(f"| {number} | {tuple(selected.argmax(axis=1).tolist())} | {published} |")
+
+
 def print_cases() -> None:
     shape = PRESETS["gpt-350m-16e"]
     print("\n## Bytes of the fullest rank, worst checkpoint of a turn, in MB; change from the column before\n")
-    print("| case | K | scope | ownership | baseline | equal | adaptive | adaptive / bound |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| case | K | scope | ownership | baseline | equal | adaptive | adaptive / bound | paper: equal, adaptive |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, dp, ep in CASES:
         for k, parts, size in ((16, "wo", "strict"), *((1, "wo", size) for size in SIZES), (1, "o", "master_full")):
             scope = Scope(parts=parts, size=size)
@@ -78,7 +96,13 @@ def print_case(name: str, k: int, title: str, job: Checkpoint) -> None:
     changes = ["", *(f" ({after / before - 1:+.1%})" for before, after in pairwise(sizes))]
     cells = [f"{size / 1e6:.0f}{change}" for size, change in zip(sizes, changes, strict=True)]
     scope = "all" if k == job.shape.experts else f"{job.scope.parts} {job.scope.size}"
-    print(f"| {name} | {k} | {scope} | {title} | " + " | ".join(cells) + f" | {sizes[-1] / bytes_bound(job, k):.3f} |")
+    paper = (
+        PUBLISHED_CHANGES["all"]
+        if scope == "all"
+        else f"{PUBLISHED_CHANGES['partial']}, {PUBLISHED_CHANGES['adaptive']}"
+    )
+    cells += [f"{sizes[-1] / bytes_bound(job, k):.3f}", paper]
+    print(f"| {name} | {k} | {scope} | {title} | " + " | ".join(cells) + " |")
 
 
 def wide_shape(*, is_stacked: bool) -> ModelShape:
@@ -130,14 +154,91 @@ def print_times(repeats: int) -> None:
         print(f"| {title} | " + " | ".join(cells) + " |")
 
 
+def print_manifest(repeats: int) -> None:
+    print(f"\n## Manifest of deepseek-v3 on 16,384 ranks, EP 64; CPU seconds, median of {repeats}\n")
+    print("| checkpoint | objects | stale experts | MB | build | encode | decode |\n|---|---|---|---|---|---|---|")
+    for k in (256, 32, 16, 8):
+        title = "mode full" if k == 256 else f"partial, K {k} of 256"
+        turn = written_pieces(PRESETS["deepseek-v3"], 16_384, 64, k)
+        times: list[tuple[float, ...]] = []
+        for _ in range(repeats):
+            began = time.process_time()
+            manifest = build_manifest(turn, dp=16_384, ep=64)
+            built = time.process_time()
+            try:
+                encoded = encode_manifest(manifest)
+            except UsageError:
+                break
+            ended = time.process_time()
+            decode_manifest(encoded, name="manifest")
+            times.append((built - began, ended - built, time.process_time() - ended))
+        cells = [f"{statistics.median(column):.2f}" for column in zip(*times, strict=True)] or ["-", "-", "-"]
+        size = f"{len(encoded) / 1e6:.1f}" if times else f"above the limit of {RECORD_LIMIT_BYTES / 1e6:.1f}"
+        counts = f"{len(manifest.objects)} | {len(manifest.stale_experts)} | {size}"
+        print(f"| {title} | {counts} | " + " | ".join(cells) + " |")
+
+
+Written = tuple[list[Expert], list[int]]
+
+
+def written_pieces(shape: ModelShape, dp: int, ep: int, k: int) -> list[Written]:
+    """Return the experts and the bytes of each rank's experts that the checkpoints of one turn write."""
+    own = zero2_ownership(shape, dp, ep)
+    return [
+        (
+            [Expert(layer=int(layer), index=int(index)) for layer, index in zip(*selected.nonzero(), strict=True)],
+            (own.selected_elements(selected) * MOC_LAYOUT.total).tolist(),
+        )
+        for selected in windows(balanced_rotation(own, k), k)
+    ]
+
+
+def build_manifest(turn: list[Written], *, dp: int, ep: int) -> Manifest:
+    """Return the manifest of the last checkpoint of a turn, which takes from each earlier one what that has written."""
+    names = [
+        CheckpointName(run="run", incarnation=1, step=100 * n, attempt=f"{n:08x}") for n in range(1, len(turn) + 1)
+    ]
+    newest = names[-1]
+    rows = [object_row(newest, rank, "d", 10**8) for rank in range(dp)]
+    stale = []
+    for name, (experts, sizes) in zip(names, turn, strict=True):
+        rows += [object_row(name, rank, "e00", size) for rank, size in enumerate(sizes) if size]
+        if name != newest:
+            stale += [StaleExpert(expert=expert, step=name.step, source=name, routed=10**9) for expert in experts]
+    layers = 1 + max(expert.layer for experts, _ in turn for expert in experts)
+    counts = ((10**9,) * (sum(len(experts) for experts, _ in turn) // layers),) * layers
+    return Manifest(
+        name=newest,
+        parent=None,
+        topology=Topology(
+            world_size=dp, node_of_rank=tuple(r // 8 for r in range(dp)), ep_sizes=(("ep", ep),)
+        ).to_json(),
+        catalog_digest="0" * 16,
+        tensors=3 * 58 * 256 * 3,
+        objects=tuple(sorted(rows, key=lambda row: row.key)),
+        fingerprint={},
+        versions={},
+        is_finite=True,
+        stale_experts=tuple(sorted(stale, key=lambda row: row.expert)),
+        routing=Routing(basis=KEPT, routed=counts, learned=counts),
+    )
+
+
+def object_row(name: CheckpointName, rank: int, piece: str, data_bytes: int) -> ObjectRow:
+    key = object_key(name, rank, piece)
+    return ObjectRow(key=key, size_bytes=data_bytes + 8192, header_bytes=8192, header_crc32c=3_616_052_028)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="the planner on the paper's cases, and its speed")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     print_sizes()
+    print_order()
     print_cases()
     print_evenness()
     print_times(options.repeats)
+    print_manifest(options.repeats)
     print("\nmachine: " + ", ".join(f"{name} {value}" for name, value in machine_facts(Path.cwd()).items()))
 
 

@@ -50,8 +50,8 @@ Event = dict[str, Any]
 class Diaries:
     """What the ranks have noted so far."""
 
-    def __init__(self, folder: Path) -> None:
-        self._paths = [folder / f"rank{rank}.jsonl" for rank in range(RANKS)]
+    def __init__(self, folder: Path, ranks: int = RANKS) -> None:
+        self._paths = [folder / f"rank{rank}.jsonl" for rank in range(ranks)]
 
     def life(self, rank: int, number: int) -> list[Event]:
         """Return a rank's events in its life of this number, from 1; a line that is not whole yet is left for later."""
@@ -66,13 +66,15 @@ class Diaries:
 
     def first(self, number: int, kind: str) -> list[Event]:
         """Return every rank's first event of this kind in a life, or nothing until all have it."""
-        found = [next((e for e in self.life(rank, number) if e["event"] == kind), None) for rank in range(RANKS)]
+        found = [
+            next((e for e in self.life(rank, number) if e["event"] == kind), None) for rank in range(len(self._paths))
+        ]
         events = [event for event in found if event is not None]
-        return events if len(events) == RANKS else []
+        return events if len(events) == len(self._paths) else []
 
     def is_ripe(self, number: int) -> bool:
         """Return whether a life has made enough steps, the last of them with a commit of this life."""
-        for rank in range(RANKS):
+        for rank in range(len(self._paths)):
             events = self.life(rank, number)
             resumed = next((e["resume_step"] for e in events if e["event"] == "attached"), None)
             last = events[-1] if events else {}
@@ -112,7 +114,7 @@ def parse_options() -> argparse.Namespace:
 def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the job through its lives and return one row per recovery; nothing of it is left running."""
     config = as_mapping(parse_arguments([*SETTINGS, *options.settings]))
-    plan = {"config": config, "persist_every": PERSIST_EVERY, "steps": 1_000_000}
+    plan = {"config": config, "snapshot_every": 1, "persist_every": PERSIST_EVERY, "steps": 1_000_000}
     (folder / "plan.json").write_text(json.dumps(plan))
     runtime, diaries = folder / RUNTIME, Diaries(folder)
     kinds = (MEMORY, STORAGE) * options.repeats

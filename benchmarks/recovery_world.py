@@ -1,4 +1,4 @@
-"""One rank of `recovery_time.py`: a training job that notes when it has come how far.
+"""One rank of `recovery_time.py` and `calibration.py`: a training job that notes when it has come how far.
 
 Started by torchrun with the path of a plan (JSON), beside which it appends to `rank<N>.jsonl`. Times are seconds since
 the machine's start, the same clock for all processes.
@@ -59,7 +59,7 @@ def main() -> None:
     manager = CheckpointManager.attach(
         engine,
         folder / "repository",
-        Config(snapshot_every=1, persist_every=plan["persist_every"]),
+        Config(snapshot_every=plan["snapshot_every"], persist_every=plan["persist_every"]),
         stateful={"loader": loader},
         runtime_dir=folder / RUNTIME,
     )
@@ -72,7 +72,8 @@ def main() -> None:
             engine.backward(losses.total)
             engine.step()
         manager.step()
-        diary.note("step", step=step, committed=manager.status().last_committed_step)
+        status = manager.status()
+        diary.note("step", step=step, committed=status.last_committed_step, copy_ms=status.snapshots.copy_ms_last)
     manager.detach()
     dist.destroy_process_group()
 

@@ -8,6 +8,7 @@
 Bytes per rank come from the planner. Intervals are those of the formulas
 (Young's, but not shorter than a write takes). Times between faults are
 exponential; all schemes see the same faults. docs/planning.md has the model.
+With measured costs there is a fifth, `measured`; --faults replaces chance.
 
 JSON: {"model": str, "ranks": {...}, "inputs": {...}, "schemes": [{"name",
 "goodput", "goodput_half_width", "plt", "lost_steps_per_fault", "faults",
@@ -25,6 +26,7 @@ from math import ceil
 import numpy as np
 
 from moc.cli.exits import OK
+from moc.cli.measured import add_measured, measured_scheme, scheduled_faults
 from moc.cli.models import (
     MODEL_HELP,
     add_model,
@@ -48,6 +50,7 @@ from moc.plan.shapes import ModelShape
 __all__ = ["configure", "run"]
 
 LIFE_LIMIT = 5_000_000  # trials x lives: 40 MB per array
+LIVES_LIMIT = 200_000  # of one trial, one after the other: half a minute
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--node-share", type=float, default=0.25, metavar="P", help="faults that take a node's memory (0.25)"
     )
     parser.add_argument("--replicas", type=int, choices=(0, 1), default=0, help="copies of memory on a peer (0)")
+    add_measured(parser)
     add_json(parser)
 
 
@@ -89,11 +93,13 @@ def simulate(args: argparse.Namespace, shape: ModelShape, ks: tuple[int, int]) -
     ):
         if not is_legal:
             raise UsageError(f"option is out of range: {name}={getattr(args, name)} allowed={allowed}")
-    job = checkpoint_of(args, shape, MOC_LAYOUT)
-    faults = _draw(args, rates)
+    measured = measured_scheme(args)
+    horizon_s = args.days * 86400
+    faults = _draw(args, rates) if args.faults is None else scheduled_faults(args.faults, horizon_s=horizon_s)
+    schemes = _schemes(checkpoint_of(args, shape, MOC_LAYOUT), rates, ks, has_replica=bool(args.replicas))
     return tuple(
-        forecast(scheme, faults, horizon_s=args.days * 86400, pass_s=rates.pass_s, restart_s=rates.restart_s)
-        for scheme in _schemes(args, job, rates, ks)
+        forecast(scheme, faults, horizon_s=horizon_s, pass_s=rates.pass_s, restart_s=rates.restart_s)
+        for scheme in (*schemes, *([] if measured is None else [measured]))
     )
 
 
@@ -101,8 +107,11 @@ def _draw(args: argparse.Namespace, rates: Rates) -> Faults:
     """Return the faults of all trials, enough for the horizon."""
     expected = args.days * 86400 / rates.mtbf_s
     lives = ceil(min(expected, LIFE_LIMIT) + 8 * expected**0.5 + 20)  # more than eight standard deviations
-    if args.trials * lives > LIFE_LIMIT:
-        raise UsageError(f"too many faults: trials={args.trials} lives={lives} allowed=product up to {LIFE_LIMIT}")
+    if args.trials * lives > LIFE_LIMIT or lives > LIVES_LIMIT:
+        raise UsageError(
+            f"too many faults: trials={args.trials} lives={lives} "
+            f"allowed=product up to {LIFE_LIMIT}, lives up to {LIVES_LIMIT}"
+        )
     chance = np.random.default_rng(args.seed)
     return Faults(
         between_s=chance.exponential(rates.mtbf_s, (args.trials, lives)),
@@ -110,7 +119,7 @@ def _draw(args: argparse.Namespace, rates: Rates) -> Faults:
     )
 
 
-def _schemes(args: argparse.Namespace, job: Checkpoint, rates: Rates, ks: tuple[int, int]) -> tuple[Scheme, ...]:
+def _schemes(job: Checkpoint, rates: Rates, ks: tuple[int, int], *, has_replica: bool) -> tuple[Scheme, ...]:
     experts = job.shape.experts
     full = replace(job, scope=Scope())
     stored = replace(full, layout=PAPER_LAYOUT)
@@ -131,9 +140,7 @@ def _schemes(args: argparse.Namespace, job: Checkpoint, rates: Rates, ks: tuple[
         _blocking(today, rates),
         _scheme("async", rates, copied=today, written=today, loaded=today),
         replace(moc, stale_steps=(stale[0], stale[1])),
-        _in_memory(
-            _scheme("full", rates, copied=ours, written=ours, loaded=ours), rates, has_replica=bool(args.replicas)
-        ),
+        _in_memory(_scheme("full", rates, copied=ours, written=ours, loaded=ours), rates, has_replica=has_replica),
     )
 
 
@@ -186,6 +193,7 @@ def _inputs(args: argparse.Namespace) -> dict[str, object]:
     rates = ("link_gbps", "storage_gbps", "storage_total_gbps", "fb_s", "restart_s", "node_share", "replicas")
     names = ("parts", "size", *rates, "days", "trials", "seed")
     given: dict[str, object] = {name: getattr(args, name) for name in names}
+    given |= {} if args.faults is None else {"faults": args.faults}
     return given | {"mtbf_hours": rates_of(args).mtbf_s / 3600, "ranks_per_node": ranks_per_node(args)}
 
 

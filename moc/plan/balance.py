@@ -5,13 +5,15 @@ The search is deterministic: equal ownership gives the same rotation on every ra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import gcd
 
 import numpy as np
 import numpy.typing as npt
 
-from moc.plan.bound import lower_bound
+from moc.plan.bound import lower_bound, turn_bound
 from moc.plan.ownership import Ints, Ownership
+from moc.plan.pack import packed_phases
 from moc.plan.rotation import Rotation, even_rotation
 from moc.plan.spread import spread_phases
 
@@ -21,7 +23,7 @@ __all__ = ["balanced_rotation", "windows"]
 def balanced_rotation(ownership: Ownership, k: int) -> Rotation:
     """Return the rotation whose worst rank over all checkpoints of K experts per layer carries the fewest elements.
 
-    Candidates are `even_rotation` and the results of a search that splits the experts evenly into blocks, of which a
+    Candidates are `even_rotation` and the results of searches that split the experts evenly into blocks, of which a
     checkpoint takes one, or several neighbours if K does not divide the experts. The first candidate that reaches the
     lower bound is taken, else the best.
     """
@@ -29,12 +31,12 @@ def balanced_rotation(ownership: Ownership, k: int) -> Rotation:
     best = even_rotation(layers, experts, ownership.ep)
     if len(ownership.slices) == 1 or k >= experts:
         return best
-    goal, block = lower_bound(ownership, k), gcd(experts, k)
+    goal, block = _goal(ownership, k), gcd(experts, k)
     worst = _worst(ownership, best, k)
     if worst <= goal:
         return best
-    block_goal = goal if block == k else lower_bound(ownership, block)
-    for phases in spread_phases(ownership.slices, ownership.ep, experts // block, goal=block_goal):
+    # What one block cannot do alone, several neighbours may do together: their goal is the mean.
+    for phases in _blocks(ownership, block, goal=goal if block == k else lower_bound(ownership, block)):
         candidate = _concatenated(phases)
         reached = _worst(ownership, candidate, k)
         if reached < worst:
@@ -42,6 +44,22 @@ def balanced_rotation(ownership: Ownership, k: int) -> Rotation:
         if worst <= goal:
             break
     return best
+
+
+def _goal(ownership: Ownership, k: int) -> int:
+    return max(lower_bound(ownership, k), turn_bound(ownership, k))
+
+
+def _blocks(ownership: Ownership, k: int, *, goal: int) -> Iterator[Ints]:
+    """Yield assignments of the experts to blocks of K per layer; a later one may be better."""
+    slices, ep, phases = ownership.slices, ownership.ep, ownership.experts // k
+    found = spread_phases(slices, ep, phases, goal=goal)
+    first = next(found)
+    yield first
+    packed = packed_phases(slices, ep, phases, goal=goal, worst=_worst(ownership, _concatenated(first), k))
+    if packed is not None:
+        yield packed
+    yield from found
 
 
 def windows(rotation: Rotation, k: int) -> list[npt.NDArray[np.bool_]]:

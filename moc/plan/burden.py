@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from moc.plan.assign import fill_valleys
 from moc.plan.balance import windows
-from moc.plan.bound import lower_bound
+from moc.plan.bound import lower_bound, turn_bound
 from moc.plan.ownership import Ints, Ownership, even_cuts
 from moc.plan.rotation import Rotation
 from moc.plan.scope import Layout, Scope
@@ -83,7 +83,9 @@ def rank_bytes(job: Checkpoint, selected: Mask, rule: str) -> Ints:
 
 
 def bytes_bound(job: Checkpoint, k: int) -> int:
-    """Return the least possible bytes of the fullest rank, whatever the selection and the assignment."""
+    """Return the least possible bytes of the fullest rank of the worst checkpoint, whatever the assignment and the
+    selections, if nobody waits longer than ceil(experts / K) checkpoints.
+    """
     own, layout, scope = job.ownership, job.layout, job.scope
     fixed = _owned_bytes(job, all_experts(own), layout.optimizer - scope.partial_optimizer(layout))
     fixed += own.dense * layout.optimizer
@@ -94,7 +96,7 @@ def bytes_bound(job: Checkpoint, k: int) -> int:
     kept_weight = scope.partial_weight(layout) * k + (layout.weight - scope.partial_weight(layout)) * own.experts
     weights = job.shape.dense_elements * layout.weight + elements * kept_weight
     total = int(fixed.sum()) + elements * k * scope.partial_optimizer(layout) + weights
-    return max(lower_bound(scaled, k, base=least), -(-total // own.dp))
+    return max(lower_bound(scaled, k, base=least), turn_bound(scaled, k, base=least), -(-total // own.dp))
 
 
 def _owned_bytes(job: Checkpoint, selected: Mask, bytes_each: int) -> Ints:

@@ -71,6 +71,31 @@ def test_what_is_newer_in_storage_than_in_memory_is_taken_from_there() -> None:
     assert run(scheme, one_fault(57.5, takes_node=False)).lost_steps_per_fault == 7
 
 
+def test_a_lost_node_also_takes_the_steps_of_earlier_lives_that_were_never_stored() -> None:
+    scheme = replace(PLAIN, snapshot_every=1, persist_every=100)
+    faults = Faults(between_s=np.array([[57.5, 40.5, 1e6]]), takes_node=np.array([[False, True, False]]))
+
+    outcome = run(scheme, faults)
+
+    # Recovered at 57 from memory, 19 steps more, and nothing of it was stored: 200 - 98 - 20 - 5 seconds from step 0.
+    assert outcome.goodput == pytest.approx(77 / 200)
+    assert outcome.lost_steps_per_fault == (0 + 57 + 19) / 2
+
+
+def test_intervals_count_the_steps_of_the_run_not_of_a_life() -> None:
+    scheme = replace(PLAIN, snapshot_every=4, persist_every=12, load_memory_s=0.0)
+    faults = Faults(between_s=np.array([[30.5, 24.5, 1e6]]), takes_node=np.array([[False, True, False]]))
+
+    outcome = run(scheme, faults)
+
+    # Step 28 is in memory; 4 steps more make 32, and 24 is the newest in storage.
+    assert outcome.lost_steps_per_fault == (2 + 8) / 2
+
+
+def test_what_a_persist_adds_is_paid_once_per_persist() -> None:
+    assert replace(PLAIN, snapshot_every=2, save_s=0.5, persist_s=3.0).step_s(1.0) == pytest.approx(1 + 0.25 + 0.3)
+
+
 def test_a_fault_during_the_restart_costs_its_time_and_no_tokens() -> None:
     faults = Faults(between_s=np.array([[50.5, 10.0, 1e6]]), takes_node=np.zeros((1, 3), dtype=np.bool_))
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moc.plan.balance import balanced_rotation, windows
-from moc.plan.bound import lower_bound
+from moc.plan.bound import lower_bound, turn_bound
 from moc.plan.burden import Checkpoint, bytes_bound, plan_level
 from moc.plan.ownership import Ownership, zero2_ownership
+from moc.plan.pack import packed_phases
 from moc.plan.presets import PRESETS
 from moc.plan.rotation import even_rotation
 from moc.plan.scope import MOC_LAYOUT, Scope
@@ -39,25 +40,20 @@ def test_64_experts_on_16_ranks_reach_the_bound_at_every_checkpoint(k: int) -> N
     assert over_bound(wide(), 16, 16, k) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("columns", "k", "stacked"),
-    [
-        *((columns, k, True) for columns in (2, 4) for k in (1, 2, 4, 8, 16, 32)),
-        *((columns, k, False) for columns in (2, 4) for k in (1, 2, 16, 32)),
-        (2, 8, False),
-    ],
-)
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("columns", [2, 4])
 def test_columns_reach_the_bound_at_every_checkpoint(columns: int, k: int, stacked: bool) -> None:
     assert over_bound(wide(stacked=stacked), 16 * columns, 16, k) <= BAR
 
 
-@pytest.mark.parametrize(("columns", "k"), [(2, 4), (4, 4), (4, 8)])
-def test_experts_that_a_border_cuts_cost_at_most_half_an_expert(columns: int, k: int) -> None:
-    """Where K divides everything the bound asks for perfection, which whole experts of two kinds rarely give."""
-    shape = wide()
-    own = zero2_ownership(shape, 16 * columns, 16)
+def test_four_replicas_cannot_have_the_mean_of_one_and_a_half_experts_in_every_checkpoint() -> None:
+    """A quarter of four experts and 22 whole ones: 16 checkpoints, so one of them has two whole ones."""
+    own = zero2_ownership(wide(), 64, 16)
+    expert = wide().expert_elements
 
-    assert worst(own, k) - lower_bound(own, k) <= shape.expert_elements // 2
+    assert lower_bound(own, 4) == expert * 3 // 2
+    assert turn_bound(own, 4) == worst(own, 4) == 2 * expert
 
 
 def test_671b_on_16384_ranks_reaches_the_bound_where_an_order_that_knows_no_columns_does_not() -> None:
@@ -130,3 +126,38 @@ def test_the_bound_holds_with_what_ranks_carry_anyway(drawn: tuple[ModelShape, i
     carried = own.selected_elements(mask) + np.repeat(base[own.profile], own.ep)
 
     assert lower_bound(own, k, base=base) <= int(carried.max())
+
+
+@given(shapes(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_no_order_in_which_nobody_waits_longer_than_a_turn_is_below_the_turns_bound(
+    drawn: tuple[ModelShape, int, int], data: st.DataObject
+) -> None:
+    shape, dp, ep = drawn
+    own = zero2_ownership(shape, dp, ep)
+    k = data.draw(st.integers(1, shape.experts))
+    base = np.array(data.draw(st.lists(st.integers(0, 50), min_size=len(own.slices), max_size=len(own.slices))))
+    turn = -(-own.experts // k)
+    at = np.array([data.draw(st.permutations([e // k for e in range(own.experts)])) for _ in range(own.layers)])
+
+    carried = [own.selected_elements(at == number) + np.repeat(base[own.profile], ep) for number in range(turn)]
+
+    assert turn_bound(own, k, base=base) <= max(int(load.max()) for load in carried)
+    if dp == ep:  # whole experts: as many as there are, in equal shares
+        assert turn_bound(own, k) == -(-own.layers * own.local_experts // turn) * int(own.slices.max())
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_packed_blocks_hold_every_expert_once_and_keep_what_they_promise(data: st.DataObject) -> None:
+    phases, times, local = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 4))
+    ep, columns, layers = phases * times, data.draw(st.integers(2, 4)), data.draw(st.integers(1, 5))
+    own = zero2_ownership(tiny(layers=layers, experts=ep * local, hidden=5, expert_ffn=3), ep * columns, ep)
+    goal, limit = turn_bound(own, own.experts // phases), int(own.slices.sum(axis=(1, 2)).max()) + 1
+
+    found = packed_phases(own.slices, ep, phases, goal=goal, worst=limit)
+
+    assert found is not None  # everything in one block would do
+    counts = [np.bincount(row, minlength=phases).tolist() for row in found]
+    assert counts == [[own.experts // phases] * phases] * layers
+    assert max(int(own.selected_elements(found == number).max()) for number in range(phases)) < limit

@@ -25,6 +25,10 @@ MODEL = {
     "expert_ffn": 64,
     "top_k": 2,
 }
+MEASURED = [
+    *("--snapshot-every", 4, "--persist-every", 12, "--save-s", 0.2, "--persist-s", 0.6, "--copy-s", 0.1),
+    *("--write-s", 1, "--load-memory-s", 1, "--load-storage-s", 3),
+]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +193,12 @@ def test_simulate_is_repeatable_and_the_seed_matters() -> None:
         (("--node-share", 2), "node_share=2.0 allowed=0..1"),
         (("--mtbf-hours", 0.0003), "too many faults"),
         (("--seed", -1), "seed=-1"),
+        (("--save-s", 1), "missing: --snapshot-every --persist-every --persist-s"),
+        ((*MEASURED, "--snapshot-every", 0), "snapshot_every=0 allowed=1.."),
+        ((*MEASURED, "--load-storage-s", "nan"), "load_storage_s=nan allowed=0.."),
+        (("--faults", "5p,5n"), "faults=5p,5n allowed="),
+        (("--faults", "5x"), "faults=5x allowed="),
+        (("--faults", ""), "faults= allowed="),
     ],
 )
 def test_simulate_names_a_bad_value_and_what_is_allowed(
@@ -198,6 +208,18 @@ def test_simulate_names_a_bad_value_and_what_is_allowed(
 
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_simulate_plays_a_measured_scheme_through_scheduled_faults() -> None:
+    inputs = ("--fb-s", 1.9, "--restart-s", 9, "--days", 200 / 86400, "--faults", "61p,122.5n")
+
+    report = moc_json("simulate", "--model", "gpt-350m-16e", "--dp", 2, "--ep", 2, *inputs, *MEASURED)
+
+    # A step takes 2 s: 30 steps, of which 28 are kept; 25 more, of which storage has the 48th; 32 more.
+    row = report["schemes"][-1]
+    assert (row["name"], row["faults"], row["step_s"]) == ("measured", 2, pytest.approx(2.0))
+    assert row["lost_steps_per_fault"] == (2 + 5) / 2
+    assert row["goodput"] == pytest.approx((48 + 32) * 1.9 / 200)
 
 
 def test_simulate_prints_a_table_in_80_columns() -> None:
