@@ -12,9 +12,10 @@ from moc.errors import CoverageError, MocError, ShardCorruptError, StoreUnavaila
 from moc.format.canonical import open_record, seal_record
 from moc.format.keys import CheckpointName, manifest_key, object_key
 from moc.format.manifest import Manifest
+from moc.readback import Region, windows
 from moc.repository import Repository
 from moc.store.memory import MemoryStore
-from moc.verify import Region, data_bytes, verify_checkpoint, verify_repository, windows
+from moc.verify import data_bytes, verify_checkpoint, verify_repository
 from tests.support.forge import Change, forge_header
 from tests.support.repository import Model, RepositoryBuilder, build_history
 
