@@ -143,7 +143,7 @@ def test_a_store_without_answers_is_an_error_and_not_a_finding() -> None:
 
 
 def test_shards_larger_than_a_window_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moc.verify.WINDOW_BYTES", 8192)
+    monkeypatch.setattr("moc.readback.WINDOW_BYTES", 8192)
     store = MemoryStore()
     builder = RepositoryBuilder(store, model=Model(hidden=48))
     builder.begin(1)

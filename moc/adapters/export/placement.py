@@ -32,9 +32,10 @@ class Extent:
 class Placement:
     """How the experts of a checkpoint are spread over its ranks.
 
-    Which expert-parallel rank a rank had is read from the experts it wrote in this life. A rank that wrote none (all of
-    its share is padding, or others' turn had come) is taken to follow the order of DeepSpeed that the others follow:
-    the default one, in which neighbouring ranks hold different experts, or the one in which they hold the same.
+    Which expert-parallel rank a rank had is read from the experts it wrote in this life. A rank that wrote none because
+    all of its share is padding is taken to follow DeepSpeed's default order, in which neighbouring ranks hold different
+    experts. One that wrote none because others' turn had come follows the order that the others are seen to follow: the
+    default one, or the one in which neighbouring ranks hold the same experts.
     """
 
     def __init__(self, source: CheckpointSource, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -140,9 +141,11 @@ class Placement:
         seen = self._seen(rank, size)
         if len(seen) == 1:
             return seen.pop()
-        answers = [order(rank, size, world) for order in self._orders[size]]
-        if len(set(answers)) == 1 or (answers and not self._source.is_partial):
-            return answers[0]
+        if not self._source.is_partial:
+            return _neighbours_differ(rank, size, world)
+        answers = {order(rank, size, world) for order in self._orders[size]}
+        if len(answers) == 1:
+            return answers.pop()
         raise MismatchError(
             f"a rank's experts are not known, as it has written none in this life: rank={rank} layer={layer} "
             "allowed=a checkpoint that includes every expert"
