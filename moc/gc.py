@@ -114,8 +114,8 @@ class Retention:
         """
         condemned = self._read_condemned()
         waiting = [key for key in condemned if _may_be_named(key, unreadable)]
-        victims = [key for key in condemned if key not in self._named() and key not in waiting]
-        self._delete(victims)
+        spared = self._named().union(waiting)
+        self._delete([key for key in condemned if key not in spared])
         if len(condemned) > len(waiting):
             self._repository.put_victims(self._run, self._incarnation, waiting)
 

@@ -53,7 +53,7 @@ def test_recovery_reads_of_every_expert_the_version_that_the_manifest_declares(
     for catalog in replace(SMALL, world_size=world_size).catalogs():
         source = StorageSource(builder.repository, manifest, rank=catalog.rank)
         stored: dict[tuple[str, str, int], Placed] = {}
-        for row in source.placed(catalog.shards):
+        for row in source.placed(catalog.shards).rows:
             assert stored.setdefault((row.shard.tensor, row.shard.part, row.shard.offset), row) is row, (
                 "only one version"
             )
