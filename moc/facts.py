@@ -14,6 +14,7 @@ from moc.format.manifest import Incarnation, encode_lineage
 from moc.host import Host
 from moc.plan.layout import arrange_arena
 from moc.plan.lineage import Candidate
+from moc.plan.turns import Turns, check_k, expert_counts, rotation_of
 from moc.state import RankCatalog, catalog_digest, check_coverage
 from moc.survey import Request
 from moc.topology import Topology
@@ -25,13 +26,14 @@ __all__ = ["Facts", "describe_life", "gather_facts"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """Who is where and holds what: by rank, the pids and catalogs; `tensors` counts the (tensor, part) pairs they
-    cover.
+    cover, `turns` says in which order experts are snapshotted.
     """
 
     topology: Topology
     pids: tuple[int, ...]
     catalogs: tuple[RankCatalog, ...]
     tensors: int
+    turns: Turns
 
 
 def gather_facts(
@@ -39,7 +41,7 @@ def gather_facts(
 ) -> Facts:
     """Tell all ranks who is where and holds what.
 
-    Collective. Raises: TopologyError, CoverageError for what cannot be served.
+    Collective. Raises: TopologyError, CoverageError, UsageError for what cannot be served.
     """
     mine = agree(
         world,
@@ -63,7 +65,21 @@ def gather_facts(
     catalogs = tuple(RankCatalog.from_json(row["catalog"]) for row in rows)
     tensors = agree(world, lambda: check_coverage(shard for catalog in catalogs for shard in catalog.shards))
     _refuse_over_budget(catalogs, request.config)
-    return Facts(topology=topology, pids=tuple(row["pid"] for row in rows), catalogs=catalogs, tensors=tensors)
+    return Facts(
+        topology=topology,
+        pids=tuple(row["pid"] for row in rows),
+        catalogs=catalogs,
+        tensors=tensors,
+        turns=_take_turns(catalogs, topology, request.config),
+    )
+
+
+def _take_turns(catalogs: tuple[RankCatalog, ...], topology: Topology, config: Config) -> Turns:
+    """Return the order of the experts; raises UsageError, on all ranks alike, for more experts than there are."""
+    counts = expert_counts(catalogs)
+    check_k("k_snapshot", config.k_snapshot, counts)
+    check_k("k_persist", config.k_persist, counts)
+    return Turns(rotation_of(counts, topology.ep_sizes), k=config.k_snapshot, every=config.snapshot_every)
 
 
 def _refuse_over_budget(catalogs: tuple[RankCatalog, ...], config: Config) -> None:

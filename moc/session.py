@@ -1,7 +1,7 @@
 """One rank's part in the job's lives: from attach to detach, without torch.
 
-A session holds what belongs to the present life (arena mapping, snapshotter, link to the agent) and decides at every
-boundary whether to take a snapshot and whether it becomes a checkpoint. `moc.manager` puts an engine in front of it,
+A session holds what belongs to the present life (arena mapping, snapshotter, link to the agent) and takes at every
+boundary the snapshot that `moc.boundary` chooses. `moc.manager` puts an engine in front of it,
 the crash tests plain memory.
 """
 
@@ -18,12 +18,8 @@ from moc.agent.link import AgentLink
 from moc.agent.runtime import runtime_folder
 from moc.agreement import agree, exchange
 from moc.attach import Recovered, begin_anew, recover_life, write_life
-from moc.errors import (
-    ClosedError,
-    CoordinationError,
-    MocError,
-    StoreUnavailableError,
-)
+from moc.boundary import Boundaries
+from moc.errors import ClosedError, MocError, StoreUnavailableError
 from moc.facts import describe_life, gather_facts
 from moc.format.manifest import Incarnation
 from moc.handle import SaveHandle
@@ -44,7 +40,6 @@ log = logging.getLogger(__name__)
 
 SLOT_WAIT_S = 0.01
 DRAIN_ATTEMPTS = 3
-TERMINATE, MISSED = 0, 1  # indices in the vector that ranks agree on at every boundary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +95,11 @@ class Session:
         self._closed = False
         self._last_status: Status | None = None
         self._is_asked_to_terminate = False
-        self._agrees = True
-        self._owes_save = self._is_flagged = self._has_missed = False
-        self._failed_before, self._ended_step = 0, -1
         self._ordinal: tuple[int, int] = (-1, 0)
         self._step_s, self._beat_s = 0.0, 0.0
         self.boundary_name = "hook"
         self._facts = gather_facts(state, world, request, ep_sizes=ep_sizes, host=host)
+        self._boundaries = Boundaries(world, self._facts.turns, persist_every=request.config.persist_every)
         self._recovered = recover_life(
             request, state, world, self._facts.pids, software=self._software, host=host, trace=trace
         )
@@ -167,21 +160,21 @@ class Session:
         Heartbeat, snapshot, agreement: collective, without waiting for the present step's.
         """
         self._refuse_closed()
-        step, config, life = self._state.step, self._request.config, self._life
+        step, life = self._state.step, self._life
         now_s = self._host.now_s()
         self._step_s, self._beat_s = now_s - (self._beat_s or now_s), now_s
         now_ns = int(now_s * 1e9)
         life.arena.beat(self._world.rank, incarnation=life.record.number, step=step, now_ns=now_ns)
         life.link.look()
-        is_terminating = self._agree()
-        if step % config.snapshot_every == 0 and not is_terminating:
-            is_due = config.persist_every > 0 and step % config.persist_every == 0
-            is_persisted = (is_due or self._owes_save) and step != self._ended_step
-            self._owes_save &= step == self._ended_step  # called once more in a step: for a loop's micro-batches
-            begun = life.snapshotter.begin(step, flags=PERSIST if is_persisted else 0, attempt=self._next_attempt(step))
-            self._failed_before = life.snapshotter.counters.failed
-            self._is_flagged, self._has_missed = is_persisted, is_persisted and begun is not Begun.STARTED
-        self._ended_step = step
+        is_terminating = self._boundaries.learn()
+        choice = None if is_terminating else self._boundaries.choose(step)
+        begun = Begun.NO_SLOT
+        if choice is not None:
+            attempt = self._next_attempt(step)
+            begun = life.snapshotter.begin(step, flags=choice.flags, attempt=attempt, experts=choice.experts)
+        self._boundaries.tell(
+            choice, begun, life.snapshotter.setbacks, is_asked_to_terminate=self._is_asked_to_terminate
+        )
         return is_terminating
 
     def save(self) -> SaveHandle:
@@ -195,6 +188,7 @@ class Session:
         with self._trace.span("save.take", step=step, rank=self._world.rank):
             problem = self._begin_awaited(step, attempt)
         if problem is not None:
+            self._boundaries.note_failed_save()
             try:
                 life.link.skip(step, attempt, problem)
             except MocError as error:
@@ -221,6 +215,7 @@ class Session:
         with self._trace.span("life.renew", incarnation=origin.number, rank=self._world.rank):
             former.snapshotter.close()
             self._life = self._begin(recovered)
+            self._boundaries.begin_life()
             former.close()  # only now: should the new life not begin, the old one's memory is still mapped
 
     def close(self, *, is_collective: bool) -> None:
@@ -282,26 +277,6 @@ class Session:
             if self._state.step and committed != self._state.step:
                 log.warning("the last step is not stored: committed=%s reason=%s", committed, reply.get("last_error"))
             return
-
-    def _agree(self) -> bool:
-        """Take the result of the last boundary's agreement and begin the next; never waits long, never raises.
-
-        Return whether to terminate. A flagged snapshot that one rank has missed is made up for at the next one.
-        """
-        if not self._agrees:
-            return False
-        try:
-            agreed = self._world.finish_max()
-            has_failed = self._is_flagged and self._life.snapshotter.counters.failed > self._failed_before
-            self._world.start_max([int(self._is_asked_to_terminate), int(self._has_missed or has_failed)])
-            self._is_flagged = self._has_missed = False
-        except CoordinationError as error:
-            # A rank was away for longer than the timeout. Snapshots need no agreement.
-            log.warning("ranks do not agree on SIGTERM and missed saves any more: %s", error)
-            self._agrees = False
-            return False
-        self._owes_save |= agreed is not None and agreed[MISSED] > 0
-        return agreed is not None and agreed[TERMINATE] > 0
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -375,20 +350,24 @@ class Session:
                 trace=self._trace,
             ),
         )
-        snapshotter = Snapshotter(
-            self._state,
-            arena,
-            rank=rank,
-            run=record.run,
-            incarnation=record.number,
-            digest=str(arena.descriptor["digest"]),
-            on_sealed=link.ring,
-            host=self._host,
-            trace=self._trace,
-        )
+        snapshotter = self._snapshotter(record, arena, link)
         arena.beat(rank, incarnation=record.number, step=self._state.step, now_ns=int(self._host.now_s() * 1e9))
         return _Life(
             record=record, lineage=(*recovered.origin.lineage, record), arena=arena, link=link, snapshotter=snapshotter
+        )
+
+    def _snapshotter(self, record: Incarnation, arena: Arena, link: AgentLink) -> Snapshotter:
+        return Snapshotter(
+            self._state,
+            arena,
+            rank=self._world.rank,
+            run=record.run,
+            incarnation=record.number,
+            digest=str(arena.descriptor["digest"]),
+            turns=self._facts.turns,
+            on_sealed=link.ring,
+            host=self._host,
+            trace=self._trace,
         )
 
     def _connect(self, folder: Path) -> AgentClient:

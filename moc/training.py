@@ -40,6 +40,8 @@ class TrainingState(Protocol):
     def copy_shards(self, targets: array[int], crcs: array[int]) -> None:
         """Copy every catalog shard i to address `targets[i]` ('Q') and put its crc32c into `crcs[i]` ('I').
 
+        A target of 0 means "leave this shard out": it is not read, and its place in `crcs` stays as it is.
+
         Thread: the snapshot thread, while forward and backward passes run. The memory read here must not change before
         the next weight update. Blocks: until all bytes are in place.
         """

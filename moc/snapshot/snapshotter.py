@@ -4,6 +4,9 @@ seal.
 Claiming never waits: without a free record and slots, or after any error, this snapshot is skipped and counted. The
 copy runs in one thread; `wait_copied` is called before the next weight update and is the only place where training
 waits for a snapshot.
+
+A snapshot copies the dense part and the chosen experts. The others keep slot, step and checksums of the *base*, the
+rank's newest sealed record of this life; without one, all are copied.
 """
 
 from __future__ import annotations
@@ -14,18 +17,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
+
 from moc._native import crc32c
 from moc.errors import ClosedError, MocError, UsageError
 from moc.format.object import ALIGNMENT, align
 from moc.format.tagged import encode_state
 from moc.host import Event, Host
 from moc.plan.freeing import attempt_ordinal
+from moc.plan.slots import Slots, choose_slots
+from moc.plan.turns import Chosen, Turns
 from moc.snapshot.arena import Arena, CorruptSeal
-from moc.snapshot.seal import EXPLICIT, SealRecord
+from moc.snapshot.places import Places
+from moc.snapshot.seal import EXPLICIT, PERSIST, SealRecord
 from moc.trace import Trace
 from moc.training import TrainingState
 
-__all__ = ["Begun", "SnapshotCounters", "Snapshotter"]
+__all__ = ["Begun", "Setbacks", "SnapshotCounters", "Snapshotter"]
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +53,29 @@ class SnapshotCounters:
     last_problem: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setbacks:
+    """What the other ranks must hear of, as counts: copies that failed, those of saves that nobody waits for among
+    them, and snapshots that took all experts for want of a base.
+    """
+
+    failed: int = 0
+    lost_saves: int = 0
+    widened: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Base:
+    """What the newest sealed record says of each unit and shard."""
+
+    slots: Slots
+    steps: npt.NDArray[np.uint64]
+    crcs: array[int]
+
+
 @dataclass(slots=True, kw_only=True)
 class _Filling:
-    """A snapshot between claim and seal.
+    """A snapshot between claim and seal: by unit its slot, its step and whether it is copied, by shard its checksum.
 
     `copied` ends the stall, `finished` says that its record is published or given up.
     """
@@ -55,7 +84,11 @@ class _Filling:
     record_index: int
     flags: int
     attempt: str
-    slots: array[int]
+    slots: Slots
+    steps: npt.NDArray[np.uint64]
+    crcs: array[int]
+    is_copied: Chosen
+    is_base_spoilt: bool
     state_bytes: int
     state_crc32c: int
     copied: Event
@@ -82,31 +115,37 @@ class Snapshotter:
         run: str,
         incarnation: int,
         digest: str,
+        turns: Turns,
         on_sealed: Callable[[int], None],
         host: Host,
         trace: Trace,
     ) -> None:
-        """`on_sealed(step)` rings the agent's bell; thread: copy thread; must not block."""
+        """`turns` says where an expert stands in a choice. `on_sealed(step)` rings the agent's bell; thread: copy
+        thread; must not block.
+        """
         self._state, self._arena, self._rank = state, arena, rank
         self._run, self._incarnation, self._digest = run, incarnation, digest
         self._on_sealed, self._host, self._trace = on_sealed, host, trace
-        self._lengths = array("Q", (shard.size_bytes for shard in arena.catalog(rank).shards))
-        self._slots_of_record = {i: record.slots for i, record in arena.seals(rank).items()}
-        self._targets_of_slots: dict[bytes, array[int]] = {}
+        self._places = Places(arena, rank, turns)
+        self._slots_of_record = {i: _slots(record) for i, record in arena.seals(rank).items()}
+        self._base: _Base | None = None
         self._filling: _Filling | None = None
         self._work = host.semaphore()
         self._closing = False
-        self._sealed = self._skipped = self._failed = 0
+        self._sealed = self._skipped = self._failed = self._lost_saves = self._widened = 0
         self._stall_last = self._stall_total = self._capture_last = self._copy_last = 0.0
         self._problem: str | None = None
         self._thread = host.spawn(self._copy_loop, name="moc-copy")
 
-    def begin(self, step: int, *, flags: int, attempt: str) -> Begun:
-        """Start the snapshot of the present state. Never raises. Blocks: for the capture of small state only."""
+    def begin(self, step: int, *, flags: int, attempt: str, experts: Chosen | None = None) -> Begun:
+        """Start the snapshot of the present state, with these experts (None: all of them).
+
+        Never raises. Blocks: for the capture of small state only.
+        """
         began_s = self._host.now_s()
         try:
             with self._trace.span("snapshot.capture", step=step, rank=self._rank):
-                filling = self._claim(step, flags=flags, attempt=attempt)
+                filling = self._claim(step, flags=flags, attempt=attempt, experts=experts)
                 if filling is None:
                     if not flags & EXPLICIT:  # who waits for this save tries again, and counts nothing
                         self._skip(step, "no free slots: the previous snapshots are still needed")
@@ -117,6 +156,8 @@ class Snapshotter:
             self._skip(step, f"{type(error).__name__}: {error}")
             self._tell_skip(step, flags=flags, attempt=attempt)
             return Begun.FAILED
+        if filling.is_base_spoilt:
+            self._base = None  # should this copy fail, some of its slots hold neither the old bytes nor whole new ones
         self._filling = filling
         self._work.release()
         self._capture_last = 1e3 * (self._host.now_s() - began_s)
@@ -155,6 +196,10 @@ class Snapshotter:
             last_problem=self._problem,
         )
 
+    @property
+    def setbacks(self) -> Setbacks:
+        return Setbacks(failed=self._failed, lost_saves=self._lost_saves, widened=self._widened)
+
     def close(self) -> None:
         """Finish the snapshot under way and stop the thread; the arena is not closed. Blocks: for one copy."""
         self._closing = True
@@ -163,44 +208,51 @@ class Snapshotter:
 
     # Claim and capture: training thread
 
-    def _claim(self, step: int, *, flags: int, attempt: str) -> _Filling | None:
+    def _claim(self, step: int, *, flags: int, attempt: str, experts: Chosen | None) -> _Filling | None:
         if self._closing:  # by a life that was to be followed by another, which could not begin: nobody would copy
             raise ClosedError("no snapshots are taken any more: a new life could not begin")
         if self._filling is not None and not self._filling.finished.is_set():
             return None
-        layout = self._arena.rank_layout(self._rank)
-        held = [index for index in range(layout.versions) if not self._arena.is_free(self._rank, index)]
-        unheld = [index for index in range(layout.versions) if index not in held]
+        versions, base = self._arena.rank_layout(self._rank).versions, self._base
+        held = [index for index in range(versions) if not self._arena.is_free(self._rank, index)]
+        unheld = [index for index in range(versions) if index not in held]
         if not unheld:
             return None
+        wanted = self._places.units_of(experts)
+        copied = wanted if base is not None else np.ones_like(wanted)
         used = [self._known_slots(index) for index in held]
-        slots = array("I")
-        for unit in range(len(layout.units)):
-            taken = {known[unit] for known in used}
-            free = [version for version in range(layout.versions) if version not in taken]
-            if not free:
-                return None
-            slots.append(free[0])
+        chosen = choose_slots(versions, copied, held=used, base=None if base is None else base.slots)
+        if chosen is None:
+            return None
+        slots, overwritten = chosen
+        self._widened += not np.array_equal(copied, wanted)
+        steps = np.full(len(slots), step, dtype=np.uint64)
+        if base is not None:
+            steps[~copied] = base.steps[~copied]
         return _Filling(
             step=step,
             record_index=unheld[0],
             flags=flags,
             attempt=attempt,
             slots=slots,
+            steps=steps,
+            crcs=array("I", bytes(4 * self._places.shard_count)) if base is None else base.crcs[:],
+            is_copied=copied,
+            is_base_spoilt=bool(overwritten[1:].any()),  # the dense part, unit 0, is never taken from the base
             state_bytes=0,
             state_crc32c=0,
             copied=self._host.event(),
             finished=self._host.event(),
         )
 
-    def _known_slots(self, index: int) -> array[int]:
+    def _known_slots(self, index: int) -> Slots:
         known = self._slots_of_record.get(index)
         if known is None:
             record = self._arena.read_seal(self._rank, index)
             if record is None or isinstance(record, CorruptSeal):
                 # Its slots are unknown: until the agent frees it nothing may be written anywhere.
                 raise UsageError(f"a seal record is corrupt: rank={self._rank} record={index}")
-            known = self._slots_of_record[index] = record.slots
+            known = self._slots_of_record[index] = _slots(record)
         return known
 
     def _capture(self, filling: _Filling) -> None:
@@ -208,7 +260,7 @@ class Snapshotter:
         capacity = self._arena.catalog(self._rank).state_capacity_bytes
         if encoded.size_bytes > capacity:
             raise UsageError(f"state grew beyond its slot: bytes={encoded.size_bytes} allowed={capacity}")
-        offset = self._arena.state_offset(self._rank, filling.slots)
+        offset = self._places.state_offset(filling.slots)
         view = self._arena.view(offset, align(encoded.size_bytes))
         encoded.write_into(view)
         # What an object stores beyond the blob must be zero, not the tail of an earlier, longer one.
@@ -246,17 +298,18 @@ class Snapshotter:
     def _copy(self, filling: _Filling) -> None:
         began_s = self._host.now_s()
         try:
-            crcs = array("I", bytes(4 * len(self._lengths)))
             with self._trace.span("snapshot.copy", step=filling.step, rank=self._rank):
-                self._state.copy_shards(self._targets(filling.slots), crcs)
+                targets = self._places.targets(filling.slots, filling.is_copied)
+                self._state.copy_shards(targets, filling.crcs)
             filling.copied.set()
             self._copy_last = 1e3 * (self._host.now_s() - began_s)
             with self._trace.span("snapshot.seal", step=filling.step, rank=self._rank):
-                self._seal(filling, crcs)
+                self._seal(filling)
             self._sealed += 1
             self._on_sealed(filling.step)
         except Exception as error:  # the thread's top: recorded and counted, the step stays unsealed
             self._failed += 1
+            self._lost_saves += bool(filling.flags & PERSIST) and not filling.flags & EXPLICIT
             self._problem = f"{type(error).__name__}: {error}"
             is_defect = not isinstance(error, MocError)
             log.warning(
@@ -266,18 +319,7 @@ class Snapshotter:
             filling.copied.set()
             filling.finished.set()
 
-    def _targets(self, slots: array[int]) -> array[int]:
-        key = slots.tobytes()
-        targets = self._targets_of_slots.get(key)
-        if targets is None:
-            base = self._arena.address
-            targets = array("Q", (base + offset for offset in self._arena.shard_offsets(self._rank, slots)))
-            if len(self._targets_of_slots) >= _TARGETS_LIMIT:
-                self._targets_of_slots.clear()
-            self._targets_of_slots[key] = targets
-        return targets
-
-    def _seal(self, filling: _Filling, crcs: array[int]) -> None:
+    def _seal(self, filling: _Filling) -> None:
         record = SealRecord(
             run=self._run,
             incarnation=self._incarnation,
@@ -288,13 +330,17 @@ class Snapshotter:
             digest=self._digest,
             state_bytes=filling.state_bytes,
             state_crc32c=filling.state_crc32c,
-            slots=filling.slots,
-            steps=array("Q", [filling.step]) * len(filling.slots),
-            crcs=crcs,
+            slots=array("I", filling.slots.tobytes()),
+            steps=array("Q", filling.steps.tobytes()),
+            crcs=filling.crcs,
         )
         self._slots_of_record[filling.record_index] = filling.slots
         self._arena.seal(filling.record_index, record)
+        self._base = _Base(slots=filling.slots, steps=filling.steps, crcs=filling.crcs)
+
+
+def _slots(record: SealRecord) -> Slots:
+    return np.array(record.slots, dtype=np.uint32)
 
 
 _ZEROS = memoryview(bytes(ALIGNMENT))
-_TARGETS_LIMIT = 64  # address lists kept; in full mode one per version

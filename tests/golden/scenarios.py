@@ -20,6 +20,7 @@ from moc.gc import Retention
 from moc.host import SystemHost
 from moc.persist import checkpoint_name, persist_rank
 from moc.plan.layout import arrange_arena
+from moc.plan.turns import Turns, expert_counts, rotation_of
 from moc.repository import Repository
 from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
@@ -107,6 +108,7 @@ class Golden:
                 run=RUN,
                 incarnation=incarnation,
                 digest=self.plan.digest,
+                turns=Turns(rotation_of(expert_counts(state.catalog for state in states), ()), k=None, every=1),
                 on_sealed=lambda _step: None,
                 host=SystemHost(),
                 trace=Trace(),

@@ -66,11 +66,11 @@ MUTATIONS = (
     Mutation(
         name="seal-before-the-copy",
         file="moc/snapshot/snapshotter.py",
-        old="""                self._state.copy_shards(self._targets(filling.slots), crcs)
+        old="""                self._state.copy_shards(targets, filling.crcs)
             filling.copied.set()
 """,
-        new="""                self._seal(filling, crcs)
-                self._state.copy_shards(self._targets(filling.slots), crcs)
+        new="""                self._seal(filling)
+                self._state.copy_shards(targets, filling.crcs)
             filling.copied.set()
 """,
         tests=("tests/crash/test_spans.py::test_trainer_killed_at_every_span",),

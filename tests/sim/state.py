@@ -97,6 +97,8 @@ class TinyState(ArrayState):
         """Copy in pieces, between which others may run and this process may die."""
         self._process.sim.auditor.note_copy(self._process, self.rank, targets)
         for index, value in enumerate(self.values):
+            if not targets[index]:
+                continue
             crc = array("I", [0])
             source, length = array("Q", [value.ctypes.data]), array("Q", [value.nbytes])
             copy_crc32c(source, array("Q", [targets[index]]), length, crc)

@@ -39,7 +39,7 @@ class ShardMemory:
         self._lengths = np.array([piece.shard.size_bytes for piece in self._pieces], dtype=np.uint64)
         self._found: tuple[tuple[int, str], ...] = ()
         self._sources: npt.NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
-        self._on_device: list[int] = []
+        self._on_device: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._accelerator = get_accelerator()
         self._device_index = None if self._accelerator.device_name() == "cpu" else self._accelerator.current_device()
         self._boundary: object = None
@@ -59,34 +59,35 @@ class ShardMemory:
             self._boundary.record()  # type: ignore[attr-defined]
 
     def copy_to(self, targets: array[int], crcs: array[int]) -> None:
-        """Copy piece i to address `targets[i]` and put its crc32c into `crcs[i]`; return when all is in place."""
+        """Copy piece i to address `targets[i]` and put its crc32c into `crcs[i]`; return when all is in place.
+
+        Pieces whose target is 0 are left out, and so are their places in `crcs`.
+        """
         if len(targets) != len(self._pieces) or len(crcs) != len(self._pieces):
             raise InternalError(
                 f"one target and crc per shard: shards={len(self._pieces)} targets={len(targets)} crcs={len(crcs)}"
             )
         if not self._tensors:
             self._locate()
-        self._copy(targets, crcs)
+        goals = np.frombuffer(targets, dtype=np.uint64)
+        self._copy(goals, np.frombuffer(crcs, dtype=np.uint32))
         try:
-            self._frozen.check(crcs)
+            self._frozen.check(crcs, left_out=set(np.flatnonzero(goals == 0).tolist()))
         finally:
             self._tensors = []
 
-    def _copy(self, targets: array[int], crcs: array[int]) -> None:
+    def _copy(self, goals: npt.NDArray[np.uint64], sums: npt.NDArray[np.uint32]) -> None:
         sources = self._sources.copy()
         for index, staged in self._frozen.staged.items():
             sources[index] = staged.data_ptr()
-        if not self._on_device:
-            _native.copy_crc32c(sources, targets, self._lengths, crcs)
-            return
-        goals = np.frombuffer(targets, dtype=np.uint64)
-        sums = np.frombuffer(crcs, dtype=np.uint32)
-        on_device = np.array(self._on_device)
-        on_host = np.setdiff1d(np.arange(len(self._pieces)), on_device)
-        self._copy_from_device(goals)
-        partial = np.zeros(len(on_device), dtype=np.uint32)
-        _native.crc32c_gather(goals[on_device], self._lengths[on_device], partial)
-        sums[on_device] = partial
+        wanted = np.flatnonzero(goals)
+        on_device = np.intersect1d(wanted, self._on_device)
+        on_host = np.setdiff1d(wanted, on_device)
+        if on_device.size:
+            self._copy_from_device(goals, on_device.tolist())
+            partial = np.zeros(len(on_device), dtype=np.uint32)
+            _native.crc32c_gather(goals[on_device], self._lengths[on_device], partial)
+            sums[on_device] = partial
         partial = np.zeros(len(on_host), dtype=np.uint32)
         _native.copy_crc32c(sources[on_host], goals[on_host], self._lengths[on_host], partial)
         sums[on_host] = partial
@@ -122,14 +123,15 @@ class ShardMemory:
         self._sources = np.array(
             [found[p.buffer][0] + p.start * DTYPE_BYTES[p.shard.dtype] for p in self._pieces], dtype=np.uint64
         )
-        self._on_device = [i for i, p in enumerate(self._pieces) if found[p.buffer][1] != "cpu"]
+        on_device = [i for i, p in enumerate(self._pieces) if found[p.buffer][1] != "cpu"]
+        self._on_device = np.array(on_device, dtype=np.int64)
         self._found = found
 
     def _first_pieces(self) -> list[str]:
         names = {piece.buffer: piece.shard.name for piece in reversed(self._pieces)}
         return [names.get(buffer, "none") for buffer in range(len(self._buffers))]
 
-    def _copy_from_device(self, targets: npt.NDArray[np.uint64]) -> None:
+    def _copy_from_device(self, targets: npt.NDArray[np.uint64], indices: Sequence[int]) -> None:
         self._accelerator.set_device(self._device_index)  # the snapshot thread starts on device 0
         side = self._accelerator.Stream()
         with self._accelerator.stream(side):
@@ -137,7 +139,7 @@ class ShardMemory:
                 self._accelerator.synchronize()
             else:
                 side.wait_event(self._boundary)
-            for i in self._on_device:
+            for i in indices:
                 piece, size = self._pieces[i], int(self._lengths[i])
                 memory = (ctypes.c_char * size).from_address(int(targets[i]))
                 source = self._frozen.staged.get(i)

@@ -8,7 +8,7 @@ boundary on the piece is copied there, on the training thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -45,10 +45,10 @@ class FrozenPieces:
             frozen = [i for i, piece in enumerate(self._pieces) if piece.shard.part == WEIGHT and i not in self.staged]
             self._expected = {index: crc32c(self._bytes(index).cpu().numpy()) for index in frozen}
 
-    def check(self, crcs: Sequence[int]) -> None:
-        """Raise SaveFailedError if a piece was written since the first boundary; later copies will be sound."""
+    def check(self, crcs: Sequence[int], *, left_out: Collection[int]) -> None:
+        """Raise SaveFailedError if a copied piece was written since the first boundary; later copies will be sound."""
         expected = self._expected or {}
-        moved = [index for index, crc in expected.items() if crcs[index] != crc]
+        moved = [index for index, crc in expected.items() if index not in left_out and crcs[index] != crc]
         if not moved:
             return
         self.staged = {**self.staged, **{index: torch.empty_like(self._bytes(index)) for index in moved}}
