@@ -74,6 +74,10 @@ class Source(Protocol):
     def software(self) -> Mapping[str, object]:
         """Return the versions of what that life ran."""
 
+    @property
+    def fingerprint(self) -> Mapping[str, object]:
+        """Return what that life was an experiment of."""
+
     def slices(self, experts: Sequence[Expert], rank: int, size: int, *, step: int) -> list[Inventory]:
         """Return what rank `rank` of `size` tells the others of the versions that are here.
 
@@ -107,6 +111,12 @@ class MemorySource:
         software = self._arena.descriptor["software"]
         assert isinstance(software, dict), "the descriptor was written by describe_life"
         return software
+
+    @property
+    def fingerprint(self) -> Mapping[str, object]:
+        fingerprint = self._arena.descriptor["fingerprint"]
+        assert isinstance(fingerprint, dict), "the descriptor was written by describe_life"
+        return fingerprint
 
     def slices(self, experts: Sequence[Expert], rank: int, size: int, *, step: int) -> list[Inventory]:
         return [self._held_by(holder, step) for holder in self._records if holder % size == rank]
@@ -159,6 +169,10 @@ class StorageSource:
     @property
     def software(self) -> Mapping[str, object]:
         return self._manifest.versions
+
+    @property
+    def fingerprint(self) -> Mapping[str, object]:
+        return self._manifest.fingerprint
 
     def slices(self, experts: Sequence[Expert], rank: int, size: int, *, step: int) -> list[Inventory]:
         if rank:

@@ -32,7 +32,7 @@ from moc.errors import (
 from moc.format.keys import CheckpointName
 from moc.format.tagged import decode_state, encode_state, expect_mapping
 from moc.host import Host
-from moc.layers import Layers, WithheldError
+from moc.layers import Layers, Open, WithheldError
 from moc.plan.lineage import STORAGE, Candidate
 from moc.plan.versions import older_layers
 from moc.recover import MemorySource, Source, StorageSource
@@ -41,7 +41,7 @@ from moc.repository import Repository
 from moc.routing import Routing
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
-from moc.survey import Origin, Request
+from moc.survey import Origin, Request, refuse_mismatch
 from moc.trace import Trace
 from moc.training import TrainingState, World
 
@@ -185,9 +185,10 @@ class _Search:
         own = agree(world, lambda: encode_state(state.capture()).to_bytes()) if terms.parts is not None else b""
         snapshots = max(0, request.config.versions - FREE_VERSIONS)
         older = older_layers(candidate, self._origin.candidates, snapshots=snapshots) if terms.has_layers else ()
+        is_storage_away = not self._origin.is_stored
         with (
             trace.span("recover.restore", source=candidate.source, step=candidate.step, rank=world.rank),
-            Layers(candidate, older, self._open, world, is_storage_away=not self._origin.is_stored) as layers,
+            Layers(candidate, older, self._opener(candidate), world, is_storage_away=is_storage_away) as layers,
         ):
             outcome = assemble(layers, state, world, terms, host=self._host, trace=trace)
             if isinstance(outcome, TooStale):
@@ -230,10 +231,22 @@ class _Search:
             )
         return tuple(notes)
 
-    def _open(self, candidate: Candidate) -> tuple[Source, Callable[[], None]]:
-        return _open_source(
-            self._request, self._origin, candidate, self._world.rank, host=self._host, trace=self._trace
-        )
+    def _opener(self, first: Candidate) -> Open:
+        """Return how this rank opens a candidate's layers. Not collective."""
+
+        def open_layer(layer: Candidate) -> tuple[Source, Callable[[], None]]:
+            source, close = _open_source(
+                self._request, self._origin, layer, self._world.rank, host=self._host, trace=self._trace
+            )
+            if layer != first:
+                try:  # whether the candidate itself may be used was asked before anything was looked at
+                    refuse_mismatch(source.fingerprint, self._request)
+                except MocError:
+                    close()
+                    raise
+            return source, close
+
+        return open_layer
 
     def _repository_answers(self) -> bool:
         """Return whether storage gives FORMAT and a checkpoint's manifest, so that it refuses single objects."""

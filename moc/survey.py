@@ -24,7 +24,7 @@ from moc.store.open import absolute_url
 from moc.store.redact import redact_url
 from moc.trace import Trace
 
-__all__ = ["Origin", "Request", "refuse_other_runs", "survey"]
+__all__ = ["Origin", "Request", "refuse_mismatch", "refuse_other_runs", "survey"]
 
 LIVE_BEAT_S = 15.0  # a job whose last step is older than this, and than 3 of its steps, is taken for hung
 FIRST_STEP_S = 60.0  # before a first step there is no interval to judge by, and it may compile for long
@@ -122,7 +122,7 @@ def survey(request: Request, pids: Sequence[int], *, host: Host, trace: Trace) -
     merged = merge_incarnations(stored, in_memory)
     newest = tip(merged)
     if newest:
-        _refuse_mismatch(merged[newest].fingerprint, request)
+        refuse_mismatch(merged[newest].fingerprint, request)
     links = chain(merged, newest)
     # A life that only memory knows may have the number of a rewind that was written meanwhile: then its snapshots are
     # off the chain.
@@ -313,7 +313,7 @@ def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) ->
         host.sleep(WATCH_INTERVAL_S)
 
 
-def _refuse_mismatch(stored: Mapping[str, object], request: Request) -> None:
+def refuse_mismatch(stored: Mapping[str, object], request: Request) -> None:
     """Raise MismatchError listing every fingerprint key that differs and is not allowed by name."""
     differing = [
         f"{key}: stored={_short(stored.get(key))} given={_short(request.fingerprint.get(key))}"

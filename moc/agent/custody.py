@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import resource
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from moc.agent import wire
 from moc.agent.memory import available_memory
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, decode_lineage
+from moc.plan.composition import steps_of_experts
 from moc.plan.freeing import (
     Moment,
     Seal,
@@ -28,13 +29,14 @@ from moc.plan.freeing import (
 from moc.plan.layout import ArenaLayout, arrange_arena
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
-from moc.state import catalogs_from_json
+from moc.state import Expert, catalogs_from_json
 
 __all__ = ["Custody", "Life"]
 
 log = logging.getLogger(__name__)
 
 NEVER: Moment = (1 << 64, "")  # after every moment
+SUPPLEMENTED_VERSIONS = 3  # the newest snapshot, one that has what it lacks, and room for the next
 RESERVE_BYTES = 512 << 20  # left to everything else on the node when an arena is created
 
 
@@ -205,10 +207,35 @@ class Custody:
         # With a global step the new life stands on its own.
         source = None if self.newest is not None else self._whole_snapshot(self.life.record.parent)
         wanted = self.unfinished_saves()
-        pinned = self.pinned() | {(incarnation, moment) for moment in wanted}
+        pinned = self.pinned() | {(incarnation, moment) for moment in wanted} | self._supplement(complete)
         for seal in freeable(seals, ranks, incarnation, pinned=pinned, source=source, hopeless=self.hopeless):
             self._free(seal.rank, seal.record)
         return [moment for moment in complete if moment in wanted]
+
+    def _supplement(self, complete: Sequence[Moment]) -> set[tuple[int, Moment]]:
+        """Return the snapshot to keep beside the newest, because it has experts whole that the newest has not.
+
+        Those come from there if the job fails before it has made up for them. With two versions there is no room: what
+        would make up for them could not be taken.
+        """
+        if len(complete) < 2 or self.arena.layout.ranks[0].versions < SUPPLEMENTED_VERSIONS:
+            return set()
+        lacking = self._torn(complete[-1])
+        older = next((moment for moment in reversed(complete[:-1]) if lacking - self._torn(moment)), None)
+        return set() if older is None else {(self.life.record.number, older)}
+
+    def _torn(self, moment: Moment) -> frozenset[Expert]:
+        """Return the experts of which ranks hold different steps in a snapshot of this life."""
+        records = self.records_of(self.life.record.number, moment)
+        if all(step == record.step for record in records.values() for step in record.steps):
+            return frozenset()
+        slices = (
+            (unit.expert, record.steps[number])
+            for rank, record in records.items()
+            for number, unit in enumerate(self.arena.rank_layout(rank).units)
+            if unit.expert is not None
+        )
+        return frozenset(expert for expert, step in steps_of_experts(slices).items() if step is None)
 
     def _read_passed(self) -> dict[int, Moment]:
         """Return how far each rank has come: what it has sealed by the last look, or what it says it has skipped."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 from array import array
 from dataclasses import asdict, replace
 
-from moc.agent.custody import Custody
+import pytest
+
+from moc.agent.custody import Custody, Life
 from moc.config import Config
+from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, encode_incarnation
 from moc.snapshot.seal import SealRecord
+from tests.support.plain import PlainState
 from tests.support.repository import Model
 
 CATALOGS = Model(world_size=2, moe_layers=1, experts=2, hidden=4, dense=(("embed.weight", (50, 4)),)).catalogs()
@@ -38,7 +42,7 @@ def _descriptor(*lives: Incarnation) -> dict[str, object]:
     }
 
 
-def _seal(custody: Custody, rank: int, step: int, record: int) -> None:
+def _seal(custody: Custody, rank: int, step: int, record: int, *, experts_at: int | None = None) -> None:
     units = len(custody.arena.rank_layout(rank).units)
     custody.arena.seal(
         record,
@@ -53,7 +57,7 @@ def _seal(custody: Custody, rank: int, step: int, record: int) -> None:
             state_bytes=0,
             state_crc32c=0,
             slots=array("I", [record] * units),
-            steps=array("Q", [step] * units),
+            steps=array("Q", [step, *[step if experts_at is None else experts_at] * (units - 1)]),
             crcs=array("I", [0] * len(custody.arena.catalog(rank).shards)),
         ),
     )
@@ -90,3 +94,55 @@ def test_what_a_dead_rank_lacks_is_freed_on_the_others() -> None:
     assert custody.arena.is_free(1, 1)
     assert custody.arena.is_free(1, 2)
     custody.close()
+
+
+def _replicated(*lives: Incarnation, versions: int = 3, layers: object = None) -> dict[str, object]:
+    """Return the descriptor of lives in which every expert has slices on two ranks."""
+    catalogs = [PlainState(rank, 4, experts=2, expert_elements=40, dense_elements=40).catalog for rank in range(4)]
+    descriptor = _descriptor(*lives) | {"versions": versions, "catalogs": [catalog.to_json() for catalog in catalogs]}
+    return descriptor if layers is None else descriptor | {"layers": layers}
+
+
+@pytest.mark.parametrize("versions", [2, 3])
+def test_a_snapshot_stays_while_the_newest_has_experts_in_pieces_that_it_has_whole(versions: int) -> None:
+    custody = Custody.create(_replicated(FIRST, versions=versions), earlier=None)
+    for rank in range(4):
+        _seal(custody, rank, 5, 0)
+    custody.scan()
+    for rank in range(4):
+        _seal(custody, rank, 6, 1, experts_at=5 if rank == 2 else 6)  # rank 2 has missed what rank 0 has of an expert
+
+    custody.scan()
+
+    assert custody.global_step == 6
+    assert custody.arena.is_free(0, 0) == (versions == 2), "with two versions no snapshot could make up for it"
+    if versions == 3:
+        for rank in range(4):
+            _seal(custody, rank, 7, 2)
+        custody.scan()
+        assert all(custody.arena.is_free(rank, record) for rank in range(4) for record in (0, 1))
+    custody.close()
+
+
+def test_layers_of_a_recovery_stay_until_the_new_life_has_a_global_snapshot() -> None:
+    custody = Custody.create(_replicated(FIRST), earlier=None)
+    for rank in range(4):
+        for record, step in enumerate((3, 4, 5)):
+            _seal(custody, rank, step, record)
+
+    custody.renew(_replicated(FIRST, SECOND, layers=[[1, 4, "00abcdef"]]))
+
+    for _ in range(2):
+        assert [custody.arena.is_free(0, record) for record in range(3)] == [True, False, False]
+        custody.scan()
+    for rank in range(4):
+        _seal(custody, rank, 6, 0)
+    custody.scan()
+    assert [custody.arena.is_free(0, record) for record in range(3)] == [False, True, True]
+    custody.close()
+
+
+@pytest.mark.parametrize("layers", [{}, [5], [[1, 4]], [[1, "4", "00abcdef"]], [[1, True, "00abcdef"]]])
+def test_layers_that_no_trainer_has_described_are_refused(layers: object) -> None:
+    with pytest.raises(UsageError, match="layers"):
+        Life.of(_replicated(FIRST, layers=layers))

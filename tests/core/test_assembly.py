@@ -1,0 +1,386 @@
+"""A state put together from several layers: exact versions bit by bit, exact losses, for every rank alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from moc.assembly import Assembled, Terms, TooStale, assemble
+from moc.errors import IntegrityError, MocError, ShardCorruptError, StoreUnavailableError
+from moc.host import SystemHost
+from moc.layers import Layers, Open, WithheldError
+from moc.plan.lineage import Candidate
+from moc.recover import Source
+from moc.state import Expert
+from moc.trace import Trace
+from tests.support.history import EXPERTS, LAYERS, History, Undisturbed, every_rank, plain, routes
+from tests.support.plain import PlainState
+
+GRID = [Expert(layer=layer, index=index) for layer in range(LAYERS) for index in range(EXPERTS)]
+A, B, C = Expert(layer=0, index=0), Expert(layer=0, index=2), Expert(layer=1, index=1)
+PARTIAL = Terms(parts=None, has_layers=True, is_whole=False, plt_limit=None, answers=None)
+FULL = Terms(parts=None, has_layers=False, is_whole=False, plt_limit=None, answers=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an assembly came to on every rank, and the states it filled."""
+
+    assembled: list[Assembled]
+    states: list[PlainState]
+
+
+@pytest.fixture
+def history() -> Iterator[History]:
+    made = History(2)
+    yield made
+    made.close()
+
+
+def run(
+    history: History,
+    layers: Sequence[Candidate],
+    terms: Terms = PARTIAL,
+    *,
+    size: int | None = None,
+    opener: Callable[[int], Open] | None = None,
+    is_storage_away: bool = False,
+) -> list[tuple[Assembled | TooStale, PlainState] | BaseException]:
+    """Assemble the first of these layers on every rank of a new life."""
+    size = size or history.size
+
+    def act(world) -> tuple[Assembled | TooStale, PlainState]:  # type: ignore[no-untyped-def]
+        state = plain(world.rank, size)
+        with Layers(
+            layers[0], layers[1:], (opener or history.opener)(world.rank), world, is_storage_away=is_storage_away
+        ) as opened:
+            return assemble(opened, state, world, terms, host=SystemHost(), trace=Trace()), state
+
+    return every_rank(size, act)
+
+
+def good(history: History, layers: Sequence[Candidate], terms: Terms = PARTIAL, *, size: int | None = None) -> Outcome:
+    """Assemble; fail unless every rank has succeeded, and all say the same."""
+    assembled, states = [], []
+    for outcome in run(history, layers, terms, size=size):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        assert isinstance(outcome[0], Assembled), outcome[0]
+        assembled.append(outcome[0])
+        states.append(outcome[1])
+    facts = [(one.stale, one.layers, one.lost, one.routing, one.notes) for one in assembled]
+    assert all(fact == facts[0] for fact in facts)
+    return Outcome(assembled, states)
+
+
+def failed(outcomes: Sequence[object]) -> MocError:
+    """Return the error that every rank raised; fails unless they are the same."""
+    assert all(isinstance(outcome, MocError) for outcome in outcomes), outcomes
+    assert len({str(outcome) for outcome in outcomes}) == 1, outcomes
+    (first, *_) = outcomes
+    assert isinstance(first, MocError)
+    return first
+
+
+def holds(outcome: Outcome, step: int, versions: Mapping[Expert, int]) -> None:
+    """Fail unless every byte is of `step`, of these experts of their own, and the losses are those of the formula."""
+    size = len(outcome.states)
+    undisturbed = Undisturbed(size)
+    for rank, state in enumerate(outcome.states):
+        for shard, value in zip(state.needed, state.values, strict=True):
+            wanted = step if shard.expert is None else versions.get(shard.expert, step)
+            index = state.needed.index(shard)
+            assert value.tobytes() == undisturbed.at(wanted, rank)[index].tobytes(), (rank, shard.name, wanted)
+    first = outcome.assembled[0]
+    assert {row.expert: row.step for row in first.stale} == {e: s for e, s in versions.items() if s < step}
+    if first.routing is not None:
+        lost = [0] * LAYERS
+        for expert, version in versions.items():
+            lost[expert.layer] += routes(expert, step) - routes(expert, version)
+        assert first.lost == tuple(lost)
+        totals = [sum(routes(e, step) for e in GRID if e.layer == layer) for layer in range(LAYERS)]
+        assert first.routing.plt == pytest.approx(sum(n / t for n, t in zip(lost, totals, strict=True)) / LAYERS)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_whole_snapshot_is_taken_as_it_is(history: History, size: int) -> None:
+    newest = history.seal(9)
+    older = history.seal(8)
+
+    outcome = good(history, [newest, older], size=size)
+
+    holds(outcome, 9, {})
+    assert outcome.assembled[0].notes == ()
+
+
+def test_an_expert_whose_ranks_differ_comes_from_the_snapshot_before() -> None:
+    history = History(4)  # experts with an even index are on ranks 0 and 2
+    older = history.seal(8, {(rank, C): 6 for rank in range(4)})
+    newest = history.seal(9, {(2, A): 7, **{(rank, C): 6 for rank in range(4)}})
+
+    outcome = good(history, [newest, older])
+
+    holds(outcome, 9, {A: 8, C: 6})
+    assert outcome.assembled[0].layers == (older,)
+    history.close()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_expert_that_memory_has_in_no_version_comes_from_storage_whatever_the_number_of_ranks(size: int) -> None:
+    history = History(4)
+    history.seal(4)
+    stored = history.store_checkpoint(4)
+    newest = history.seal(9, {(0, A): 7, (1, C): 8, (3, C): 8})
+
+    outcome = good(history, [newest, stored], size=size)
+
+    holds(outcome, 9, {A: 4, C: 8})
+    assert outcome.assembled[0].layers == ()
+    assert (
+        "checkpoint" in str(outcome.assembled[0].stale[0].source) or "storage" in outcome.assembled[0].stale[0].source
+    )
+    history.close()
+
+
+def test_a_flipped_bit_costs_its_expert_and_nothing_else_on_all_ranks() -> None:
+    history = History(4)
+    older = history.seal(8)
+    newest = history.seal(9)
+    history.flip(9, 2, B)  # rank 0 has read its own half by then
+
+    outcome = good(history, [newest, older])
+
+    holds(outcome, 9, {B: 8})
+    assert any("checksum" in note for note in outcome.assembled[0].notes)
+    history.close()
+
+
+def test_flipped_bits_in_layer_after_layer_are_met_one_after_the_other(history: History) -> None:
+    history.seal(3)
+    oldest = history.store_checkpoint(3)
+    history.seal(6)
+    stored = history.store_checkpoint(6)
+    older, newest = history.seal(8), history.seal(9)
+    for step, rank, expert in ((9, 0, A), (8, 0, A), (9, 1, C)):
+        history.flip(step, rank, expert)
+    history.flip_object(6, 0, A)
+
+    outcome = good(history, [newest, older, stored, oldest])
+
+    holds(outcome, 9, {A: 3, C: 8})
+
+
+def test_a_checkpoint_with_shared_objects_is_restored_with_its_stale_experts(history: History) -> None:
+    history.seal(2)
+    history.store_checkpoint(2)
+    history.seal(6, {(0, B): 5})
+    history.store_checkpoint(6, base=2, written=[A, B])
+    history.seal(9)
+    stored = history.store_checkpoint(9, base=6, written=[C])
+
+    outcome = good(history, [stored], FULL)
+
+    holds(outcome, 9, {A: 6, B: 5, **{e: 2 for e in GRID if e not in (A, B, C)}})
+
+
+def test_what_memory_has_newer_than_a_checkpoint_is_taken_from_memory(history: History) -> None:
+    history.seal(2)
+    base = history.store_checkpoint(2)
+    snapshot = history.seal(8, {(0, A): 1})
+    history.seal(9)
+    stored = history.store_checkpoint(9, base=2, written=[C])
+
+    outcome = good(history, [stored, snapshot, base])
+
+    holds(outcome, 9, {**{e: 8 for e in GRID if e != C}, A: 2})
+    assert outcome.assembled[0].layers == (snapshot,)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "dropped"])
+def test_a_bad_or_missing_object_costs_the_experts_in_it(history: History, damage: str) -> None:
+    history.seal(2)
+    base = history.store_checkpoint(2)
+    history.seal(6)
+    middle = history.store_checkpoint(6, base=2, written=[A, C])
+    history.seal(9)
+    stored = history.store_checkpoint(9, base=6, written=[B])
+    if damage == "flipped":
+        history.flip_object(6, 0, A)
+    else:
+        history.store.delete(history.object_row(6, 0).key)
+
+    outcome = good(history, [stored, middle, base])
+
+    # Expert A was rank 0's in step 6, C rank 1's.
+    holds(outcome, 9, {A: 2, C: 6, **{e: 2 for e in GRID if e not in (A, B, C)}})
+
+
+def test_a_bad_version_is_not_read_again_from_every_checkpoint_that_shares_it(history: History) -> None:
+    history.seal(1)
+    stored = [history.store_checkpoint(1)]
+    history.seal(2)
+    stored.append(history.store_checkpoint(2, base=1, written=[A]))
+    history.seal(3)
+    stored.append(history.store_checkpoint(3, base=2, written=[B]))
+    history.seal(4)
+    stored.append(history.store_checkpoint(4, base=3, written=[C]))
+    history.flip_object(2, 0, A)
+    reads: list[Candidate] = []
+
+    def opener(rank: int) -> Open:
+        def open_source(candidate: Candidate) -> tuple[Source, Callable[[], None]]:
+            reads.append(candidate)
+            return history.opener(rank)(candidate)
+
+        return open_source
+
+    outcomes = run(history, stored[::-1], opener=opener)
+
+    assert all(not isinstance(outcome, BaseException) for outcome in outcomes), outcomes
+    (first, _) = outcomes[0]  # type: ignore[misc]
+    assert isinstance(first, Assembled)
+    assert {row.expert: row.step for row in first.stale}[A] == 1
+    assert len([note for note in first.notes if "not usable" in note]) == 1
+
+
+def test_mode_full_takes_no_older_version(history: History) -> None:
+    older, newest = history.seal(8), history.seal(9)
+    history.flip(9, 1, C)
+
+    error = failed(run(history, [newest], FULL))
+
+    assert isinstance(error, ShardCorruptError)
+    assert "candidate=memory step=9" in str(error)
+    holds(good(history, [older], FULL), 8, {})
+
+
+def test_a_bad_dense_piece_rejects_the_candidate_in_every_mode(history: History) -> None:
+    older, newest = history.seal(8), history.seal(9)
+    history.flip(9, 1, None)
+
+    assert isinstance(failed(run(history, [newest, older])), ShardCorruptError)
+
+
+def test_an_expert_without_any_whole_version_rejects_the_candidate_and_names_it() -> None:
+    history = History(4)
+    newest = history.seal(9, {(0, B): 7})
+
+    error = failed(run(history, [newest]))
+
+    assert isinstance(error, ShardCorruptError)
+    assert "layer=0 expert=2" in str(error)
+    assert isinstance(failed(run(history, [newest], is_storage_away=True)), WithheldError)
+    history.close()
+
+
+class _Withheld:
+    """A source whose objects storage does not give."""
+
+    def __init__(self, source: Source, is_held: Callable[[str], bool]) -> None:
+        self._source, self._is_held = source, is_held
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._source, name)
+
+    def read(self, row):  # type: ignore[no-untyped-def]
+        if self._is_held(row.holder):
+            raise StoreUnavailableError(f"no answer: key={row.holder}")
+        return self._source.read(row)
+
+
+def test_what_storage_withholds_is_passed_over_only_where_it_answers_otherwise(history: History) -> None:
+    history.seal(2)
+    base = history.store_checkpoint(2)
+    history.seal(6)
+    stored = history.store_checkpoint(6, base=2, written=[A])
+    key = history.object_row(6, 0).key
+
+    def opener(rank: int) -> Open:
+        def open_source(candidate: Candidate) -> tuple[Source, Callable[[], None]]:
+            source, close = history.opener(rank)(candidate)
+            return _Withheld(source, key.__eq__), close  # type: ignore[return-value]
+
+        return open_source
+
+    def terms(answers: Callable[[], bool] | None) -> Terms:
+        return Terms(parts=None, has_layers=True, is_whole=False, plt_limit=None, answers=answers)
+
+    for refusal in (None, lambda: False):
+        assert isinstance(failed(run(history, [stored, base], terms(refusal), opener=opener)), WithheldError)
+    (first, _) = run(history, [stored, base], terms(lambda: True), opener=opener)[0]  # type: ignore[misc]
+    assert isinstance(first, Assembled)
+    assert {row.step for row in first.stale} == {2}
+    assert len(first.stale) == len(GRID)
+
+
+def test_too_many_lost_tokens_are_refused_before_a_byte_is_read(history: History) -> None:
+    history.seal(2)
+    history.store_checkpoint(2)
+    history.seal(9)
+    stored = history.store_checkpoint(9, base=2, written=[C])
+    plt = good(history, [stored], FULL).assembled[0].routing
+    assert plt is not None
+
+    for limit, is_accepted in ((plt.plt * 0.999, False), (plt.plt * 1.001, True)):
+        terms = Terms(parts=None, has_layers=True, is_whole=False, plt_limit=limit, answers=None)
+        outcomes = run(history, [stored], terms)
+        for outcome in outcomes:
+            assert not isinstance(outcome, BaseException)
+            assert isinstance(outcome[0], Assembled) == is_accepted
+    whole = Terms(parts=None, has_layers=False, is_whole=True, plt_limit=None, answers=None)
+    assert all(isinstance(outcome[0], TooStale) for outcome in run(history, [stored], whole))  # type: ignore[index]
+
+
+def test_only_weights_are_restored_where_only_they_are_wanted(history: History) -> None:
+    older, newest = history.seal(8), history.seal(9)
+    history.flip(9, 0, A)
+    terms = Terms(parts=("master",), has_layers=True, is_whole=False, plt_limit=None, answers=None)
+
+    outcomes = run(history, [newest, older], terms)
+
+    for rank, outcome in enumerate(outcomes):
+        assert not isinstance(outcome, BaseException), outcome
+        assembled, state = outcome
+        assert isinstance(assembled, Assembled)
+        assert assembled.tree is None
+        for index, shard in enumerate(state.needed):
+            # The flipped bit is in exp_avg, the first part of the unit: nobody has read it.
+            step = 9 if shard.part == "master" else 0
+            assert state.values[index].tobytes() == history.undisturbed.at(step, rank)[index].tobytes()
+
+
+def test_without_counts_nothing_is_said_of_losses() -> None:
+    history = History(2, is_counted=False)
+    older, newest = history.seal(8), history.seal(9)
+    history.flip(9, 0, A)
+
+    outcome = good(history, [newest, older])
+
+    holds(outcome, 9, {A: 8})
+    assert outcome.assembled[0].routing is None
+    assert outcome.assembled[0].lost == ()
+    history.close()
+
+
+def test_a_layer_that_cannot_be_opened_by_one_rank_is_none_for_all(history: History) -> None:
+    history.seal(3)
+    oldest = history.store_checkpoint(3)
+    older, newest = history.seal(8), history.seal(9)
+    history.flip(9, 0, A)
+
+    def opener(rank: int) -> Open:
+        def open_source(candidate: Candidate) -> tuple[Source, Callable[[], None]]:
+            if rank == 1 and candidate == older:
+                raise IntegrityError("seal is gone")
+            return history.opener(rank)(candidate)
+
+        return open_source
+
+    outcomes = run(history, [newest, older, oldest], opener=opener)
+
+    for outcome in outcomes:
+        assert not isinstance(outcome, BaseException), outcome
+        assert isinstance(outcome[0], Assembled)
+        assert {row.expert: row.step for row in outcome[0].stale} == {A: 3}
