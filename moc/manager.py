@@ -17,14 +17,15 @@ from moc.adapters.world import TorchWorld
 from moc.agent.stacks import StackDump
 from moc.agreement import agree
 from moc.config import Config
-from moc.errors import MocError, UsageError
+from moc.errors import MocError
 from moc.handle import SaveHandle
 from moc.host import SystemHost
 from moc.report import RecoveryReport
-from moc.session import Session, Status
+from moc.session import Session
+from moc.status import Status
 from moc.survey import Request
 from moc.termination import Termination
-from moc.trace import Trace, open_trace
+from moc.trace import open_trace
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -62,6 +63,7 @@ class CheckpointManager:
         self._stacks = StackDump(session.folder, f"rank{world.rank:05d}")
         atexit.register(self._at_exit)
         self.resume_step = state.step
+        state.routes.install(session.register_routing)
 
     @classmethod
     def attach(
@@ -95,6 +97,7 @@ class CheckpointManager:
         try:
             agree(world, lambda: refuse_attached(engine))  # before a new life fences the one of the other manager
             state = agree(world, lambda: DeepSpeedState(engine, stateful or {}, extra_fingerprint=fingerprint or {}))
+            state.routes.begin(with_hooks=settings.mode != "full")
             if not stateful and world.rank == 0:
                 log.warning(NO_LOADER)
             request = agree(
@@ -112,11 +115,9 @@ class CheckpointManager:
                 ),
             )
             folder = None if not trace_dir else Path(trace_dir).absolute()
-            trace = agree(world, lambda: _open_trace(folder, world.rank))
-            grid, host = state.ep_sizes, SystemHost(trace_dir=folder)
-            session = Session(
-                state, world, request, ep_sizes=grid, software=software_versions(), host=host, trace=trace
-            )
+            trace = agree(world, lambda: open_trace(folder, f"rank{world.rank:05d}"))
+            grid, host, found = state.ep_sizes, SystemHost(trace_dir=folder), software_versions()
+            session = Session(state, world, request, ep_sizes=grid, software=found, host=host, trace=trace)
             return cls._hooked(engine, state, world, session)
         except BaseException:
             world.close()
@@ -152,6 +153,15 @@ class CheckpointManager:
         Returns once it is copied. Called by all ranks. See `SaveHandle.wait_committed`.
         """
         return self._session.save()
+
+    def register_routing(self, layer: int, counts: object) -> None:
+        """Count the routes that each *global* expert of a MoE layer has kept of this rank's tokens in a micro-batch.
+
+        In training only, from the first step on, by all ranks, not where activation checkpointing repeats a forward.
+        layer: in module order. counts: integers on any device. Not for DeepSpeed's own layers in the partial modes,
+        where moc counts. Raises: UsageError.
+        """
+        self._state.routes.register(layer, counts)
 
     def status(self) -> Status:
         """Return what this rank knows. Never blocks."""
@@ -227,6 +237,7 @@ class CheckpointManager:
 
     def _unhook(self) -> None:
         self._hooks.detach()
+        self._state.routes.remove()
         atexit.unregister(self._at_exit)
         self._termination.restore()
 
@@ -237,10 +248,3 @@ class CheckpointManager:
         self._unhook()
         self._session.close(is_collective=False)
         self._stacks.close()
-
-
-def _open_trace(folder: Path | None, rank: int) -> Trace:
-    try:
-        return open_trace(folder, f"rank{rank:05d}")
-    except OSError as error:
-        raise UsageError(f"no trace can be written there: trace_dir={folder} reason={error.strerror}") from error

@@ -15,7 +15,7 @@ from moc.format.manifest import ObjectRow
 from moc.format.object import ObjectHeader, StoredShard, align, encode_header
 from moc.format.tagged import decode_state
 from moc.repository import Repository
-from moc.routing import Capture
+from moc.routing import ROUTING_KEY, Capture
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
 from moc.state import Expert
@@ -23,8 +23,6 @@ from moc.trace import Trace
 
 __all__ = ["Receipt", "checkpoint_name", "persist_rank", "read_capture"]
 
-ROUTING = "routing"
-"""The key of a state tree under which the captured routes are."""
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -51,10 +49,10 @@ def read_capture(arena: Arena, record: SealRecord) -> Capture | None:
     arena.check_state(record)
     with arena.view(arena.state_offset(record.rank, record.slots), record.state_bytes) as view:
         tree = decode_state(bytes(view))  # a copy: arrays in the tree must not keep the arena open
-    if not isinstance(tree, Mapping) or ROUTING not in tree:
+    if not isinstance(tree, Mapping) or ROUTING_KEY not in tree:
         return None
     try:
-        return Capture.from_tree(tree[ROUTING])
+        return Capture.from_tree(tree[ROUTING_KEY])
     except (TypeError, ValueError) as error:
         raise ShardCorruptError(
             f"captured routes are malformed: rank={record.rank} step={record.step} {error}"

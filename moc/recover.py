@@ -25,7 +25,7 @@ from moc.plan.lineage import MEMORY, STORAGE, Candidate
 from moc.plan.read import Piece, Placed, find_pieces
 from moc.plan.versions import Inventory, Version
 from moc.repository import Repository
-from moc.routing import Capture, Routing
+from moc.routing import ROUTING_KEY, Capture, Routing
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
 from moc.state import Expert, Shard
@@ -308,7 +308,7 @@ def fill_shards(
 def split_tree(tree: object, is_exact: bool) -> tuple[dict[str, object], bool, Capture | None]:
     """Take what a captured tree says about routes out of it; raises ShardCorruptError where that cannot be."""
     fields = dict(expect_mapping(tree, "state"))
-    captured = fields.pop("routing", None)
+    captured = fields.pop(ROUTING_KEY, None)
     if captured is None:
         return fields, is_exact, None
     try:

@@ -18,13 +18,28 @@ from dataclasses import dataclass, replace
 
 from moc.state import Expert
 
-__all__ = ["BASES", "BEFORE_DROPS", "COUNT_LIMIT", "KEPT", "Capture", "Routing", "lose"]
+__all__ = [
+    "BASES",
+    "BEFORE_DROPS",
+    "COUNT_LIMIT",
+    "KEPT",
+    "ROUTING_KEY",
+    "Capture",
+    "Counts",
+    "Routing",
+    "capture_tree",
+    "lose",
+]
 
 KEPT = "kept"
 BEFORE_DROPS = "routed, before drops"
 BASES = (KEPT, BEFORE_DROPS)
 """What is counted: routes that reach their expert, or those that the gate chose, before a capacity limit drops some."""
+ROUTING_KEY = "routing"
+"""Where a state tree has its captured routes, absent where nothing counts them."""
 COUNT_LIMIT = (1 << 63) - 1
+
+COLUMNS = ("routed", "learned", "captured", "steps")
 
 Counts = tuple[tuple[int, ...], ...]
 """By MoE layer and global expert."""
@@ -103,28 +118,32 @@ class Capture:
         return self.captured[expert.layer][expert.index] if is_known else None
 
     def to_tree(self) -> dict[str, object]:
-        """Return plain values for a state tree; counts are little-endian int64, layer after layer."""
-        return {
-            "basis": self.routing.basis,
-            "experts": list(self.routing.shape),
-            "routed": _pack(self.routing.routed),
-            "learned": _pack(self.routing.learned),
-            "captured": _pack(self.captured),
-            "steps": _pack(self.steps),
-        }
+        """Return plain values for a state tree."""
+        counts = {name: getattr(self.routing, name) for name in ("routed", "learned")}
+        counts |= {"captured": self.captured, "steps": self.steps}
+        return capture_tree(
+            self.routing.basis, self.routing.shape, {name: _pack(rows) for name, rows in counts.items()}
+        )
 
     @staticmethod
     def from_tree(tree: object) -> Capture:
         """Build a capture from `to_tree`'s value; raises ValueError or TypeError on anything else."""
-        names = ("basis", "experts", "routed", "learned", "captured", "steps")
-        if not isinstance(tree, Mapping) or not set(names) <= tree.keys():
-            raise ValueError(f"captured routes are incomplete: allowed={', '.join(names)}")
+        if not isinstance(tree, Mapping) or not {"basis", "experts", *COLUMNS} <= tree.keys():
+            raise ValueError(f"captured routes are incomplete: allowed=basis, experts, {', '.join(COLUMNS)}")
         shape = tree["experts"]
         if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
             raise TypeError(f"numbers of experts are wrong: given={shape!r:.80} allowed=one per MoE layer, at least 1")
-        routed, learned, captured, steps = (_unpack(name, tree[name], shape) for name in names[2:])
+        routed, learned, captured, steps = (_unpack(name, tree[name], shape) for name in COLUMNS)
         routing = Routing(basis=_text(tree["basis"]), routed=routed, learned=learned)
         return Capture(routing=routing, captured=captured, steps=steps)
+
+
+def capture_tree(basis: str, experts: Sequence[int], columns: Mapping[str, bytes]) -> dict[str, object]:
+    """Return a capture as plain values for a state tree.
+
+    `columns` has the names of `COLUMNS`: counts as little-endian int64, layer after layer.
+    """
+    return {"basis": basis, "experts": list(experts), **{name: columns[name] for name in COLUMNS}}
 
 
 def lose(routing: Routing, lost_at: Mapping[Expert, int]) -> Routing:

@@ -24,36 +24,26 @@ from moc.facts import describe_life, gather_facts
 from moc.format.manifest import Incarnation
 from moc.handle import SaveHandle
 from moc.host import Host
+from moc.ledger import Ledger
 from moc.plan.freeing import attempt_id
+from moc.plan.turns import expert_counts
 from moc.report import RecoveryReport
 from moc.restoration import map_arena
+from moc.routing import Routing
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT, PERSIST
-from moc.snapshot.snapshotter import Begun, SnapshotCounters, Snapshotter
+from moc.snapshot.snapshotter import Begun, Snapshotter
+from moc.status import Status
 from moc.survey import Request
 from moc.trace import Trace
 from moc.training import TrainingState, World
 
-__all__ = ["Session", "Status"]
+__all__ = ["Session"]
 
 log = logging.getLogger(__name__)
 
 SLOT_WAIT_S = 0.01
 DRAIN_ATTEMPTS = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """What a rank knows without asking anybody; steps are None before the first."""
-
-    step: int
-    incarnation: int
-    last_global_step: int | None
-    last_committed_step: int | None
-    stall_ms_last: float
-    snapshots: SnapshotCounters
-    agents_replaced: int
-    boundary: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,6 +55,7 @@ class _Life:
     arena: Arena
     link: AgentLink
     snapshotter: Snapshotter
+    ledger: Ledger
 
     def close(self) -> None:
         self.snapshotter.close()
@@ -145,6 +136,7 @@ class Session:
             snapshots=counters,
             agents_replaced=self._life.link.agents_replaced,
             boundary=self.boundary_name,
+            plt=self._life.ledger.plt,
         )
 
     # The loop
@@ -170,8 +162,11 @@ class Session:
         choice = None if is_terminating else self._boundaries.choose(step)
         begun = Begun.NO_SLOT
         if choice is not None:
-            attempt = self._next_attempt(step)
-            begun = life.snapshotter.begin(step, flags=choice.flags, attempt=attempt, experts=choice.experts)
+            attempt, extra = self._next_attempt(step), life.ledger.settle(step, choice.experts)
+            begun = life.snapshotter.begin(
+                step, flags=choice.flags, attempt=attempt, experts=choice.experts, extra=extra
+            )
+            life.ledger.note(is_begun=begun is Begun.STARTED)
         self._boundaries.tell(
             choice, begun, life.snapshotter.setbacks, is_asked_to_terminate=self._is_asked_to_terminate
         )
@@ -194,6 +189,11 @@ class Session:
             except MocError as error:
                 log.warning("agent could not be told of a failed save: %s", error)
         return SaveHandle(step=step, attempt=attempt, problem=problem, link=life.link, host=self._host)
+
+    def register_routing(self, layer: int, counts: object) -> None:
+        """Count this rank's routes to every expert of a MoE layer in a micro-batch. Raises: UsageError."""
+        self._refuse_closed()
+        self._life.ledger.register(layer, counts)
 
     def ask_to_terminate(self) -> None:
         """Ask for a durable save at the next boundary on which all ranks agree.
@@ -289,13 +289,14 @@ class Session:
         return attempt_id(record.run, record.number, record.token, step, ordinal)
 
     def _begin_awaited(self, step: int, attempt: str) -> str | None:
-        """Begin a snapshot that somebody waits for; return why it could not be had."""
-        snapshotter = self._life.snapshotter
+        """Begin a snapshot that somebody waits for; return why it could not be had. Collective."""
+        snapshotter, extra = self._life.snapshotter, self._life.ledger.settle(step)
         deadline_s = self._host.now_s() + self._request.config.timeout_s
         failed = snapshotter.counters.failed
         while True:
             snapshotter.wait_finished(max(deadline_s - self._host.now_s(), 0.0))
-            outcome = snapshotter.begin(step, flags=PERSIST | EXPLICIT, attempt=attempt)
+            outcome = snapshotter.begin(step, flags=PERSIST | EXPLICIT, attempt=attempt, extra=extra)
+            self._life.ledger.note(is_begun=outcome is Begun.STARTED)
             if outcome is Begun.STARTED:
                 break
             if outcome is Begun.FAILED or self._host.now_s() >= deadline_s:
@@ -352,9 +353,13 @@ class Session:
         )
         snapshotter = self._snapshotter(record, arena, link)
         arena.beat(rank, incarnation=record.number, step=self._state.step, now_ns=int(self._host.now_s() * 1e9))
-        return _Life(
-            record=record, lineage=(*recovered.origin.lineage, record), arena=arena, link=link, snapshotter=snapshotter
-        )
+        lineage, ledger = (*recovered.origin.lineage, record), self._open_ledger(recovered.routing)
+        return _Life(record=record, lineage=lineage, arena=arena, link=link, snapshotter=snapshotter, ledger=ledger)
+
+    def _open_ledger(self, restored: Routing | None) -> Ledger:
+        experts, limit = expert_counts(self._facts.catalogs), self._request.config.plt_limit
+        step, source = self._state.step, self._state.routes
+        return Ledger(experts, self._world, step=step, plt_limit=limit, restored=restored, source=source)
 
     def _snapshotter(self, record: Incarnation, arena: Arena, link: AgentLink) -> Snapshotter:
         return Snapshotter(

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moc.errors import UsageError
+
 __all__ = ["JsonLinesSink", "RingSink", "Sink", "Trace", "open_trace", "trace_name"]
 
 Sink = Callable[[str, str, dict[str, object]], None]
@@ -54,12 +56,15 @@ class Trace:
 def open_trace(folder: Path | None, name: str) -> Trace:
     """Return a trace that appends to the file of this name in a folder, which is made; without a folder, a silent one.
 
-    Raises: OSError.
+    Raises: UsageError where it cannot be written.
     """
     if folder is None:
         return Trace()
-    folder.mkdir(parents=True, exist_ok=True)
-    return Trace(JsonLinesSink(folder / f"{name}.jsonl"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Trace(JsonLinesSink(folder / f"{name}.jsonl"))
+    except OSError as error:
+        raise UsageError(f"no trace can be written there: trace_dir={folder} reason={error.strerror}") from error
 
 
 def trace_name(kind: str) -> str:

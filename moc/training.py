@@ -12,7 +12,7 @@ from typing import Protocol
 
 from moc.state import RankCatalog, Shard
 
-__all__ = ["TrainingState", "World"]
+__all__ = ["RouteSource", "TrainingState", "World"]
 
 
 class TrainingState(Protocol):
@@ -36,6 +36,10 @@ class TrainingState(Protocol):
     @property
     def step(self) -> int:
         """Return the number of optimizer steps done, skipped ones included."""
+
+    @property
+    def routes(self) -> RouteSource | None:
+        """Return what the engine counts by itself, None for nothing."""
 
     def copy_shards(self, targets: array[int], crcs: array[int]) -> None:
         """Copy every catalog shard i to address `targets[i]` ('Q') and put its crc32c into `crcs[i]` ('I').
@@ -110,3 +114,17 @@ class World(Protocol):
 
     def finish_max(self) -> tuple[int, ...] | None:
         """Return the result of the pending `start_max`, or None if there is none."""
+
+    def sum_up(self, values: array[int]) -> array[int]:
+        """Return the element-wise sum over the ranks ('q', as many values everywhere); the sum must fit int64."""
+
+
+class RouteSource(Protocol):
+    """What a training engine counts by itself, away from the host's memory. Thread: the training thread."""
+
+    @property
+    def basis(self) -> str:
+        """Return what is counted, one of `moc.routing.BASES`; constant."""
+
+    def take(self) -> Sequence[tuple[int, object]]:
+        """Return what was counted since the last call, as (MoE layer, counts by expert). Blocks: for the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -84,6 +85,13 @@ class TorchWorld:
         self._pending = None
         self._translated("all_reduce", work.wait)
         return tuple(int(value) for value in received[:count])
+
+    def sum_up(self, values: array[int]) -> array[int]:
+        """Return the element-wise sum over the ranks. Blocks: until all ranks have called, at most the timeout."""
+        group = self._open_group()
+        total = torch.tensor(values, dtype=torch.int64)
+        self._translated("all_reduce", lambda: dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group))
+        return array("q", total.numpy().tobytes())
 
     def close(self) -> None:
         """Wait for a pending maximum and destroy the group; again is harmless."""

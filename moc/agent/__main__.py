@@ -15,6 +15,7 @@ from moc.agent.log import log_to_file, log_to_stderr
 from moc.agent.runtime import LOG_NAME
 from moc.agent.server import Agent
 from moc.agent.stacks import StackDump
+from moc.errors import UsageError
 from moc.host import SystemHost
 from moc.trace import Trace, open_trace, trace_name
 
@@ -53,8 +54,8 @@ def main() -> int:
 def _trace(folder: Path | None) -> Trace:
     try:
         return open_trace(folder, trace_name("agent"))
-    except OSError as error:
-        logging.getLogger(__name__).warning("no trace is written: folder=%s reason=%s", folder, error)
+    except UsageError as error:
+        logging.getLogger(__name__).warning("%s", error)
         return Trace()
 
 

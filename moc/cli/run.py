@@ -35,7 +35,7 @@ from moc.clock import SystemClock
 from moc.errors import MocError, NoCheckpointError, UsageError
 from moc.plan.lineage import is_on_chain
 from moc.supervise import Limits, supervise
-from moc.trace import Trace, open_trace, trace_name
+from moc.trace import open_trace, trace_name
 
 __all__ = ["configure", "run"]
 
@@ -82,19 +82,12 @@ def run(args: argparse.Namespace) -> int:
         last_beat_s=lambda: last_beat_s(args),
         say=lambda text: say(f"moc run: {text}"),
         env=env,
-        trace=_trace(trace_dir),
+        trace=open_trace(trace_dir, trace_name("run")),
     )
     drain_s = args.drain if args.drain is not None else DRAIN_S if os.getpid() == 1 else 0.0
     if drain_s > 0:
         _drain_agents(args.runtime_root, drain_s)
     return code
-
-
-def _trace(folder: Path | None) -> Trace:
-    try:
-        return open_trace(folder, trace_name("run"))
-    except OSError as error:
-        raise UsageError(f"no trace can be written there: folder={folder} reason={error.strerror}") from error
 
 
 def newest_step(args: argparse.Namespace) -> int | None:

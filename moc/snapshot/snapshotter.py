@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,8 @@ from moc.training import TrainingState
 __all__ = ["Begun", "Setbacks", "SnapshotCounters", "Snapshotter"]
 
 log = logging.getLogger(__name__)
+
+_NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +140,16 @@ class Snapshotter:
         self._problem: str | None = None
         self._thread = host.spawn(self._copy_loop, name="moc-copy")
 
-    def begin(self, step: int, *, flags: int, attempt: str, experts: Chosen | None = None) -> Begun:
-        """Start the snapshot of the present state, with these experts (None: all of them).
+    def begin(
+        self,
+        step: int,
+        *,
+        flags: int,
+        attempt: str,
+        experts: Chosen | None = None,
+        extra: Mapping[str, object] = _NOTHING,
+    ) -> Begun:
+        """Start the snapshot of the present state, with these experts (None: all of them) and `extra` in its tree.
 
         Never raises. Blocks: for the capture of small state only.
         """
@@ -151,7 +162,7 @@ class Snapshotter:
                         self._skip(step, "no free slots: the previous snapshots are still needed")
                     self._tell_skip(step, flags=flags, attempt=attempt)
                     return Begun.NO_SLOT
-                self._capture(filling)
+                self._capture(filling, extra)
         except Exception as error:  # noqa: BLE001  # a failed save never stops training: counted, reported, skipped
             self._skip(step, f"{type(error).__name__}: {error}")
             self._tell_skip(step, flags=flags, attempt=attempt)
@@ -255,8 +266,8 @@ class Snapshotter:
             known = self._slots_of_record[index] = _slots(record)
         return known
 
-    def _capture(self, filling: _Filling) -> None:
-        encoded = encode_state(self._state.capture())
+    def _capture(self, filling: _Filling, extra: Mapping[str, object]) -> None:
+        encoded = encode_state({**self._state.capture(), **extra})
         capacity = self._arena.catalog(self._rank).state_capacity_bytes
         if encoded.size_bytes > capacity:
             raise UsageError(f"state grew beyond its slot: bytes={encoded.size_bytes} allowed={capacity}")

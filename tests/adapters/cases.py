@@ -372,6 +372,7 @@ def world(_: str, __: Path) -> None:
     assert channel.finish_max() is None
     channel.start_max([rank, 10 - rank, 2**62])
     refusals.expect(InternalError, "pending=True", lambda: channel.start_max([1]))
+    assert channel.sum_up(array("q", [rank, 2**61, -1])).tolist() == [size * (size - 1) // 2, size * 2**61, -size]
     assert channel.all_gather(b"between") == [b"between"] * size
     assert channel.finish_max() == (size - 1, 10, 2**62)
     assert channel.finish_max() is None

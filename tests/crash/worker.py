@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
 import sys
@@ -29,7 +30,7 @@ from moc.session import Session
 from moc.survey import Request
 from moc.trace import JsonLinesSink, Sink, Trace
 from tests.support.kill import KillAt
-from tests.support.plain import PlainState, SocketWorld
+from tests.support.plain import EXPERTS, LAYERS, PlainState, SocketWorld
 
 ROOT = Path(__file__).resolve().parents[2]
 EDITION = ROOT / "tests/support/edition.py"
@@ -63,6 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--boundaries", type=int, default=1, help="ends of micro-batches and of the step, per step")
     parser.add_argument("--wait-s", type=float, default=60.0, help="how long a save is waited for")
     parser.add_argument("--step-s", type=float, default=0.0, help="how long a forward pass takes")
+    parser.add_argument("--routes", action="store_true", help="route tokens in every micro-batch, and log how many")
     parser.add_argument("--kill", default=None, help="span:event:count")
     parser.add_argument("--edition", default=None, help="folder of another version of moc: be a worker of that one")
     parser.add_argument("--cgroup", type=Path, default=None, help="enter this one first")
@@ -135,7 +137,8 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
         session.before_update()
         with trace.span("train.update", step=state.step):
             state.advance()
-        note("step", step=state.step, digest=state.digest(), incarnation=session.incarnation)
+        routes = _route(session, state) if options.routes else None
+        note("step", step=state.step, digest=state.digest(), incarnation=session.incarnation, routes=routes)
         is_terminating = session.boundary()
         state.is_between = True
         for _ in range(1, options.boundaries):
@@ -157,6 +160,18 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
     replaced = session.status().agents_replaced
     session.close(is_collective=True)
     note("done", step=state.step, tensors=state.tensor_digest(), agents_replaced=replaced, **counters)
+
+
+def _route(session: Session, state: PlainState) -> list[list[int]]:
+    """Register the routes of two micro-batches, which no two steps, ranks or lives have alike; return their sum."""
+    chance = random.Random(f"{session.incarnation} {state.step} {state.rank}")
+    total = [[0] * EXPERTS for _ in range(LAYERS)]
+    for _ in range(2):
+        for layer in range(LAYERS):
+            counts = [chance.choice([0, 1, 5, 40]) for _ in range(EXPERTS)]
+            session.register_routing(layer, counts)
+            total[layer] = [known + count for known, count in zip(total[layer], counts, strict=True)]
+    return total
 
 
 def _save(session: Session, state: PlainState, note: Any, wait_s: float) -> None:

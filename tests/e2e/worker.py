@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from moc import CheckpointManager, Config
-from moc.session import Status
+from moc.status import Status
 from tests.e2e.engines import VOCABULARY, Average, Loader, build, digests
 from tests.e2e.matrix import Case
 

@@ -7,6 +7,7 @@ others wait until their time is over.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,10 @@ class SimWorld:
         number, self._pending = self._pending, None
         rows = [struct.unpack(f"<{len(row) // 8}q", row) for row in self._receive(number)]
         return tuple(max(column) for column in zip(*rows, strict=True))
+
+    def sum_up(self, values: array[int]) -> array[int]:
+        rows = [array("q", row) for row in self._receive(self._send("sum", values.tobytes()))]
+        return array("q", (sum(column) for column in zip(*rows, strict=True)))
 
     def _send(self, kind: str, payload: bytes) -> int:
         self._process.enter()

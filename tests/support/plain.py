@@ -25,6 +25,7 @@ from moc.state import Expert, RankCatalog, Shard, shard_order
 
 DENSE_ELEMENTS = 20_011  # a prime: no split is even
 EXPERT_ELEMENTS = 3_001
+LAYERS, EXPERTS = 2, 4
 PARTS = ("exp_avg", "exp_avg_sq", "master")
 
 
@@ -34,6 +35,7 @@ class ArrayState:
     step: int
     values: list[np.ndarray]
     noise: np.ndarray
+    routes = None
     _shards: tuple[Shard, ...]
 
     @property
@@ -71,8 +73,8 @@ class PlainState(ArrayState):
         rank: int,
         size: int,
         *,
-        layers: int = 2,
-        experts: int = 4,
+        layers: int = LAYERS,
+        experts: int = EXPERTS,
         scale: int = 1,
         dense_elements: int = DENSE_ELEMENTS,
         expert_elements: int = EXPERT_ELEMENTS,
@@ -260,6 +262,10 @@ class SocketWorld:
         mine, self._pending = self._pending, None
         rows = [struct.unpack(f"<{len(mine)}q", row) for row in self.all_gather(struct.pack(f"<{len(mine)}q", *mine))]
         return tuple(max(column) for column in zip(*rows, strict=True))
+
+    def sum_up(self, values: array[int]) -> array[int]:
+        rows = [array("q", row) for row in self.all_gather(values.tobytes())]
+        return array("q", (sum(column) for column in zip(*rows, strict=True)))
 
     def close(self) -> None:
         for peer in self._peers:

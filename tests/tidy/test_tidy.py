@@ -115,7 +115,17 @@ def test_the_manager_keeps_its_public_methods() -> None:
     public = sorted(name for name in vars(manager) if not name.startswith("_"))
     lines = inspect.getsource(sys.modules[manager.__module__]).count("\n")
 
-    assert public == ["attach", "detach", "incarnation", "recovery", "run_id", "save", "status", "step"]
+    assert public == [
+        "attach",
+        "detach",
+        "incarnation",
+        "recovery",
+        "register_routing",
+        "run_id",
+        "save",
+        "status",
+        "step",
+    ]
     assert lines <= 250
 
 

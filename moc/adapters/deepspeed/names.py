@@ -21,7 +21,7 @@ from torch import nn
 from moc.errors import UsageError
 from moc.state import Expert
 
-__all__ = ["Extent", "NamedParameter", "name_parameters", "name_state", "require_contiguous"]
+__all__ = ["Extent", "NamedParameter", "moe_layers", "name_parameters", "name_state", "require_contiguous"]
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 LOCAL_INDEX = re.compile(re.escape(EXPERTS) + r"(\d+)\.(.+)")
@@ -87,9 +87,17 @@ def name_parameters(module: nn.Module) -> tuple[NamedParameter, ...]:
     return tuple(named)
 
 
-def _moe_layers(module: nn.Module) -> tuple[_MoELayer, ...]:
+def moe_layers(module: nn.Module) -> tuple[Any, ...]:
+    """Return the MoE layers in the order in which experts are numbered."""
+    return tuple(layer for _, layer in _named_layers(module))
+
+
+def _named_layers(module: nn.Module) -> list[tuple[str, Any]]:
     kinds: tuple[Any, ...] = (MoE, *_autoep_layer())
-    found: list[tuple[str, Any]] = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, kinds)]
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, kinds)]
+
+
+def _moe_layers(module: nn.Module) -> tuple[_MoELayer, ...]:
     return tuple(
         _MoELayer(
             prefix=f"{name}." if name else "",
@@ -97,7 +105,7 @@ def _moe_layers(module: nn.Module) -> tuple[_MoELayer, ...]:
             expert_count=layer.num_experts,
             local_count=layer.num_local_experts,
         )
-        for ordinal, (name, layer) in enumerate(found)
+        for ordinal, (name, layer) in enumerate(_named_layers(module))
     )
 
 

@@ -15,8 +15,9 @@ from moc.adapters.deepspeed.allow import check_engine
 from moc.adapters.deepspeed.identity import build_fingerprint
 from moc.adapters.deepspeed.layout import build_layout
 from moc.adapters.deepspeed.memory import ShardMemory
-from moc.adapters.deepspeed.names import name_parameters, name_state
+from moc.adapters.deepspeed.names import moe_layers, name_parameters, name_state
 from moc.adapters.deepspeed.rng import capture_rng, derive_rng, restore_rng
+from moc.adapters.deepspeed.routes import RouteCounter
 from moc.adapters.deepspeed.scalars import (
     capture_buffers,
     capture_engine,
@@ -39,6 +40,7 @@ __all__ = ["DeepSpeedState", "Stateful"]
 STATE_CAPACITY_MIN_BYTES = 1 << 20
 STATE_CAPACITY_FACTOR = 2  # a loader's position or a scheduler's history may grow
 STATE_ALIGNMENT_BYTES = 4096
+ROUTE_BYTES = 48  # per expert of the model: four counts of 8 bytes as base64
 
 
 class Stateful(Protocol):
@@ -70,12 +72,14 @@ class DeepSpeedState:
         self._state_names = name_state(engine.module)
         self._fingerprint = build_fingerprint(engine, self._zero, self._named, extra_fingerprint)
         build_layout(self._zero, self._named)  # refuses before the moments are created
-        capacity = _state_capacity(encode_state(self._tree()).size_bytes)  # names a value it cannot store
+        own_bytes = encode_state(self._tree()).size_bytes  # names a value it cannot store
+        capacity = _state_capacity(own_bytes, sum(int(layer.num_experts) for layer in moe_layers(engine.module)))
         self._materialise()
         layout = build_layout(self._zero, self._named)
         self._held = ShardMemory(layout.buffers, layout.held)
         self._wanted = ShardMemory(layout.buffers, layout.needed)
         self._needed = tuple(piece.shard for piece in layout.needed)
+        self._routes = RouteCounter(engine.module)
         self._catalog = RankCatalog(
             rank=dist.get_rank(),
             shards=tuple(piece.shard for piece in layout.held),
@@ -96,6 +100,11 @@ class DeepSpeedState:
     def fingerprint(self) -> Mapping[str, object]:
         """Return what must be equal to resume; the same on every rank."""
         return self._fingerprint
+
+    @property
+    def routes(self) -> RouteCounter:
+        """Return what counts the routes of the engine's module."""
+        return self._routes
 
     @property
     def step(self) -> int:
@@ -202,8 +211,8 @@ def _checked_stateful(stateful: Mapping[str, object]) -> dict[str, Stateful]:
     return cast("dict[str, Stateful]", dict(sorted(stateful.items())))
 
 
-def _state_capacity(size_bytes: int) -> int:
+def _state_capacity(size_bytes: int, experts: int) -> int:
     if size_bytes <= 0:
         raise InternalError(f"state blob has no bytes: size_bytes={size_bytes}")
-    wanted = max(STATE_CAPACITY_MIN_BYTES, STATE_CAPACITY_FACTOR * size_bytes)
+    wanted = max(STATE_CAPACITY_MIN_BYTES, STATE_CAPACITY_FACTOR * (size_bytes + ROUTE_BYTES * experts))
     return -(-wanted // STATE_ALIGNMENT_BYTES) * STATE_ALIGNMENT_BYTES
