@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moc.errors import MocError
+from moc.report import RecoveryReport
 from moc.snapshot.arena import Arena
 from tests.sim.facts import Held, LifeFact
 from tests.sim.ledger import Ledger
 from tests.sim.model import Record, chain, parse_name, position
-from tests.sim.state import Whole, advance, first_whole, noise_at
+from tests.sim.state import PARTIAL_TENSORS, TinyState, Whole, advance, first_whole, noise_at
 
 if TYPE_CHECKING:
     from array import array
@@ -49,13 +50,13 @@ class Auditor(Ledger):
             is_stored = report is None or not any(n.startswith("storage is unavailable") for n in report.notes)
             self.count("recovered from " + ("nothing" if report is None else report.source))
             if report is None:
-                whole, doer = first_whole(0), 0
+                whole, doer = first_whole(0, is_partial=self.sim.knobs.is_partial), 0
                 self._judge_start(trainer, fact)
             else:
-                source = self._judge_recovery(trainer, fact, is_stored=is_stored)
-                if source is None:
+                found = self._judge_recovery(trainer, fact, is_stored=is_stored)
+                if found is None:
                     return
-                whole, doer = self.wholes[source, report.step], self.doers[source, report.step]
+                whole, doer = found
                 for rejected in report.rejected:
                     self._judge_rejection(rejected.candidate, rejected.reason)
             self.lives[record.token] = LifeFact(fact, is_stored)
@@ -151,7 +152,7 @@ class Auditor(Ledger):
         arena = self._arena_of(process)
         if arena is None:
             return
-        written = set(targets)
+        written = set(targets) - {0}  # what a partial snapshot leaves out
         for index, record in arena.seals(rank).items():
             sealed = {arena.address + offset for offset in arena.shard_offsets(rank, record.slots)}
             if written & sealed:
@@ -174,8 +175,8 @@ class Auditor(Ledger):
         if lost or lost_memory:
             self.fail("recovery", f"life {fact.number} starts anew although there are {lost} {lost_memory}")
 
-    def _judge_recovery(self, trainer: Trainer, fact: Record, *, is_stored: bool) -> str | None:
-        """Compare what was recovered with what there was; return the token of the life it comes from."""
+    def _judge_recovery(self, trainer: Trainer, fact: Record, *, is_stored: bool) -> tuple[Whole, int] | None:
+        """Compare what was recovered with what there was; return it, and the life that did its step."""
         session, state = trainer.session, trainer.state
         assert session is not None
         assert state is not None
@@ -207,11 +208,25 @@ class Auditor(Ledger):
             if better is not None and better < found and is_same:
                 self.fail("recovery", f"{where}: behind the snapshot of step {held.step} of life {held.number}")
         tokens = [r.token for r in (*self.records.get(number, ()), *records.values()) if r.number == number]
-        found_in = [t for t in tokens if (t, step) in self.wholes and not state.differs_from(self.wholes[t, step])]
-        if not found_in:
-            self.fail("content", f"{where}: a state that life never had")
+        for token in dict.fromkeys(tokens):
+            whole = self._composed(fact, self.wholes.get((token, step)), report, state)
+            if whole is not None and not state.differs_from(whole):
+                return whole, self.doers[token, step]
+        self.fail("content", f"{where}: a state that life never had; stale {report.stale}")
+        return None
+
+    def _composed(self, fact: Record, whole: Whole | None, report: RecoveryReport, state: TinyState) -> Whole | None:
+        """Return a state with the experts that a recovery says are older taken from where the lineage was then."""
+        if whole is None:
             return None
-        return found_in[0]
+        result = dict(whole)
+        for row in report.stale:
+            older = next((w for w in self.states_at(fact, row.step) if state.has(w, row.expert)), None)
+            if older is None or row.step >= report.step:
+                return None
+            names = [name for name, _, expert in PARTIAL_TENSORS if expert == row.expert]
+            result |= {key: values for key, values in older.items() if key[0] in names}
+        return result
 
     def _judge_rejection(self, candidate: str, reason: str) -> None:
         self.count("rejected")

@@ -200,7 +200,7 @@ def _steps(sim: Simulation, trainer: Trainer, session: Session, state: TinyState
         if action == "save" or is_terminating:
             _save(sim, trainer, session)
         if action == "load":
-            whole = first_whole(state.step + 17 * trainer.launch.number)
+            whole = first_whole(state.step + 17 * trainer.launch.number, is_partial=knobs.is_partial)
             session.before_update()
             state.take(whole)
             session.begin_life("load_checkpoint")
@@ -228,6 +228,9 @@ def _request(sim: Simulation, job: Job) -> Request:
     config = Config(
         snapshot_every=knobs.snapshot_every,
         persist_every=knobs.persist_every,
+        mode=knobs.mode,
+        k_snapshot=knobs.k_snapshot,
+        k_persist=knobs.k_persist,
         versions=knobs.versions,
         keep_last=knobs.keep_last,
         keep_every=knobs.keep_every,

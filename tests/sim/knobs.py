@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 __all__ = ["Knobs"]
 
@@ -46,49 +46,70 @@ class Knobs:
     resize_odds: float
     second_job_odds: float
     is_raced: bool
+    mode: str = "full"
+    k_snapshot: int | None = None
+    k_persist: int | None = None
+
+    @property
+    def is_partial(self) -> bool:
+        return self.mode != "full"
 
     @staticmethod
-    def draw(chance: random.Random) -> Knobs:
-        pick, rare = chance.choice, chance.random
-        snapshot_every = pick((1, 1, 1, 2))
-        size = pick((1, 2, 2, 3))
-        store_s = pick((0.0, 0.01, 0.2))
-        return Knobs(
-            size=size,
-            other_size=pick((1, 2, 3)),
-            versions=pick((2, 2, 3, 4)),
-            persist_every=pick((0, 1, 2, 3, 5)) * snapshot_every,
-            snapshot_every=snapshot_every,
-            keep_last=pick((1, 1, 2, 3)),
-            keep_every=pick((0, 0, 4, 6)),
-            timeout_s=pick((5.0, 10.0)) if store_s < 0.1 else 30.0,
-            idle_s=pick((20.0, 300.0)),
-            is_remote=rare() < 0.3,
-            run_id=pick((None, None, "sim-run")),
-            step_s=pick((0.0, 0.05, 0.5)),
-            barrier_every=pick((0, 1, 1, 3)),
-            store_s=store_s,
-            error_odds=pick((0.0, 0.0, 0.005, 0.05)),
-            lost_answer_odds=pick((0.0, 0.0, 0.02)),
-            late_odds=pick((0.0, 0.5)),
-            late_s=pick((0.1, 1.0)),
-            switch_odds=pick((0.05, 0.3, 1.0)),
-            tick_s=pick((0.0001, 0.002)),
-            trainer_kill_odds=pick((0.0, 0.0, 0.001, 0.004)),
-            agent_kill_odds=pick((0.0, 0.0, 0.002, 0.008)),
-            event_odds=pick((0.0, 0.002, 0.01)),
-            event_s=pick((1.0, 4.0, 15.0)),
-            chaos_s=pick((10.0, 30.0, 60.0)),
-            chaos_turns=pick((150, 400, 900)),
-            restart_s=pick((0.0, 1.0, 8.0)),
-            kill_s=pick((0.0, 0.0, 0.5)),
-            save_odds=pick((0.0, 0.1, 0.3)),
-            load_odds=pick((0.0, 0.0, 0.0, 0.03)),
-            detach_odds=pick((0.0, 0.0, 0.02, 0.1)),
-            resize_odds=pick((0.0, 0.0, 0.5)),
-            second_job_odds=pick((0.0, 0.5)),
-            is_raced=rare() < 0.05,
+    def draw(chance: random.Random, *, is_partial: bool) -> Knobs:
+        knobs = _draw(chance)
+        if not is_partial:
+            return knobs
+        k_snapshot = chance.choice((1, 2, 2, 3))
+        return replace(
+            knobs,
+            mode="partial",
+            k_snapshot=k_snapshot,
+            k_persist=chance.randint(1, k_snapshot),
+            persist_every=knobs.persist_every or knobs.snapshot_every,
         )
 
     def __str__(self) -> str:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+def _draw(chance: random.Random) -> Knobs:
+    pick, rare = chance.choice, chance.random
+    snapshot_every = pick((1, 1, 1, 2))
+    size = pick((1, 2, 2, 3))
+    store_s = pick((0.0, 0.01, 0.2))
+    return Knobs(
+        size=size,
+        other_size=pick((1, 2, 3)),
+        versions=pick((2, 2, 3, 4)),
+        persist_every=pick((0, 1, 2, 3, 5)) * snapshot_every,
+        snapshot_every=snapshot_every,
+        keep_last=pick((1, 1, 2, 3)),
+        keep_every=pick((0, 0, 4, 6)),
+        timeout_s=pick((5.0, 10.0)) if store_s < 0.1 else 30.0,
+        idle_s=pick((20.0, 300.0)),
+        is_remote=rare() < 0.3,
+        run_id=pick((None, None, "sim-run")),
+        step_s=pick((0.0, 0.05, 0.5)),
+        barrier_every=pick((0, 1, 1, 3)),
+        store_s=store_s,
+        error_odds=pick((0.0, 0.0, 0.005, 0.05)),
+        lost_answer_odds=pick((0.0, 0.0, 0.02)),
+        late_odds=pick((0.0, 0.5)),
+        late_s=pick((0.1, 1.0)),
+        switch_odds=pick((0.05, 0.3, 1.0)),
+        tick_s=pick((0.0001, 0.002)),
+        trainer_kill_odds=pick((0.0, 0.0, 0.001, 0.004)),
+        agent_kill_odds=pick((0.0, 0.0, 0.002, 0.008)),
+        event_odds=pick((0.0, 0.002, 0.01)),
+        event_s=pick((1.0, 4.0, 15.0)),
+        chaos_s=pick((10.0, 30.0, 60.0)),
+        chaos_turns=pick((150, 400, 900)),
+        restart_s=pick((0.0, 1.0, 8.0)),
+        kill_s=pick((0.0, 0.0, 0.5)),
+        save_odds=pick((0.0, 0.1, 0.3)),
+        load_odds=pick((0.0, 0.0, 0.0, 0.03)),
+        detach_odds=pick((0.0, 0.0, 0.02, 0.1)),
+        resize_odds=pick((0.0, 0.0, 0.5)),
+        second_job_odds=pick((0.0, 0.5)),
+        is_raced=rare() < 0.05,
+    )

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moc.state import Expert
 from tests.sim.facts import Knowledge, LifeFact, Survey
 from tests.sim.model import (
     Record,
     StoredName,
     chain,
     due_to_go,
-    object_defect,
     parse_name,
     parse_record,
+    position,
 )
-from tests.sim.state import Whole
+from tests.sim.state import EXPERTS_PER_LAYER, Whole
+from tests.sim.versions import Contents, Version, stored_versions
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
@@ -32,8 +35,9 @@ __all__ = ["Ledger"]
 class Ledger:
     """Everything that ever was stored, and what the lives were that it must agree with.
 
-    `wholes` has the state of every life (by token) at every step, `doers` the life that did that step, `seen` the
-    records that a process listed last, `committer` the life that it committed for last.
+    `wholes` has the state of every life (by token) at every step, `doers` the life that did that step, `versions` the
+    experts that a checkpoint has of an earlier one, `seen` the records that a process listed last, `committer` the life
+    that it committed for last.
     """
 
     sim: Simulation
@@ -45,6 +49,7 @@ class Ledger:
     written: dict[str, bytes] = field(default_factory=dict)
     records: dict[int, list[Record]] = field(default_factory=dict)
     manifests: dict[StoredName, tuple[str, ...]] = field(default_factory=dict)
+    versions: dict[StoredName, dict[Expert, Version]] = field(default_factory=dict)
     dropped: set[StoredName] = field(default_factory=set)
     seen: dict[int, dict[int, Record]] = field(default_factory=dict)
     committer: dict[int, int] = field(default_factory=dict)
@@ -139,13 +144,45 @@ class Ledger:
         if whole is None:
             self.fail("content", f"{by.name} commits {name}, a state that life {owners[-1].token} never had")
             return
+        versions = self.versions[name] = stored_versions(name, body)
+        wholes: dict[Expert | None, list[Whole]] = {None: [whole]}
+        wholes |= {expert: self.states_at(owners[-1], version.step) for expert, version in versions.items()}
         covered = {tensor: np.zeros(len(values), dtype=np.int64) for tensor, values in whole.items()}
+        contents = Contents(name, versions, wholes, covered)
         for object_key in keys:
-            defect = object_defect(self.sim.storage.memory.read(object_key, limit_bytes=1 << 30), whole, covered)
-            if defect is not None:
+            stored_bytes = self.sim.storage.memory.read(object_key, limit_bytes=1 << 30)
+            for defect in contents.defects(parse_name(object_key), stored_bytes):
                 self.fail("content", f"{object_key} committed by {by.name}: {defect}")
         if any((count != 1).any() for count in covered.values()):
             self.fail("I3", f"{name} does not cover every element once: {covered}")
+        self._judge_turns(name, owners[-1], versions)
+
+    def _judge_turns(self, name: StoredName, life: Record, versions: Mapping[Expert, Version]) -> None:
+        """No expert waits longer than a turn, as far as the job's own commits tell."""
+        knobs = self.sim.knobs
+        if versions and not knobs.is_partial:
+            self.fail("mode", f"{name} of mode full has older experts: {versions}")
+        if not versions or knobs.k_persist is None:
+            return
+        self.count("partial commits")
+        turn = -(-EXPERTS_PER_LAYER // knobs.k_persist)
+        known = {n: r for n, rows in self.records.items() for r in rows if r.run == name.run and n <= name.number}
+        links = chain(known | {name.number: life})
+        committed = [n for n in (*self.manifests, *self.dropped) if position(links, n.number, n.step, n.attempt)]
+        for expert, version in versions.items():
+            since = sum(version.source < other <= name for other in committed)
+            if since >= turn:
+                self.fail("turn", f"{name} has {expert} of {version}, {since} commits ago: at most {turn - 1}")
+
+    def states_at(self, life: Record, step: int) -> list[Whole]:
+        """Return the states that a life's lineage had at a step."""
+        found, lives = [], [life]
+        while lives:
+            found += [self.wholes[r.token, step] for r in lives if (r.token, step) in self.wholes]
+            parents = {r.parent[0] for r in lives if r.parent is not None and step <= r.parent[1]}
+            known = [f.record for f in self.lives.values()] + [r for rows in self.records.values() for r in rows]
+            lives = list({r.token: r for r in known if r.number in parents and r.run == life.run}.values())
+        return found
 
     def _whole_of(self, life: Record, step: int) -> Whole | None:
         """Return a life's state at a step; one that never came to train is what it was recovered from."""

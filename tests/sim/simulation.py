@@ -71,10 +71,10 @@ class SimAgent:
 class Simulation:
     """Owns everything of one seed."""
 
-    def __init__(self, seed: int, *, keep_log: bool = False) -> None:
+    def __init__(self, seed: int, *, is_partial: bool, keep_log: bool) -> None:
         self.seed = seed
         self.chance = random.Random(seed)
-        self.knobs = Knobs.draw(self.chance)
+        self.knobs = Knobs.draw(self.chance, is_partial=is_partial)
         self.root = Path(tempfile.mkdtemp(prefix="moc-sim-", dir=MEMORY if MEMORY.is_dir() else None))
         self._digest = hashlib.sha256()
         self._log: deque[str] = deque(maxlen=None if keep_log else TAIL)
@@ -220,12 +220,12 @@ class _LogLines(logging.Handler):
             self._sim.auditor.fail("defect", logging.Formatter().formatException(record.exc_info))
 
 
-def simulate(seed: int, *, keep_log: bool = False) -> Report:
-    """Run one seed and leave no descriptor behind."""
+def simulate(seed: int, *, is_partial: bool = False, keep_log: bool = False) -> Report:
+    """Run one seed, in mode full or partial, and leave no descriptor behind."""
     before = set(os.listdir("/proc/self/fd"))
     gc.disable()  # nothing may be closed by a collection that comes at a time of its own
     try:
-        report = Simulation(seed, keep_log=keep_log).run()
+        report = Simulation(seed, is_partial=is_partial, keep_log=keep_log).run()
     finally:
         gc.enable()
         gc.collect()

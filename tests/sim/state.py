@@ -20,24 +20,34 @@ from tests.support.plain import ArrayState, split_tensor
 if TYPE_CHECKING:
     from tests.sim.process import Process
 
-__all__ = ["TinyState", "Whole", "advance", "first_whole", "noise_at"]
+__all__ = ["EXPERTS_PER_LAYER", "PARTIAL_TENSORS", "TinyState", "Whole", "advance", "first_whole", "noise_at"]
 
 TENSORS: tuple[tuple[str, int, Expert | None], ...] = (
     ("embed.weight", 37, None),
     ("layers.0.experts.0.w", 11, Expert(layer=0, index=0)),
     ("layers.0.experts.1.w", 11, Expert(layer=0, index=1)),
 )
+EXPERTS_PER_LAYER = 3
+PARTIAL_TENSORS = (
+    TENSORS[0],
+    *(
+        (f"layers.{layer}.experts.{index}.w", 5 + 2 * index, Expert(layer=layer, index=index))
+        for layer in range(2)
+        for index in range(EXPERTS_PER_LAYER)
+    ),
+)
+"""Of a simulation of partial checkpoints: two layers, and turns of three commits where each takes one expert."""
 PARTS = ("exp_avg", "master")
 MODULUS = 8191  # the values stay integers that a float32 holds exactly
 
 Whole = dict[tuple[str, str], np.ndarray]
 
 
-def first_whole(salt: int) -> Whole:
+def first_whole(salt: int, *, is_partial: bool) -> Whole:
     """Return the state at step 0, or one that was loaded from elsewhere."""
     return {
         (name, part): (np.arange(count, dtype=np.float32) * 3 + salt + number + index) % MODULUS
-        for number, (name, count, _) in enumerate(TENSORS)
+        for number, (name, count, _) in enumerate(PARTIAL_TENSORS if is_partial else TENSORS)
         for index, part in enumerate(PARTS)
     }
 
@@ -57,12 +67,14 @@ class TinyState(ArrayState):
 
     def __init__(self, rank: int, size: int, process: Process) -> None:
         self.rank, self.size, self._process = rank, size, process
+        is_partial = process.sim.knobs.is_partial
+        tensors = PARTIAL_TENSORS if is_partial else TENSORS
         shards = [
-            split_tensor(name, part, count, rank, size, expert) for name, count, expert in TENSORS for part in PARTS
+            split_tensor(name, part, count, rank, size, expert) for name, count, expert in tensors for part in PARTS
         ]
         self._shards = tuple(sorted((shard for shard in shards if shard.length), key=shard_order))
         self.values = [np.zeros(shard.length, dtype=np.float32) for shard in self._shards]
-        self.take(first_whole(0))
+        self.take(first_whole(0, is_partial=is_partial))
         self.step, self.life = 0, 0
         self.noise = noise_at(rank, 0, 0)
 
@@ -86,6 +98,14 @@ class TinyState(ArrayState):
             if value.tobytes() != expected.tobytes():
                 return shard.name
         return None
+
+    def has(self, whole: Whole, expert: Expert) -> bool:
+        """Return whether this rank's share of an expert is that of the whole."""
+        return all(
+            value.tobytes() == whole[shard.tensor, shard.part][shard.offset : shard.offset + shard.length].tobytes()
+            for shard, value in zip(self._shards, self.values, strict=True)
+            if shard.expert == expert
+        )
 
     def advance(self) -> None:
         self.step += 1
