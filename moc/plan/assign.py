@@ -24,7 +24,7 @@ from moc.plan.scope import Scope
 from moc.plan.select import Selection
 from moc.state import DTYPE_BYTES, Expert, RankCatalog, Shard, shard_order
 
-__all__ = ["RULES", "assign", "fill_valleys"]
+__all__ = ["RULES", "assign", "fill_valleys", "pour"]
 
 RULES = ("baseline", "equal", "adaptive")
 
@@ -77,38 +77,7 @@ def fill_valleys(load: Ints, total: int) -> Ints:
     return taken
 
 
-def _holders(catalogs: Sequence[RankCatalog], selection: Selection | None, scope: Scope) -> dict[Shard, Holders]:
-    """Return the ranks that hold each shard that is to be written, ascending."""
-    chosen: frozenset[Expert] | None = None if selection is None else frozenset(selection.experts)
-    found: dict[Shard, list[int]] = {}
-    for catalog in sorted(catalogs, key=lambda catalog: catalog.rank):
-        for shard in catalog.shards:
-            is_left_out = chosen is not None and shard.expert is not None and shard.expert not in chosen
-            if not (is_left_out and scope.covers(shard.part)):
-                found.setdefault(shard, []).append(catalog.rank)
-    return {shard: tuple(ranks) for shard, ranks in found.items()}
-
-
-def _share_out(ranks: Holders, shards: Sequence[Shard], load: dict[int, int], rule: str) -> Iterable[Share]:
-    if rule == "baseline":
-        return [(ranks[0], shard) for shard in shards]
-    if rule == "equal":
-        return [share for shard in shards for share in _cut(shard, ranks, even_cuts(shard.length, len(ranks)))]
-    loads = np.array([load[rank] for rank in ranks], dtype=np.int64)
-    return _pour(ranks, shards, fill_valleys(loads, sum(shard.size_bytes for shard in shards)))
-
-
-def _cut(shard: Shard, ranks: Holders, lengths: Ints) -> list[Share]:
-    """Return the ranges of one shard, in order; ranks of length 0 get nothing, an empty shard stays on the first."""
-    shares, offset = [], shard.offset
-    for rank, length in zip(ranks, lengths.tolist(), strict=True):
-        if length:
-            shares.append((rank, replace(shard, offset=offset, length=length)))
-            offset += length
-    return shares or [(ranks[0], shard)]
-
-
-def _pour(ranks: Holders, shards: Sequence[Shard], room: Ints) -> list[Share]:
+def pour(ranks: Sequence[int], shards: Sequence[Shard], room: Ints) -> list[Share]:
     """Return contiguous ranges that fill each rank's room in turn.
 
     Ranges end between elements: what of a rank's room is less than an element goes to the next rank.
@@ -131,6 +100,37 @@ def _pour(ranks: Holders, shards: Sequence[Shard], room: Ints) -> list[Share]:
                 left[index + 1] += left[index]
                 index += 1
     return shares
+
+
+def _holders(catalogs: Sequence[RankCatalog], selection: Selection | None, scope: Scope) -> dict[Shard, Holders]:
+    """Return the ranks that hold each shard that is to be written, ascending."""
+    chosen: frozenset[Expert] | None = None if selection is None else frozenset(selection.experts)
+    found: dict[Shard, list[int]] = {}
+    for catalog in sorted(catalogs, key=lambda catalog: catalog.rank):
+        for shard in catalog.shards:
+            is_left_out = chosen is not None and shard.expert is not None and shard.expert not in chosen
+            if not (is_left_out and scope.covers(shard.part)):
+                found.setdefault(shard, []).append(catalog.rank)
+    return {shard: tuple(ranks) for shard, ranks in found.items()}
+
+
+def _share_out(ranks: Holders, shards: Sequence[Shard], load: dict[int, int], rule: str) -> Iterable[Share]:
+    if rule == "baseline":
+        return [(ranks[0], shard) for shard in shards]
+    if rule == "equal":
+        return [share for shard in shards for share in _cut(shard, ranks, even_cuts(shard.length, len(ranks)))]
+    loads = np.array([load[rank] for rank in ranks], dtype=np.int64)
+    return pour(ranks, shards, fill_valleys(loads, sum(shard.size_bytes for shard in shards)))
+
+
+def _cut(shard: Shard, ranks: Holders, lengths: Ints) -> list[Share]:
+    """Return the ranges of one shard, in order; ranks of length 0 get nothing, an empty shard stays on the first."""
+    shares, offset = [], shard.offset
+    for rank, length in zip(ranks, lengths.tolist(), strict=True):
+        if length:
+            shares.append((rank, replace(shard, offset=offset, length=length)))
+            offset += length
+    return shares or [(ranks[0], shard)]
 
 
 def _collect(catalogs: Sequence[RankCatalog], shares: Iterable[Share]) -> tuple[RankCatalog, ...]:

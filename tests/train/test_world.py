@@ -12,6 +12,15 @@ from typing import Any
 
 import pytest
 
+from moc.format.keys import parse_object_key
+from moc.plan.burden import Checkpoint, all_experts, rank_bytes
+from moc.plan.cost import full_bytes
+from moc.plan.ownership import zero2_ownership
+from moc.plan.scope import MOC_LAYOUT, Scope
+from moc.plan.shapes import ModelShape
+from moc.repository import Repository
+from moc.state import check_coverage
+from moc.store.open import open_store
 from moc_train.compare import compare, read_lineage
 from moc_train.runlog import read_records, surviving_steps
 
@@ -39,6 +48,18 @@ TINY = [
     "optimizer.lr=0.005",
     f"training.steps={STEPS}",
 ]
+
+
+STORED = (  # large enough that alignment and headers do not matter
+    "model.width=256",
+    "model.experts=4",
+    "model.expert_hidden=512",
+    "model.ep_size=2",
+    "training.steps=2",
+    "checkpoint.enabled=true",
+    "checkpoint.storage=repository",
+    "checkpoint.persist_every=2",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +99,8 @@ SCENARIOS = (
     Scenario(world_size=4, name="ep4", verb="train", settings=("model.ep_size=4",)),
     Scenario(world_size=4, name="ep2_replicated", verb="train", settings=("model.ep_size=2",)),
     Scenario(world_size=4, name="saved_replicated", verb="checkpoint", settings=("model.ep_size=2",)),
+    Scenario(world_size=2, name="stored", verb="train", settings=STORED),
+    Scenario(world_size=4, name="stored_replicated", verb="train", settings=STORED),
 )
 
 
@@ -108,6 +131,22 @@ def run_world(world_size: int, folder: Path, plan: str) -> None:
             rank.wait()
 
 
+STORED_SHAPE = ModelShape(
+    name="stored",
+    layers=2,
+    hidden=256,
+    heads=2,
+    vocabulary=512,
+    ffn=0,
+    moe_layers=2,
+    experts=4,
+    expert_ffn=512,
+    top_k=2,
+    tied=True,
+    stacked=True,
+)
+
+
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with what each scenario left; one world of processes per number of ranks."""
@@ -118,7 +157,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "verb": scenario.verb,
                 "folder": str(folder / scenario.name),
                 # The same batch per forward pass everywhere: the balance loss is a function of the micro-batch.
-                "settings": [*TINY, f"data.cache={folder / 'cache'}", *scenario.settings],
+                "settings": [*TINY, f"data.cache={folder / 'cache'}", *settings_of(scenario, folder)],
             }
             for scenario in SCENARIOS
             if scenario.world_size == world_size
@@ -127,6 +166,11 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.write_text(json.dumps(plan), encoding="utf-8")
         run_world(world_size, folder, str(file))
     return folder
+
+
+def settings_of(scenario: Scenario, folder: Path) -> list[str]:
+    repository = f"checkpoint.storage={folder / scenario.name / 'repository'}"
+    return [repository if word.startswith("checkpoint.storage=") else word for word in scenario.settings]
 
 
 def losses(folder: Path) -> list[float]:
@@ -183,6 +227,32 @@ def test_deepspeeds_own_checkpoint_has_a_file_per_global_expert(worlds: Path) ->
     assert files == {
         f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt" for layer in (0, 1) for expert in range(8)
     }
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("stored", 2), ("stored_replicated", 4)])
+def test_a_checkpoint_is_as_large_as_the_plan_says_and_holds_every_element_once(
+    worlds: Path, name: str, world_size: int
+) -> None:
+    own = zero2_ownership(STORED_SHAPE, world_size, 2)
+    job = Checkpoint(shape=STORED_SHAPE, ownership=own, layout=MOC_LAYOUT, scope=Scope(), is_cut=True)
+    planned = rank_bytes(job, all_experts(own), "adaptive").tolist()
+    repository = Repository(open_store(str(worlds / name / "repository")))
+
+    manifest = repository.read_manifest(repository.checkpoints()[-1].name)
+    headers = [repository.read_header(row) for row in manifest.objects]
+    shards = [stored.shard for header in headers for stored in header.shards]
+    written = [sum(row.size_bytes for row in manifest.objects if rank_of(row.key) == r) for r in range(world_size)]
+    repository.close()
+
+    assert manifest.name.step == 2
+    check_coverage(shards)
+    assert sum(shard.size_bytes for shard in shards) == sum(planned) == full_bytes(STORED_SHAPE, MOC_LAYOUT)
+    assert written == pytest.approx(planned, rel=0.01)
+    assert sum(written) == pytest.approx(sum(planned), rel=0.01)
+
+
+def rank_of(key: str) -> int:
+    return parse_object_key(key)[1]
 
 
 def run_script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

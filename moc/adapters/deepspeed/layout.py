@@ -1,14 +1,14 @@
 """Which shards a rank holds, and where each lies in its memory.
 
 A shard is the overlap of one logical tensor with this rank's partition of a flat group, for each part (`master` and the
-moments). Frozen parameters are replicated: every rank needs the whole, and catalogs an equal range of it among the
-ranks that hold the same replica.
+moments). Frozen parameters are replicated: every rank needs the whole, and catalogs a share of it. The ranks that hold
+the same replicas take equal ranges of all of them one after the other, so that few are cut and small ones stay whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from moc.adapters.deepspeed.names import Extent, NamedParameter, require_contigu
 from moc.adapters.deepspeed.values import dtype_name
 from moc.adapters.deepspeed.zero import ZeroOptimizer
 from moc.errors import InternalError, UsageError
+from moc.plan.assign import pour
+from moc.plan.ownership import even_cuts
 from moc.state import Shard, shard_order
 
 __all__ = ["WEIGHT", "Layout", "Piece", "build_layout"]
@@ -57,8 +59,7 @@ def build_layout(zero: ZeroOptimizer, named: tuple[NamedParameter, ...]) -> Layo
             f"trainable parameters are in no optimizer group: parameters={','.join(trainable[:8])} "
             f"count={len(trainable)} allowed=give them to the optimizer, or requires_grad=False"
         )
-    for entry in left_out:
-        builder.add_frozen(entry)
+    builder.add_frozen(left_out)
     return builder.layout()
 
 
@@ -97,17 +98,25 @@ class _Builder:
                     self._add_overlap(parts, extent, offset + extent.start, group.start, group.length)
         return optimized
 
-    def add_frozen(self, entry: NamedParameter) -> None:
-        """Add a replicated parameter: the whole to what is needed, this rank's range of each tensor to what is held."""
+    def add_frozen(self, entries: list[NamedParameter]) -> None:
+        """Add replicated parameters: the whole to what is needed, this rank's share to what is held."""
+        for name in sorted({entry.group_name or "" for entry in entries}):
+            alike = [entry for entry in entries if (entry.group_name or "") == name]
+            wholes = {piece.shard: piece for entry in alike for piece in self._wholes(entry)}
+            self._needed += wholes.values()
+            shards = sorted(wholes, key=shard_order)
+            rank, size = _replica(self._zero, name)
+            room = even_cuts(sum(shard.size_bytes for shard in shards), size)
+            origins = {(shard.tensor, shard.part): piece for shard, piece in wholes.items()}
+            for taker, shard in pour(range(size), shards, room):
+                if taker == rank and shard.length:
+                    whole = origins[shard.tensor, shard.part]
+                    self._held.append(replace(whole, shard=shard, start=whole.start + shard.offset))
+
+    def _wholes(self, entry: NamedParameter) -> list[Piece]:
         data = require_contiguous(entry)
-        dtype = dtype_name(data.dtype, entry.fqn)
-        buffer = self._add_buffer(_data_of(entry))
-        rank, size = _replica(self._zero, entry)
-        for extent in entry.extents:
-            first, end = rank * extent.length // size, (rank + 1) * extent.length // size
-            self._needed.append(_piece(extent, WEIGHT, dtype, buffer, extent.start, 0, extent.length))
-            if end > first:
-                self._held.append(_piece(extent, WEIGHT, dtype, buffer, extent.start, first, end))
+        dtype, buffer = dtype_name(data.dtype, entry.fqn), self._add_buffer(_data_of(entry))
+        return [_piece(extent, WEIGHT, dtype, buffer, extent.start, 0, extent.length) for extent in entry.extents]
 
     def _add_buffer(self, read: Callable[[], torch.Tensor]) -> int:
         self._buffers.append(read)
@@ -145,11 +154,13 @@ def _by_shard(piece: Piece) -> Any:
     return shard_order(piece.shard)
 
 
-def _replica(zero: ZeroOptimizer, entry: NamedParameter) -> tuple[int, int]:
-    """Return this rank's position among the ranks that hold the same replica of a parameter, and their number."""
+def _replica(zero: ZeroOptimizer, group_name: str) -> tuple[int, int]:
+    """Return this rank's position among the ranks that hold the same replicas, and their number; experts have a group
+    name, dense parameters an empty one.
+    """
     group = zero.optimizer.dp_process_group
-    if entry.group_name is not None:
-        group = groups._get_expert_data_parallel_group(entry.group_name)
+    if group_name:
+        group = groups._get_expert_data_parallel_group(group_name)
     return dist.get_rank(group), dist.get_world_size(group)
 
 
