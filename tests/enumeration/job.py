@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from moc import errors
 from moc._native import crc32c
 from moc.agent.persister import Outcome, Persister, SaveJob
 from moc.config import Config
 from moc.format.keys import CheckpointName
-from moc.format.manifest import Incarnation, encode_incarnation
+from moc.format.manifest import Incarnation, Manifest, encode_incarnation
 from moc.format.tagged import encode_state, expect_mapping
 from moc.host import Host, Semaphore, SystemHost, Task
 from moc.plan.layout import arrange_arena
@@ -28,7 +30,7 @@ from moc.recover import StorageSource, restore_shards
 from moc.repository import Repository
 from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
-from moc.state import catalog_digest, check_coverage
+from moc.state import Expert, catalog_digest, check_coverage
 from moc.store.port import Store
 from moc.trace import Trace
 from tests.support.plain import PlainState
@@ -52,19 +54,27 @@ R = TypeVar("R")
 RUN = "run-7"
 SIZE = 2
 STEPS = 9  # as many as a workflow and what is done after it need
+EXPERTS = 3  # of a job with partial saves: a snapshot copies one, and a checkpoint writes one
+PARTIAL = {"mode": "partial", "k_snapshot": 1, "k_persist": 1}
 TRACE = Trace()
 
 
-def state_of(rank: int) -> PlainState:
+def state_of(rank: int, *, experts: int = 1) -> PlainState:
     """Return a rank's training state at its beginning."""
-    return PlainState(rank, SIZE, layers=1, experts=1, dense_elements=37, expert_elements=5)
+    return PlainState(rank, SIZE, layers=1, experts=experts, dense_elements=37, expert_elements=5)
 
 
 class Snapshots:
-    """An arena in which every rank has sealed steps 1 to `STEPS`; slot s - 1 holds step s."""
+    """An arena in which every rank has sealed steps 1 to `STEPS`; slot s - 1 holds step s.
 
-    def __init__(self) -> None:
-        states = [state_of(rank) for rank in range(SIZE)]
+    Where they are partial the seal of step s has expert e of the newest step until then with s % `EXPERTS` == e, and of
+    step 1 before that.
+    """
+
+    def __init__(self, *, is_partial: bool = False) -> None:
+        self.is_partial = is_partial
+        self.experts = EXPERTS if is_partial else 1
+        states = [state_of(rank, experts=self.experts) for rank in range(SIZE)]
         catalogs = tuple(state.catalog for state in states)
         digest = catalog_digest(catalogs)
         descriptor: dict[str, object] = {
@@ -81,22 +91,29 @@ class Snapshots:
             "topology": {"world_size": SIZE, "node_of_rank": [0] * SIZE, "ep_sizes": []},
             "fingerprint": {"model": "plain"},
             "software": {"moc": "0"},
-            "config": asdict(Config()),
+            "config": asdict(Config(persist_every=1)) | (PARTIAL if is_partial else {}),
         }
         self.digests = [tuple(state.digest() for state in states)]
+        self._values = [[_values(state) for state in states]]
         self._records: dict[tuple[int, int], SealRecord] = {}
         for step in range(1, STEPS + 1):
             for state in states:
                 state.advance()
                 self._records[state.rank, step] = self._seal(state, step, digest)
             self.digests.append(tuple(state.digest() for state in states))
+            self._values.append([_values(state) for state in states])
 
     def _seal(self, state: PlainState, step: int, digest: str) -> SealRecord:
         units = self.arena.rank_layout(state.rank).units
-        slots = array("I", [step - 1] * len(units))
-        offsets = self.arena.shard_offsets(state.rank, slots)
-        crcs = array("I", bytes(4 * len(offsets)))
+        crcs = array("I", bytes(4 * len(self.arena.catalog(state.rank).shards)))
+        offsets = self.arena.shard_offsets(state.rank, array("I", [step - 1] * len(units)))
         state.copy_shards(array("Q", (self.arena.address + offset for offset in offsets)), crcs)
+        steps = array("Q", [step if unit.expert is None else self._captured(unit.expert, step) for unit in units])
+        for unit, captured in zip(units, steps, strict=True):
+            if captured != step:
+                shards = slice(unit.first, unit.first + unit.count)
+                crcs[shards] = self._records[state.rank, captured].crcs[shards]
+        slots = array("I", [captured - 1 for captured in steps])
         blob = encode_state(state.capture()).to_bytes()
         view = self.arena.view(self.arena.state_offset(state.rank, slots), len(blob))
         view[:] = blob
@@ -112,9 +129,25 @@ class Snapshots:
             state_bytes=len(blob),
             state_crc32c=crc32c(blob),
             slots=slots,
-            steps=array("Q", [step] * len(units)),
+            steps=steps,
             crcs=crcs,
         )
+
+    def _captured(self, expert: Expert, step: int) -> int:
+        """Return the step of the expert's version in the snapshot of a step."""
+        if not self.is_partial:
+            return step
+        return max(1, step - (step - expert.index) % EXPERTS)
+
+    def expected_digest(self, rank: int, manifest: Manifest) -> str:
+        """Return the digest of a rank restored from a checkpoint: each expert of the step that the manifest names."""
+        state = state_of(rank, experts=self.experts)
+        state.step = manifest.name.step
+        for number, shard in enumerate(state.needed):
+            step = state.step if shard.expert is None else manifest.version(shard.expert)[1]
+            state.values[number][:] = self._values[step][rank][0][number]
+        state.noise = self._values[state.step][rank][1].copy()
+        return state.digest()
 
     def records(self, name: CheckpointName) -> list[SealRecord]:
         """Return the seals of all ranks as those of this attempt."""
@@ -124,9 +157,14 @@ class Snapshots:
         ]
 
 
+def _values(state: PlainState) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return a copy of a rank's shards and of its small state."""
+    return [value.copy() for value in state.values], state.noise.copy()
+
+
 @functools.cache
-def snapshots() -> Snapshots:
-    return Snapshots()
+def snapshots(*, is_partial: bool = False) -> Snapshots:
+    return Snapshots(is_partial=is_partial)
 
 
 @dataclass(slots=True)
@@ -136,6 +174,8 @@ class Ledger:
     allowed: frozenset[CheckpointName | None] = frozenset({None})
     lives: int = 0
     commits: int = 0
+    is_partial: bool = False
+    """Whether the job's saves are partial."""
 
     def attempt(self, name: CheckpointName) -> None:
         self.allowed |= {name}
@@ -234,7 +274,7 @@ class Life:
             token=self._ledger.token(),
             parent=parent,
             reason="recover" if admissible else "start",
-            fingerprint=snapshots().plan["fingerprint"],
+            fingerprint={"model": "plain"},
         )
         if not is_offline:
             repository.create()
@@ -247,7 +287,8 @@ class Life:
         digits = zlib.crc32(f"{self.number}/{step}/{self._tries}".encode()) & 0xFFFFFF
         name = CheckpointName(run=RUN, incarnation=self.number, step=step, attempt=f"{self._tries:02x}{digits:06x}")
         self._ledger.attempt(name)
-        (outcome,) = self._offer({record.rank: record for record in snapshots().records(name)})
+        shots = snapshots(is_partial=self._ledger.is_partial)
+        (outcome,) = self._offer({record.rank: record for record in shots.records(name)})
         if outcome.error is not None:
             kind, _, words = outcome.error.partition(": ")
             raise getattr(errors, kind)(words)
@@ -261,7 +302,7 @@ class Life:
             self._ledger.announce(max(names))
 
     def _offer(self, records: dict[int, SealRecord]) -> list[Outcome]:
-        shots = snapshots()
+        shots = snapshots(is_partial=self._ledger.is_partial)
         assert self.record is not None, "attached before"
         lineage = [encode_incarnation(record).decode() for record in (*self._lineage, self.record)]
         descriptor = shots.plan | {
@@ -293,19 +334,21 @@ def choose(repository: Repository) -> tuple[tuple[Incarnation, ...], tuple[Candi
 
 
 def restored_step(repository: Repository, candidate: Candidate, host: Host) -> int:
-    """Restore all ranks from a checkpoint and return the step; fails unless every byte is that step's."""
+    """Restore all ranks from a checkpoint and return the step; fails unless every byte is that step's, or of the step
+    that the manifest names for an expert.
+    """
     manifest = repository.read_manifest(name_of(candidate))
-    digests = []
+    is_partial = manifest.catalog_digest != snapshots().plan["digest"]
+    shots = snapshots(is_partial=is_partial)
     for rank in range(SIZE):
-        state = state_of(rank)
+        state = state_of(rank, experts=shots.experts)
         source = StorageSource(repository, manifest, rank=rank)
         tree, is_exact = source.state(rank)
         restore_shards(source, state, candidate, parts=None, host=host, trace=TRACE)
         fields = expect_mapping(tree, "state")
         state.apply(fields)
         state.finish_restore(fields, exact_rank=is_exact)
-        digests.append(state.digest())
-    assert tuple(digests) == snapshots().digests[candidate.step], f"restored bytes differ from step {candidate.step}"
+        assert state.digest() == shots.expected_digest(rank, manifest), f"restored bytes differ: {candidate} {rank=}"
     return candidate.step
 
 

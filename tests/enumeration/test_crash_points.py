@@ -13,6 +13,11 @@ by_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 
 LONG = (("errors", "collection"),)  # in the whole run only
+QUICK_PARTIAL = (  # of the jobs whose checkpoints share experts; the others are in the whole run only
+    ("crashes", "partial retention over lives"),
+    ("crashes", "partial rewind"),
+    ("object_store", "partial retention over lives"),
+)
 quick = pytest.mark.parametrize(
     ("family", "workflow"),
     [
@@ -20,6 +25,7 @@ quick = pytest.mark.parametrize(
         for family in FAMILIES
         for workflow in WORKFLOWS
         if (family.__name__, workflow.name) not in LONG
+        and (not workflow.name.startswith("partial") or (family.__name__, workflow.name) in QUICK_PARTIAL)
     ],
 )
 

@@ -216,8 +216,9 @@ def sweep(site: Site) -> Life:
     site.save(former, 1)
     site.save(former, 2)
     name = CheckpointName(run=RUN, incarnation=former.number, step=3, attempt="ff000000")
-    for record in snapshots().records(name):
-        persist_rank(snapshots().arena, record, Repository(site.open_store()), trace=TRACE)
+    shots = snapshots(is_partial=site.ledger.is_partial)
+    for record in shots.records(name):
+        persist_rank(shots.arena, record, Repository(site.open_store()), trace=TRACE)
     site.move_on()
     site.begin()
     life = site.life()
@@ -237,8 +238,9 @@ def collection(site: Site) -> Life:
     second = site.life(keep_last=3)
     site.save(second, 2)
     name = CheckpointName(run=RUN, incarnation=second.number, step=3, attempt="ff000000")
-    for record in snapshots().records(name):
-        persist_rank(snapshots().arena, record, Repository(site.open_store()), trace=TRACE)
+    shots = snapshots(is_partial=site.ledger.is_partial)
+    for record in shots.records(name):
+        persist_rank(shots.arena, record, Repository(site.open_store()), trace=TRACE)
     site.move_on()
     site.begin()
     site.collect()
@@ -246,6 +248,16 @@ def collection(site: Site) -> Life:
     life = site.life(keep_last=3)
     site.save(life, 3)
     return life
+
+
+def partial(act: Callable[[Site], Life]) -> Callable[[Site], Life]:
+    """Return the same workflow of a job whose checkpoints share experts."""
+
+    def run(site: Site) -> Life:
+        site.ledger.is_partial = True
+        return act(site)
+
+    return run
 
 
 WORKFLOWS = (
@@ -258,4 +270,9 @@ WORKFLOWS = (
     Workflow(name="late record", act=record_by_the_agent, last_step=2),
     Workflow(name="sweep", act=sweep, last_step=4),
     Workflow(name="collection", act=collection, last_step=3, again=Site.collect),
+    Workflow(name="partial retention", act=partial(retention), last_step=3),
+    Workflow(name="partial retention over lives", act=partial(retention_over_lives), last_step=4),
+    Workflow(name="partial rewind", act=partial(rewind), last_step=3, again=lambda site: site.rewind(1)),
+    Workflow(name="partial sweep", act=partial(sweep), last_step=4),
+    Workflow(name="partial collection", act=partial(collection), last_step=3, again=Site.collect),
 )
