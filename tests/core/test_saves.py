@@ -6,7 +6,7 @@ import os
 import threading
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ import pytest
 from moc._native import crc32c
 from moc.agent.custody import Custody
 from moc.agent.saves import Saves
+from moc.config import Config
+from moc.format.manifest import Manifest
 from moc.format.tagged import encode_state
 from moc.host import SystemHost
 from moc.plan.freeing import Moment
@@ -63,6 +65,15 @@ class Desk:
             os.read(self.woken, 4096)
             self.look()
 
+    def manifests(self) -> list[Manifest]:
+        repository = Repository(open_store(str(self.custody.life.descriptor["storage"])))
+        return [repository.read_manifest(stored.name) for stored in repository.checkpoints()]
+
+    def leave(self) -> None:
+        """Store what an agent stores before it leaves."""
+        self.saves.persist_newest(self.custody)
+        self.look_until(lambda: not self.saves.is_busy)
+
     def seal(self, step: int, *, record: int, flags: int) -> Moment:
         moment = (step, f"00{step:06x}")
         for catalog in CATALOGS:
@@ -92,12 +103,26 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
+    """An agent of a job in mode full."""
+    yield from _desk(tmp_path, {})
+
+
+@pytest.fixture
+def partial_desk(tmp_path: Path) -> Iterator[Desk]:
+    """An agent of a job that stores one expert of two at a time."""
+    yield from _desk(tmp_path, {"mode": "partial", "k_persist": 1})
+
+
+def _desk(tmp_path: Path, settings: dict[str, object]) -> Iterator[Desk]:
     storage = tmp_path / "storage"
     repository = Repository(open_store(str(storage)))
     repository.create()
     repository.put_incarnation(FIRST)
     repository.close()
-    custody = Custody.create({**_descriptor(FIRST), "storage": str(storage), "versions": VERSIONS}, earlier=None)
+    described = {**_descriptor(FIRST), "storage": str(storage), "versions": VERSIONS}
+    described["topology"] = {"world_size": 2, "node_of_rank": [0, 0], "ep_sizes": []}
+    described["config"] = {**asdict(Config()), **settings}
+    custody = Custody.create(described, earlier=None)
     receive, send = os.pipe()
     host = SlowHost()
     saves = Saves(host=host, trace=Trace(), reply=lambda _connection, _message: None, wake_fd=send)
@@ -156,3 +181,44 @@ def test_a_save_that_ended_while_the_agent_looked_is_not_taken_for_one_that_neve
     assert not desk.custody.is_saving(moment), "not begun again"
     desk.look()
     assert desk.saves.counters() == {"saves": 1, "failed": 0}
+
+
+def test_an_agent_that_leaves_stores_what_the_newest_checkpoint_has_not_of_its_snapshot(partial_desk: Desk) -> None:
+    desk = partial_desk
+    desk.host.answers.set()
+    for record, step in enumerate((6, 7)):
+        desk.seal(step, record=record, flags=PERSIST)
+        desk.look_until(lambda step=step: desk.saves.last_committed_step == step)
+    (newest,) = desk.manifests()
+    assert [row.step for row in newest.stale_experts] == [6]
+
+    desk.leave()
+
+    (last,) = desk.manifests()
+    assert last.stale_experts == ()
+    assert last.name.step == 7
+    assert last.name.attempt > newest.name.attempt, "another checkpoint, with keys of its own"
+    assert desk.saves.counters() == {"saves": 3, "failed": 0}
+
+    desk.leave()
+    assert desk.manifests() == [last], "there is nothing to add"
+    assert desk.saves.counters() == {"saves": 3, "failed": 0}
+
+
+def test_an_agent_that_leaves_stores_nothing_twice(partial_desk: Desk) -> None:
+    desk = partial_desk
+    desk.host.answers.set()
+    desk.seal(6, record=0, flags=PERSIST)
+    desk.look_until(lambda: desk.saves.last_committed_step == 6)
+    first = desk.manifests()
+    assert first[0].stale_experts == ()
+
+    desk.leave()
+    assert desk.manifests() == first, "the first checkpoint had everything"
+
+    desk.seal(7, record=1, flags=PERSIST | EXPLICIT)
+    desk.look_until(lambda: desk.saves.last_committed_step == 7)
+    awaited = desk.manifests()
+    assert awaited[0].stale_experts == ()
+    desk.leave()
+    assert desk.manifests() == awaited, "an awaited one too"
