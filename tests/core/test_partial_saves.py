@@ -216,14 +216,14 @@ def test_after_a_turn_the_repository_is_hardly_larger_than_one_full_checkpoint()
 
 def test_a_save_that_failed_advances_nothing(bench: Bench) -> None:
     bench.save()
-    bench.advance()
-    records = bench.seals()
-    with bench.arena.view(bench.arena.state_offset(0, records[0].slots), 1) as byte:
-        byte[0] ^= 1
-    outcome = bench.offer(records)
-    assert "ShardCorruptError" in str(outcome.error)
-
-    turn = [bench.save() for _ in range(4)]
+    turn = []
+    for _ in range(4):
+        bench.advance()
+        records = bench.seals()
+        with bench.arena.view(bench.arena.state_offset(0, records[0].slots), 1) as byte:
+            byte[0] ^= 1
+        assert "ShardCorruptError" in str(bench.offer(records).error)
+        turn.append(bench.save())
 
     assert sorted(expert for manifest in turn for expert in bench.written(manifest)) == bench.experts
 
