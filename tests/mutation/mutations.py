@@ -162,7 +162,8 @@ MUTATIONS = (
     Mutation(
         name="the-rotation-advances-with-attempts-instead-of-commits",
         file="moc/plan/composition.py",
-        old="        history = History(commits=numbers[base.name], last=(tuple(numbers[held[e].source] for e in experts),))\n",
+        old="        history = History(commits=numbers[base.name], "
+        "last=(tuple(numbers[held[e].source] for e in experts),))\n",
         new="        turn = step // terms.interval % len(order)\n"
         "        order = (*order[turn:], *order[:turn])\n"
         "        history = History(commits=0, last=((0,) * len(order),))\n",
