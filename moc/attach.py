@@ -9,20 +9,22 @@ snapshot. A crash between any two steps leaves a chain on which the same state i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from moc.agent.runtime import remember_run
 from moc.agreement import agree, decide
 from moc.errors import MismatchError, NoCheckpointError
+from moc.facts import Facts
 from moc.format.manifest import Incarnation, Parent
+from moc.holdings import gather_holdings
 from moc.host import Host
 from moc.plan.lineage import Candidate
 from moc.report import RecoveryReport
 from moc.repository import Repository
 from moc.restoration import restore_best
 from moc.routing import Routing
-from moc.survey import Origin, Request, refuse_other_runs, survey
+from moc.survey import Origin, Request, Stored, refuse_other_runs, survey, survey_storage
 from moc.trace import Trace
 from moc.training import TrainingState, World
 
@@ -51,7 +53,7 @@ def recover_life(
     request: Request,
     state: TrainingState,
     world: World,
-    pids: Sequence[int],
+    facts: Facts,
     *,
     software: Mapping[str, str],
     host: Host,
@@ -63,8 +65,7 @@ def recover_life(
     """
     began_s = host.now_s()
     with trace.span("attach.survey", rank=world.rank):
-        body = decide(world, lambda: survey(request, pids, host=host, trace=trace).to_json())
-    origin = Origin.from_json(body)
+        origin = _survey(request, world, facts, host=host, trace=trace)
     surveyed_s = host.now_s()
     if world.rank == 0:
         for note in origin.notes:
@@ -104,6 +105,22 @@ def recover_life(
     )
 
 
+def _survey(request: Request, world: World, facts: Facts, *, host: Host, trace: Trace) -> Origin:
+    """Look at storage, at the agents of all nodes, and decide where the new life comes from. Collective."""
+    found: list[Stored] = []
+
+    def look() -> dict[str, object]:
+        stored = survey_storage(request, host=host, trace=trace)
+        found.append(stored)
+        return {"run": stored.run, "unstored": None if stored.is_stored else stored.notes[-1]}
+
+    run = decide(world, look)
+    unstored = None if run["unstored"] is None else str(run["unstored"])
+    held = gather_holdings(request, str(run["run"]), unstored, world, facts, host=host, trace=trace)
+    body = decide(world, lambda: survey(request, found[0], held, host=host, trace=trace).to_json())
+    return Origin.from_json(body)
+
+
 def begin_anew(
     request: Request, origin: Origin, lineage: tuple[Incarnation, ...], world: World, *, host: Host, trace: Trace
 ) -> Origin:
@@ -133,8 +150,8 @@ def write_life(
 ) -> Incarnation:
     """Write the new life's record, from which on every earlier life is fenced. Collective.
 
-    `check` runs on rank 0 before anything is written, and raises if the life could not begin. With storage down and
-    memory recovered, the agent writes the record before the first manifest.
+    `check` runs on every rank before anything is written, and raises if the life could not begin there. With storage
+    down and memory recovered, the agent writes the record before the first manifest.
     """
     origin = recovered.origin
     record = Incarnation(
@@ -149,7 +166,6 @@ def write_life(
     def put() -> None:
         if world.rank != 0:
             return
-        check(record)
         if not origin.is_stored:
             remember_run(request.runtime_root, request.url_digest, origin.run)
             return
@@ -165,6 +181,7 @@ def write_life(
             finally:
                 repository.close()
 
+    agree(world, lambda: check(record))
     agree(world, put)
     return record
 

@@ -34,6 +34,25 @@ class Facts:
     catalogs: tuple[RankCatalog, ...]
     tensors: int
     turns: Turns
+    addresses: tuple[str | None, ...] = ()
+    """By node: where agents of other nodes reach this one's."""
+
+    def node_of(self, rank: int) -> int:
+        return self.topology.node_of_rank[rank]
+
+    def ranks_of(self, node: int) -> tuple[int, ...]:
+        return tuple(rank for rank, of in enumerate(self.topology.node_of_rank) if of == node)
+
+    def is_leader(self, rank: int) -> bool:
+        """Return whether the rank starts its node's agent and speaks for the node: the lowest one does."""
+        return rank == self.ranks_of(self.node_of(rank))[0]
+
+    def catalogs_of(self, node: int) -> tuple[RankCatalog, ...]:
+        return tuple(self.catalogs[rank] for rank in self.ranks_of(node))
+
+    def pids_beside(self, rank: int) -> tuple[int, ...]:
+        """Return the pids of the ranks on the same node; a pid of another machine says nothing here."""
+        return tuple(self.pids[other] for other in self.ranks_of(self.node_of(rank)))
 
 
 def gather_facts(
@@ -50,6 +69,7 @@ def gather_facts(
             "pid": host.pid,
             "catalog": state.catalog.to_json(),
             "fingerprint": dict(request.fingerprint),
+            "address": request.node_address,
         },
     )
     rows: list[dict[str, Any]] = exchange(world, mine)  # type: ignore[assignment]  # our own dicts come back
@@ -59,19 +79,27 @@ def gather_facts(
     )
     if topology.node_count > 1:
         raise TopologyError(f"this version serves one node: nodes={topology.node_count} allowed=1")
+    addresses = tuple(next(row["address"] for row in rows if row["node"] == node) for node in nodes)
+    if len(nodes) > 1 and None in addresses:
+        raise TopologyError(
+            f"no address is known at which the agent of a node is reached: node={addresses.index(None)}"
+        )
     differing = [rank for rank, row in enumerate(rows) if row["fingerprint"] != rows[0]["fingerprint"]]
     if differing:
         raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
     catalogs = tuple(RankCatalog.from_json(row["catalog"]) for row in rows)
     tensors = agree(world, lambda: check_coverage(shard for catalog in catalogs for shard in catalog.shards))
-    _refuse_over_budget(catalogs, request.config)
-    return Facts(
+    facts = Facts(
         topology=topology,
         pids=tuple(row["pid"] for row in rows),
         catalogs=catalogs,
         tensors=tensors,
         turns=_take_turns(catalogs, topology, request.config),
+        addresses=addresses,
     )
+    for node in range(topology.node_count):
+        _refuse_over_budget(facts.catalogs_of(node), request.config)
+    return facts
 
 
 def _take_turns(catalogs: tuple[RankCatalog, ...], topology: Topology, config: Config) -> Turns:
@@ -100,17 +128,22 @@ def describe_life(
     request: Request,
     software: Mapping[str, str],
     lineage: Sequence[Incarnation],
+    *,
+    node: int,
+    secret: str | None,
     layers: Sequence[Candidate] = (),
 ) -> dict[str, object]:
-    """Return the arena's descriptor for the life that `lineage` ends with. Pure.
+    """Return the descriptor of one node's arena for the life that `lineage` ends with. Pure.
 
-    `layers` are the snapshots in memory, beside its parent, that its state was recovered from.
+    It holds the catalogs of the node's own ranks; digest, tensors and topology are the whole life's. `secret` is what
+    the agents of several nodes know each other by, None on one node. `layers` are the snapshots in memory, beside its
+    parent, that the life's state was recovered from.
     """
     config = request.config
     descriptor: dict[str, object] = {
         "run": lineage[-1].run,
         "versions": _versions(config),
-        "catalogs": [catalog.to_json() for catalog in facts.catalogs],
+        "catalogs": [catalog.to_json() for catalog in facts.catalogs_of(node)],
         "digest": catalog_digest(facts.catalogs),
         "tensors": facts.tensors,
         "topology": facts.topology.to_json(),
@@ -126,4 +159,7 @@ def describe_life(
     }
     if layers:
         descriptor["layers"] = [[layer.incarnation, layer.step, layer.attempt] for layer in layers]
+    if secret is not None:
+        address = facts.addresses[node]
+        descriptor["fellows"] = {"node": node, "secret": secret, "address": address, "urls": []}
     return descriptor

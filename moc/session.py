@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from moc.agent.link import AgentLink
 from moc.agent.runtime import runtime_folder
 from moc.agreement import agree, exchange
 from moc.attach import Recovered, begin_anew, recover_life, write_life
+from moc.beginning import Beginning
 from moc.boundary import Boundaries
 from moc.errors import ClosedError, MocError, StoreUnavailableError
-from moc.facts import describe_life, gather_facts
+from moc.facts import gather_facts
 from moc.format.manifest import Incarnation
 from moc.handle import SaveHandle
 from moc.host import Host
@@ -91,8 +91,9 @@ class Session:
         self.boundary_name = "hook"
         self._facts = gather_facts(state, world, request, ep_sizes=ep_sizes, host=host)
         self._boundaries = Boundaries(world, self._facts.turns, persist_every=request.config.persist_every)
+        self._is_leader = self._facts.is_leader(world.rank)
         self._recovered = recover_life(
-            request, state, world, self._facts.pids, software=self._software, host=host, trace=trace
+            request, state, world, self._facts, software=self._software, host=host, trace=trace
         )
         self._life = self._begin(self._recovered)
 
@@ -237,7 +238,7 @@ class Session:
             self._seal_last(life)
         life.snapshotter.close()
         try:
-            if rank == 0:  # the others need not wait for the last upload, which may take longer than any timeout
+            if self._is_leader:  # the others need not wait for the last upload, which may outlast any timeout
                 with self._trace.span("detach.drain", step=self._state.step):
                     self._drain(life)
         finally:
@@ -307,34 +308,23 @@ class Session:
         return snapshotter.counters.last_problem if snapshotter.counters.failed > failed else None
 
     def _begin(self, recovered: Recovered) -> _Life:
-        """Write the life's record, have the agent begin it, map the arena, start the snapshotter. Collective."""
+        """Write the life's record, have the agents begin it, map the arena, start the snapshotter. Collective."""
         rank, folder = self._world.rank, runtime_folder(recovered.origin.run, self._request.runtime_root)
-
-        def describe(record: Incarnation) -> dict[str, object]:
-            lineage = (*(r for r in recovered.origin.lineage if r.number < record.number), record)
-            return describe_life(self._facts, self._request, self._software, lineage, recovered.layers)
-
-        def ask(verb: str, record: Incarnation) -> None:
-            with closing(self._connect(folder)) as client:
-                fields = {"incarnation": record.number, "descriptor": describe(record)}
-                client.request(verb, fields, timeout_s=self._request.config.timeout_s)
-
-        record = write_life(
+        beginning = Beginning(
+            folder,
             self._request,
-            recovered,
+            self._facts,
             self._world,
-            check=lambda record: ask("check", record),
+            recovered.origin.lineage,
+            layers=recovered.layers,
+            software=self._software,
             host=self._host,
-            trace=self._trace,
         )
-
-        def introduce() -> None:
-            with closing(self._connect(folder)) as client:
-                client.hello(rank=rank, incarnation=record.number)
-
+        record = write_life(
+            self._request, recovered, self._world, check=beginning.check, host=self._host, trace=self._trace
+        )
         with self._trace.span("attach.begin", incarnation=record.number, rank=rank):
-            agree(self._world, introduce)
-            agree(self._world, lambda: ask("begin", record) if rank == 0 else None)
+            beginning.begin(record)
             arena = agree(self._world, lambda: map_arena(self._request, record.run, "arena", host=self._host))
             agree(self._world, lambda: arena.populate_rank(rank))
         link = agree(
@@ -343,7 +333,7 @@ class Session:
                 folder,
                 run=record.run,
                 rank=rank,
-                is_leader=rank == 0,
+                is_leader=self._is_leader,
                 incarnation=record.number,
                 idle_s=self._request.agent_idle_s,
                 arena=arena,

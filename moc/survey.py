@@ -1,6 +1,7 @@
-"""What there is to recover from: rank 0 looks at storage and at the node's agent, and decides for all ranks.
+"""What there is to recover from: rank 0 looks at storage, hears what the agents hold (`moc.holdings`), and decides for
+all ranks.
 
-Nothing is chosen before the agent has killed what is left of earlier lives.
+Nothing is chosen before the agents have killed what is left of earlier lives.
 """
 
 from __future__ import annotations
@@ -11,24 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moc.agent.client import AgentClient, ensure_agent
+from moc.agent.client import AgentClient
 from moc.agent.runtime import remembered_run, runtime_folder
 from moc.config import Config
 from moc.errors import IntegrityError, MismatchError, StoreUnavailableError, UsageError
 from moc.format.keys import CheckpointName, check_run_id
-from moc.format.manifest import Incarnation, decode_incarnation, decode_lineage, encode_incarnation
+from moc.format.manifest import Incarnation, decode_incarnation, encode_incarnation
 from moc.host import Host
-from moc.plan.lineage import MEMORY, STORAGE, Candidate, Link, candidates, chain, merge_incarnations, tip
+from moc.plan.lineage import STORAGE, Candidate, Link, candidates, chain, merge_incarnations, tip
 from moc.repository import Repository
 from moc.store.open import absolute_url
 from moc.store.redact import redact_url
 from moc.trace import Trace
 
-__all__ = ["Origin", "Request", "refuse_mismatch", "refuse_other_runs", "survey"]
-
-LIVE_BEAT_S = 15.0  # a job whose last step is older than this, and than 3 of its steps, is taken for hung
-FIRST_STEP_S = 60.0  # before a first step there is no interval to judge by, and it may compile for long
-WATCH_INTERVAL_S = 0.1
+__all__ = [
+    "Holdings",
+    "Origin",
+    "Request",
+    "Stored",
+    "refuse_mismatch",
+    "refuse_other_runs",
+    "survey",
+    "survey_storage",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +50,8 @@ class Request:
     runtime_root: Path | None
     agent_idle_s: float
     fingerprint: Mapping[str, object]
+    node_address: str | None = None
+    """Where agents of other nodes reach this node's: a name or an address of this machine. Not used on one node."""
 
     def __post_init__(self) -> None:
         is_step = isinstance(self.restore, int) and not isinstance(self.restore, bool) and self.restore >= 0
@@ -109,30 +117,50 @@ class Origin:
         )
 
 
-def survey(request: Request, pids: Sequence[int], *, host: Host, trace: Trace) -> Origin:
-    notes: list[str] = []
-    stored, checkpoints, run, is_stored = _survey_storage(request, notes, host=host, trace=trace)
-    in_memory, snapshots = _survey_memory(request, run, pids, notes, is_stored=is_stored, host=host, trace=trace)
-    if is_stored and not snapshots:
-        stored, checkpoints = _list_again(request, host=host, trace=trace)
-    if not is_stored and not snapshots:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What rank 0 has found in storage, and the run that follows from it."""
+
+    run: str
+    is_stored: bool
+    records: tuple[Incarnation, ...]
+    checkpoints: tuple[CheckpointName, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """What the agents of all nodes hold: the lives they remember, and the snapshots that are whole."""
+
+    lives: tuple[Incarnation, ...]
+    snapshots: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+
+
+def survey(request: Request, stored: Stored, held: Holdings, *, host: Host, trace: Trace) -> Origin:
+    """Return where the new life comes from. Rank 0 only. Raises: MocError."""
+    notes = [*stored.notes, *held.notes]
+    records, checkpoints = stored.records, stored.checkpoints
+    if stored.is_stored and not held.snapshots:
+        records, checkpoints = _list_again(request, host=host, trace=trace)
+    if not stored.is_stored and not held.snapshots:
         raise StoreUnavailableError(
-            f"storage is unavailable and no snapshot is in memory: storage={request.place} reason={notes[-1]}"
+            f"storage is unavailable and no snapshot is in memory: storage={request.place} reason={stored.notes[-1]}"
         )
-    merged = merge_incarnations(stored, in_memory)
+    merged = merge_incarnations(records, held.lives)
     newest = tip(merged)
     if newest:
         refuse_mismatch(merged[newest].fingerprint, request)
     links = chain(merged, newest)
     # A life that only memory knows may have the number of a rewind that was written meanwhile: then its snapshots are
     # off the chain.
-    outranked = {life.number for life in in_memory if merged[life.number].token != life.token}
+    outranked = {life.number for life in held.lives if merged[life.number].token != life.token}
     known = [
         *(
             Candidate(source=STORAGE, run=n.run, incarnation=n.incarnation, step=n.step, attempt=n.attempt)
             for n in checkpoints
         ),
-        *(snapshot for snapshot in snapshots if snapshot.incarnation not in outranked),
+        *(snapshot for snapshot in held.snapshots if snapshot.incarnation not in outranked),
     ]
     admissible = candidates(links, known)
     if links and not links[-1].is_known and not admissible and request.restore != "never":
@@ -142,24 +170,20 @@ def survey(request: Request, pids: Sequence[int], *, host: Host, trace: Trace) -
             f"storage={request.place} allowed=restore='never' for a fresh start, or a repaired record; notes={notes}"
         )
     return Origin(
-        run=run,
+        run=stored.run,
         number=max([newest, *(name.incarnation for name in checkpoints)]) + 1,
         token=host.token(),
         lineage=tuple(merged[link.incarnation] for link in reversed(links) if link.is_known),
         links=links,
         candidates=admissible,
         notes=tuple(notes),
-        is_stored=is_stored,
+        is_stored=stored.is_stored,
     )
 
 
-def _survey_storage(
-    request: Request, notes: list[str], *, host: Host, trace: Trace
-) -> tuple[tuple[Incarnation, ...], list[CheckpointName], str, bool]:
-    """Return records, checkpoints, run id, and whether the storage answered.
-
-    StoreUnavailableError is noted, others are raised.
-    """
+def survey_storage(request: Request, *, host: Host, trace: Trace) -> Stored:
+    """Return what storage holds. StoreUnavailableError is noted, others are raised."""
+    notes: list[str] = []
     remembered = remembered_run(request.runtime_root, request.url_digest)
     try:
         repository = Repository(host.open_store(request.storage, trace=trace))
@@ -168,9 +192,9 @@ def _survey_storage(
                 if remembered is not None:
                     _refuse_vanished(request, remembered, host=host)
                 repository.create()
-                return (), [], request.run_id or host.token(), True
+                return Stored(run=request.run_id or host.token(), is_stored=True, records=(), checkpoints=(), notes=())
             records, findings = repository.incarnations()
-            names = [checkpoint.name for checkpoint in repository.checkpoints()]
+            names = tuple(checkpoint.name for checkpoint in repository.checkpoints())
             numbers = repository.incarnation_numbers()
         finally:
             repository.close()
@@ -179,13 +203,13 @@ def _survey_storage(
         run = request.run_id or remembered
         if run is None:
             raise
-        return (), [], run, False
+        return Stored(run=run, is_stored=False, records=(), checkpoints=(), notes=tuple(notes))
     notes.extend(f"incarnation record is unreadable: {finding}" for finding in findings)
     if findings and numbers and numbers[-1][1] > max((r.number for r in records), default=0):
         raise IntegrityError(f"the newest incarnation record is unreadable, so the lineage is unknown: {findings[-1]}")
     run = request.run_id or (numbers[-1][0] if numbers else host.token())
     refuse_other_runs(numbers, request, run)
-    return records, names, run, True
+    return Stored(run=run, is_stored=True, records=records, checkpoints=names, notes=tuple(notes))
 
 
 def refuse_other_runs(numbers: Sequence[tuple[str, int]], request: Request, run: str) -> None:
@@ -197,11 +221,13 @@ def refuse_other_runs(numbers: Sequence[tuple[str, int]], request: Request, run:
         )
 
 
-def _list_again(request: Request, *, host: Host, trace: Trace) -> tuple[tuple[Incarnation, ...], list[CheckpointName]]:
+def _list_again(
+    request: Request, *, host: Host, trace: Trace
+) -> tuple[tuple[Incarnation, ...], tuple[CheckpointName, ...]]:
     """Return what an agent that was leaving, or of another version, has stored since the first look."""
     repository = Repository(host.open_store(request.storage, trace=trace))
     try:
-        return repository.incarnations()[0], [checkpoint.name for checkpoint in repository.checkpoints()]
+        return repository.incarnations()[0], tuple(checkpoint.name for checkpoint in repository.checkpoints())
     finally:
         repository.close()
 
@@ -231,86 +257,6 @@ def _refuse_vanished(request: Request, remembered: str, *, host: Host) -> None:
             f"global_step={status.get('global_step')} allowed=run_id={remembered!r} to go on with them, or "
             "restore='never' to start anew"
         )
-
-
-def _survey_memory(
-    request: Request, run: str, pids: Sequence[int], notes: list[str], *, is_stored: bool, host: Host, trace: Trace
-) -> tuple[list[Incarnation], list[Candidate]]:
-    """Start the agent if need be, end what is left of earlier lives, and return the lives and snapshots it holds."""
-
-    def before_drain(old: AgentClient) -> None:
-        _refuse_live_job(old, pids, host=host)
-        if not is_stored and old.status().get("arena_bytes"):
-            raise StoreUnavailableError(
-                f"an agent of another version holds snapshots that it cannot store now: folder={old.folder} "
-                f"reason={notes[-1]}"
-            )
-
-    client = ensure_agent(
-        runtime_folder(run, request.runtime_root),
-        run=run,
-        idle_s=request.agent_idle_s,
-        timeout_s=request.config.timeout_s,
-        before_drain=before_drain,
-        host=host,
-        trace=trace,
-    )
-    try:
-        fenced: dict[str, Any] = {"unknown": True}
-        while fenced["unknown"]:  # a trainer that has come to a young agent since the look: it may belong to a live job
-            known = _refuse_live_job(client, pids, host=host)
-            fenced, _ = client.request("fence", {"spare_pids": list(pids), "known_pids": known})
-        if fenced["killed"]:
-            notes.append(f"killed trainers of an earlier life: pids={fenced['killed']}")
-        if fenced["quarantined"]:
-            notes.append(
-                f"trainers that cannot be killed, their memory is not used again: pids={fenced['quarantined']}"
-            )
-        inventory, _ = client.request("inventory")
-    finally:
-        client.close()
-    if not inventory["has_arena"]:
-        return [], []
-    notes.extend(f"seal record is corrupt: rank={rank} record={record}" for rank, record in inventory["corrupt"])
-    notes.extend(
-        f"snapshot is incomplete: step={step} sealed by ranks {ranks}" for _, step, _, ranks in inventory["incomplete"]
-    )
-    return decode_lineage(inventory["lineage"], fingerprint=inventory["fingerprint"]), [
-        Candidate(source=MEMORY, run=run, incarnation=number, step=step, attempt=attempt)
-        for number, step, attempt in inventory["snapshots"]
-    ]
-
-
-def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) -> list[int]:
-    """Raise UsageError if an earlier life of this run still trains; wait while that is not clear.
-
-    Return the pids of the trainers that were looked at: those of a life that is over.
-
-    A life trains if all its trainers here are alive and their step advances: with one dead the collectives of the
-    others cannot end.
-    """
-    first: dict[int, object] = {}
-    first_s = host.now_s()
-    while True:
-        inventory, _ = client.request("inventory")
-        rows = [row for row in inventory["live"] if row["pid"] not in pids]
-        if not rows or not all(row["alive"] for row in rows):
-            return [row["pid"] for row in rows]
-        beats = {row["rank"]: (row.get("beat_step"), row.get("beat_ns")) for row in rows}
-        first = first or dict(beats)
-        if any(beats[rank] != first.get(rank) for rank in beats):
-            raise UsageError(
-                f"another job of this run is training: pids={[row['pid'] for row in rows]} "
-                f"incarnation={rows[0]['incarnation']} "
-                "allowed=one job per repository; stop it first"
-            )
-        # A life that has just begun has no heartbeat yet: it counts as young as it can be.
-        newest_s = max(row.get("beat_ns") or 0 for row in rows) * 1e-9 or first_s
-        interval_ns = max(row.get("beat_interval_ns") or 0 for row in rows)
-        patience_s = max(LIVE_BEAT_S, 3e-9 * interval_ns) if interval_ns else FIRST_STEP_S
-        if host.now_s() - newest_s > patience_s:
-            return [row["pid"] for row in rows]
-        host.sleep(WATCH_INTERVAL_S)
 
 
 def refuse_mismatch(stored: Mapping[str, object], request: Request) -> None:

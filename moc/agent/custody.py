@@ -30,6 +30,7 @@ from moc.plan.layout import ArenaLayout, arrange_arena
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
 from moc.state import Expert, catalogs_from_json
+from moc.topology import Topology
 
 __all__ = ["Custody", "Life"]
 
@@ -42,11 +43,12 @@ RESERVE_BYTES = 512 << 20  # left to everything else on the node when an arena i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Life:
-    """The present life, as the arena's descriptor tells it."""
+    """The present life, as the arena's descriptor tells it; `ranks` are those of this node, `world` those of all."""
 
     record: Incarnation
     lineage: tuple[Incarnation, ...]
     ranks: tuple[int, ...]
+    world: tuple[int, ...]
     descriptor: Mapping[str, Any]
     layers: frozenset[tuple[int, Moment]] = frozenset()
     """Snapshots of earlier lives that this one was recovered from beside its parent."""
@@ -68,10 +70,13 @@ class Life:
         records = decode_lineage(descriptor["lineage"], fingerprint=descriptor["fingerprint"])
         if not records:
             raise UsageError("the descriptor names no life")
+        ranks = tuple(sorted(row["rank"] for row in descriptor["catalogs"]))
+        is_alone = "fellows" not in descriptor
         return Life(
             record=records[-1],
             lineage=tuple(records),
-            ranks=tuple(sorted(row["rank"] for row in descriptor["catalogs"])),
+            ranks=ranks,
+            world=ranks if is_alone else tuple(range(Topology.from_json(descriptor["topology"]).world_size)),
             descriptor=descriptor,
             layers=_layers(descriptor.get("layers", [])),
         )
@@ -303,14 +308,19 @@ class Custody:
     def inventory(self) -> dict[str, object]:
         """Return what a recovery may choose from: complete snapshots, incomplete and corrupt ones, the lineage."""
         arena, life = self.source().arena, self.source().life
+        digest = life.descriptor["digest"]
         holders: dict[tuple[int, int, str], set[int]] = {}
         for rank in life.ranks:
             for record in arena.seals(rank).values():
+                if record.digest != digest:
+                    continue  # of a life whose other nodes held other things: nobody can tell whether it is whole
                 holders.setdefault((record.incarnation, record.step, record.attempt), set()).add(rank)
         return {
             "lineage": list(self.life.descriptor["lineage"]),
             "fingerprint": self.life.descriptor["fingerprint"],
             "ranks": list(life.ranks),
+            "world": list(life.world),
+            "sealed": [[*key, sorted(held)] for key, held in sorted(holders.items())],
             "snapshots": [list(key) for key, held in sorted(holders.items()) if held >= set(life.ranks)],
             "incomplete": [[*key, sorted(held)] for key, held in sorted(holders.items()) if held < set(life.ranks)],
             "corrupt": [[c.rank, c.record] for rank in life.ranks for c in arena.corrupt_seals(rank)],

@@ -102,7 +102,7 @@ PLANTED = (
     ),
     Mutation(
         name="a-life-without-a-heartbeat-is-hung",
-        file="moc/survey.py",
+        file="moc/holdings.py",
         old=" * 1e-9 or first_s\n",
         new=" * 1e-9\n",
         tests=("second job",),
