@@ -14,7 +14,8 @@ from moc.format.manifest import Incarnation, encode_lineage
 from moc.host import Host
 from moc.plan.layout import arrange_arena
 from moc.plan.lineage import Candidate
-from moc.plan.turns import Turns, check_k, expert_counts, rotation_of
+from moc.plan.rotation import expert_counts, rotation_of
+from moc.plan.turns import Turns, check_k
 from moc.state import RankCatalog, catalog_digest, check_coverage
 from moc.survey import Request
 from moc.topology import Topology
@@ -104,7 +105,8 @@ def gather_facts(
 
 def _take_turns(catalogs: tuple[RankCatalog, ...], topology: Topology, config: Config) -> Turns:
     """Return the order of the experts; raises UsageError, on all ranks alike, for more experts than there are."""
-    counts = expert_counts(catalogs)
+    known = {shard.expert for catalog in catalogs for shard in catalog.shards if shard.expert is not None}
+    counts = expert_counts(sorted(known))
     check_k("k_snapshot", config.k_snapshot, counts)
     check_k("k_persist", config.k_persist, counts)
     return Turns(rotation_of(counts, topology.ep_sizes), k=config.k_snapshot, every=config.snapshot_every)

@@ -7,42 +7,18 @@ side, so any ceil(N / K) of them hold every expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from moc.errors import UsageError
-from moc.plan.rotation import Rotation, even_rotation
-from moc.state import Expert, RankCatalog
+from moc.plan.rotation import Rotation
+from moc.state import Expert
 
-__all__ = ["Chosen", "Turns", "check_k", "expert_counts", "rotation_of"]
+__all__ = ["Chosen", "Turns", "check_k"]
 
 Chosen = npt.NDArray[np.bool_]
-
-
-def expert_counts(catalogs: Iterable[RankCatalog]) -> tuple[int, ...]:
-    """Return the number of experts of each MoE layer, over all ranks."""
-    known = {shard.expert for catalog in catalogs for shard in catalog.shards if shard.expert is not None}
-    counts = [0] * (1 + max((expert.layer for expert in known), default=-1))
-    for expert in sorted(known):
-        counts[expert.layer] = expert.index + 1
-    return tuple(counts)
-
-
-def rotation_of(counts: Sequence[int], ep_sizes: Sequence[tuple[str, int]]) -> Rotation:
-    """Return the order in which each layer's experts take turns.
-
-    Where all layers are alike, that of `even_rotation`. Of several expert-parallel sizes the largest that divides a
-    layer's experts rules.
-    """
-
-    def ep(count: int) -> int:
-        return max((size for _, size in ep_sizes if count % size == 0), default=1)
-
-    if len(set(counts)) == 1:
-        return even_rotation(len(counts), counts[0], ep(counts[0]))
-    return Rotation(orders=tuple(even_rotation(1, count, ep(count)).orders[0] for count in counts))
 
 
 def check_k(name: str, k: int | None, counts: Sequence[int]) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from moc.host import SystemHost
 from moc.plan.layout import arrange_arena
-from moc.plan.turns import Turns, expert_counts, rotation_of
+from moc.plan.rotation import even_rotation
+from moc.plan.turns import Turns
 from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.seal import EXPLICIT, PERSIST
 from moc.snapshot.snapshotter import Begun, Setbacks, Snapshotter
@@ -49,7 +50,7 @@ def snapshotting(
     descriptor = {"versions": versions, "catalogs": [state.catalog.to_json()]}
     layout = arrange_arena((state.catalog,), versions=versions, descriptor_bytes=descriptor_room(descriptor))
     arena = Arena.create(descriptor, layout, name="test")
-    turns = Turns(rotation_of(expert_counts([state.catalog]), ()), k=k, every=every)
+    turns = Turns(even_rotation(LAYERS, EXPERTS, 1), k=k, every=every)
     snapshotter = Snapshotter(
         state,
         arena,

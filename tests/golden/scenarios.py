@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -20,7 +20,8 @@ from moc.gc import Retention
 from moc.host import SystemHost
 from moc.persist import checkpoint_name, persist_rank
 from moc.plan.layout import arrange_arena
-from moc.plan.turns import Turns, expert_counts, rotation_of
+from moc.plan.rotation import expert_counts, rotation_of
+from moc.plan.turns import Turns
 from moc.repository import Repository
 from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
@@ -108,7 +109,7 @@ class Golden:
                 run=RUN,
                 incarnation=incarnation,
                 digest=self.plan.digest,
-                turns=Turns(rotation_of(expert_counts(state.catalog for state in states), ()), k=None, every=1),
+                turns=_turns(states),
                 on_sealed=lambda _step: None,
                 host=SystemHost(),
                 trace=Trace(),
@@ -186,6 +187,12 @@ class _Values:
 
     def capture(self) -> dict[str, object]:
         return self._state_of(self.catalog.rank, self._step)
+
+
+def _turns(states: Sequence[_Values]) -> Turns:
+    shards = [shard for state in states for shard in state.catalog.shards]
+    counts = expert_counts(shard.expert for shard in shards if shard.expert is not None)
+    return Turns(rotation_of(counts, ()), k=None, every=1)
 
 
 def _seal(snapshotter: Snapshotter, arena: Arena, step: int, attempt: str) -> SealRecord:

@@ -13,20 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moc.errors import UsageError
+from moc.plan.rotation import rotation_of
 from moc.plan.slots import choose_slots
-from moc.plan.turns import Turns, check_k, expert_counts, rotation_of
+from moc.plan.turns import Turns, check_k
 from moc.state import Expert
-from tests.plan.values import catalogs
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import hashlib
-from moc.plan.turns import Turns, expert_counts, rotation_of
+from moc.plan.rotation import expert_counts, rotation_of
+from moc.plan.turns import Turns
 from moc.state import Expert
 from tests.plan.values import catalogs
 
 held = catalogs(4, replicated=[], owned=[(n % 4, 3 * n + 1, Expert(layer=n % 3, index=n // 3)) for n in range(24)])
-counts = expert_counts(held)
+counts = expert_counts(shard.expert for catalog in held for shard in catalog.shards)
 turns = Turns(rotation_of(counts, (("a", 2), ("b", 4))), k=3, every=2)
 windows = [turns.window(step).tobytes() for step in range(0, 40, 2)]
 print(counts, hashlib.sha256(repr((turns.experts, windows)).encode()).hexdigest())
@@ -89,15 +90,6 @@ def test_turns_are_equal_under_every_hash_seed() -> None:
         printed.add(done.stdout)
     assert len(printed) == 1
     assert printed.pop().startswith("(8, 8, 8)")
-
-
-def test_experts_are_counted_over_all_ranks() -> None:
-    owned = [
-        (rank, 5, Expert(layer=layer, index=2 * rank + half)) for rank in (0, 1) for layer in (0, 1) for half in (0, 1)
-    ]
-
-    assert expert_counts(catalogs(2, replicated=[], owned=owned)) == (4, 4)
-    assert expert_counts(catalogs(2, replicated=[(5, (0, 1))], owned=[])) == ()
 
 
 @pytest.mark.parametrize(
