@@ -11,6 +11,7 @@ from moc.errors import ConfigError
 
 __all__ = ["Config"]
 
+MODES = ("full", "partial", "partial_by_load")
 LONGEST_TIMEOUT_S = 1e6  # what socket, lock and collective timeouts all take; 11 days
 
 
@@ -19,12 +20,13 @@ class Config:
     """All settings of a `CheckpointManager`.
 
     snapshot_every / persist_every: steps between snapshots in memory / commits to storage; the latter a multiple of the
-    former, 0 = never. k_snapshot / k_persist: experts per MoE layer in a snapshot / a commit; None means all, the only
-    value in mode `full`. versions: copies of the changing state that the arena holds (2..8). replicas: copies on peer
-    nodes. keep_last / keep_every: retention keeps the newest n checkpoints, and those whose step is a multiple of the
-    latter (0: none). memory_budget_bytes: most host memory the arena of one node may take; None means what is free.
-    timeout_s: bound of every wait for other ranks, agents or a commit. plt_limit: alarm threshold of lost tokens
-    (0..1).
+    former, 0 = never. mode: "full" saves all experts; "partial" lets them take turns, "partial_by_load" prefers those
+    with the most tokens since their last commit. k_snapshot / k_persist: experts per MoE layer in a snapshot / a
+    commit, the latter at most the former; None means all, the only value in mode `full`. versions: copies of the
+    changing state that the arena holds (2..8). replicas: copies on peer nodes. keep_last / keep_every: retention keeps
+    the newest n checkpoints, and those whose step is a multiple of the latter (0: none). memory_budget_bytes: most host
+    memory the arena of one node may take; None means what is free. timeout_s: bound of every wait for other ranks,
+    agents or a commit. plt_limit: alarm threshold of lost tokens (0..1).
     """
 
     snapshot_every: int = 1
@@ -68,9 +70,8 @@ class Config:
             "persist_every",
             f"a multiple of snapshot_every={self.snapshot_every}",
         )
-        self._check(self.mode == "full", "mode", "'full'")
-        self._check(self.k_snapshot is None, "k_snapshot", "None in mode 'full'")
-        self._check(self.k_persist is None, "k_persist", "None in mode 'full'")
+        self._check(self.mode in MODES, "mode", ", ".join(map(repr, MODES)))
+        self._check_k()
         self._check(2 <= self.versions <= 8, "versions", "2..8")
         self._check(self.replicas == 0, "replicas", "0 on one node")
         self._check(self.keep_last >= 1, "keep_last", ">= 1")
@@ -80,6 +81,18 @@ class Config:
         )
         self._check(0 < self.timeout_s <= LONGEST_TIMEOUT_S, "timeout_s", f"0 < x <= {LONGEST_TIMEOUT_S:g}")
         self._check(0 < self.plt_limit <= 1, "plt_limit", "0 < x <= 1")
+
+    def _check_k(self) -> None:
+        if self.mode == "full":
+            self._check(self.k_snapshot is None, "k_snapshot", "None in mode 'full'")
+            self._check(self.k_persist is None, "k_persist", "None in mode 'full'")
+        any_k = "1..the experts of a layer, or None"
+        self._check(self.k_snapshot is None or self.k_snapshot >= 1, "k_snapshot", any_k)
+        if self.k_snapshot is None:
+            self._check(self.k_persist is None or self.k_persist >= 1, "k_persist", any_k)
+            return
+        is_within = self.k_persist is not None and 1 <= self.k_persist <= self.k_snapshot
+        self._check(is_within, "k_persist", f"1..k_snapshot={self.k_snapshot}")
 
     def _check(self, is_legal: bool, name: str, allowed: str) -> None:
         if not is_legal:

@@ -26,7 +26,6 @@ from moc.handle import SaveHandle
 from moc.host import Host
 from moc.ledger import Ledger
 from moc.plan.freeing import attempt_id
-from moc.plan.turns import expert_counts
 from moc.report import RecoveryReport
 from moc.restoration import map_arena
 from moc.routing import Routing
@@ -347,7 +346,7 @@ class Session:
         return _Life(record=record, lineage=lineage, arena=arena, link=link, snapshotter=snapshotter, ledger=ledger)
 
     def _open_ledger(self, restored: Routing | None) -> Ledger:
-        experts, limit = expert_counts(self._facts.catalogs), self._request.config.plt_limit
+        experts, limit = self._facts.turns.counts, self._request.config.plt_limit
         step, source = self._state.step, self._state.routes
         return Ledger(experts, self._world, step=step, plt_limit=limit, restored=restored, source=source)
 

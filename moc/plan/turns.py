@@ -47,6 +47,11 @@ class Turns:
         ]
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """Return the number of experts of each MoE layer."""
+        return tuple(len(row) // 2 for row in self._rows)
+
+    @property
     def is_whole(self) -> bool:
         """Return whether every snapshot holds all experts."""
         return self._k is None

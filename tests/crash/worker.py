@@ -48,6 +48,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--persist-every", type=int, default=5)
     parser.add_argument("--snapshot-every", type=int, default=1)
+    parser.add_argument("--mode", default="full")
+    parser.add_argument("--k-snapshot", type=int, default=None)
+    parser.add_argument("--k-persist", type=int, default=None)
     parser.add_argument("--keep-last", type=int, default=3)
     parser.add_argument("--versions", type=int, default=3)
     parser.add_argument("--budget-bytes", type=int, default=None)
@@ -188,6 +191,9 @@ def _request(options: argparse.Namespace, state: PlainState) -> Request:
     config = Config(
         snapshot_every=options.snapshot_every,
         persist_every=options.persist_every,
+        mode=options.mode,
+        k_snapshot=options.k_snapshot,
+        k_persist=options.k_persist,
         keep_last=options.keep_last,
         versions=options.versions,
         memory_budget_bytes=options.budget_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -136,6 +137,8 @@ def test_other_world_sizes_take_over_every_tensor(zygote: Zygote, tmp_path: Path
         ("plt_limit", 0),
         ("plt_limit", 1.5),
         ("mode", "half"),
+        ("k_snapshot", 2),
+        ("k_persist", 2),
         ("replicas", -1),
         ("persist_every", "often"),
         ("snapshot_every", True),
@@ -164,3 +167,30 @@ def test_config_refuses_unknown_settings_by_name() -> None:
 def test_config_refuses_settings_that_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match=r"persist_every=5 allowed=a multiple of snapshot_every=2"):
         Config(snapshot_every=2, persist_every=5)
+
+
+@pytest.mark.parametrize(
+    ("k_snapshot", "k_persist", "words"),
+    [
+        (0, None, "k_snapshot=0 allowed=1..the experts of a layer, or None"),
+        (None, 0, "k_persist=0 allowed=1..the experts of a layer, or None"),
+        (4, 5, "k_persist=5 allowed=1..k_snapshot=4"),
+        (4, None, "k_persist=None allowed=1..k_snapshot=4"),
+        (4, 0, "k_persist=0 allowed=1..k_snapshot=4"),
+    ],
+)
+def test_config_refuses_numbers_of_experts_that_do_not_fit_each_other(
+    k_snapshot: int | None, k_persist: int | None, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Config(mode="partial", k_snapshot=k_snapshot, k_persist=k_persist)
+
+
+@pytest.mark.parametrize("mode", ["partial", "partial_by_load"])
+@pytest.mark.parametrize(("k_snapshot", "k_persist"), [(None, None), (None, 3), (4, 4), (4, 1)])
+def test_config_takes_numbers_of_experts_in_the_partial_modes(
+    mode: str, k_snapshot: int | None, k_persist: int | None
+) -> None:
+    config = Config(mode=mode, k_snapshot=k_snapshot, k_persist=k_persist)
+
+    assert (config.k_snapshot, config.k_persist) == (k_snapshot, k_persist)

@@ -36,7 +36,7 @@ from moc_train.options import as_mapping, bind, parse_arguments
         (["optimizer.warmup_steps=200"], r"optimizer\.warmup_steps must be less than 200"),
         (["optimizer.kind=lion"], r"optimizer\.kind must be one of adamw, fused_adam, cpu_adam, given lion"),
         (["checkpoint.restore=latest"], r"checkpoint\.restore must be auto, never, weights or a step, given latest"),
-        (["checkpoint.mode=some"], r"checkpoint\.mode must be one of full, partial, given some"),
+        (["checkpoint.mode=some"], r"checkpoint\.mode must be one of full, partial, partial_by_load, given some"),
         (["faults.kill_rank=0"], r"faults\.kill_rank and faults\.kill_step go together, given 0 and None"),
         (["faults.kill_rank=0", "faults.kill_step=900"], r"faults\.kill_step must be at most training\.steps = 200"),
         (["training.steps"], r"settings are written section\.key=value, given training\.steps"),
