@@ -23,10 +23,11 @@ from moc.format.keys import CheckpointName, object_key
 from moc.format.manifest import Incarnation, Manifest, ObjectRow
 from moc.format.object import ObjectHeader, StoredShard, encode_header
 from moc.format.tagged import encode_state
+from moc.readback import READERS_LOCAL
 from moc.repository import Repository
 from moc.state import Shard
 from moc.store.local import LocalStore
-from moc.verify import READERS_LOCAL, verify_repository
+from moc.verify import verify_repository
 
 CHUNK_BYTES = 4 * 2**20
 ALIGNMENT = 4096

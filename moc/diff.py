@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from moc._native import crc32c
 from moc.errors import ShardCorruptError
+from moc.format.contents import live_shards
 from moc.format.keys import parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader, StoredShard
@@ -180,7 +181,7 @@ def _pieces(side: Side) -> dict[tuple[str, str], list[Piece]]:
     """Return the shards of every (part, tensor), by offset."""
     pieces: dict[tuple[str, str], list[Piece]] = {}
     for row, header in side.headers:
-        for stored in header.shards:
+        for stored in live_shards(side.manifest, row, header):
             pieces.setdefault((stored.shard.part, stored.shard.tensor), []).append((row, stored))
     for group in pieces.values():
         group.sort(key=lambda piece: (piece[1].shard.offset, piece[1].shard.length))

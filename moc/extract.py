@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from moc._native import crc32c
 from moc.errors import MocError, ShardCorruptError, StorageError, UsageError
+from moc.format.contents import live_shards
 from moc.format.keys import FORMAT_KEY, CheckpointName, incarnation_key, manifest_key
 from moc.format.manifest import Incarnation, Manifest
 from moc.repository import Finding, Repository
@@ -77,16 +78,16 @@ def extract(
         name=name,
         objects=len(objects),
         bytes_copied=sum(entry.row.size_bytes for entry in objects),
-        expert_steps=expert_steps(objects),
+        expert_steps=expert_steps(manifest, objects),
     )
 
 
-def expert_steps(objects: Sequence[CheckedObject]) -> dict[int, tuple[int, ...]]:
+def expert_steps(manifest: Manifest, objects: Sequence[CheckedObject]) -> dict[int, tuple[int, ...]]:
     """Return the step of each expert's bytes, by MoE layer and expert index. Pure."""
     steps = {
         (stored.shard.expert.layer, stored.shard.expert.index): stored.step
         for entry in objects
-        for stored in entry.header.shards
+        for stored in live_shards(manifest, entry.row, entry.header)
         if stored.shard.expert is not None
     }
     layers = sorted({layer for layer, _ in steps})

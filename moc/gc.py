@@ -9,10 +9,13 @@ this life, or the first of the next one, removes those.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from moc.commit import refuse_if_fenced
 from moc.errors import IntegrityError, ManifestCorruptError, StorageError
 from moc.format.keys import CheckpointName, parse_object_key, parse_victims_key
 from moc.format.manifest import Manifest
+from moc.format.stale import is_earlier
 from moc.plan.lineage import Link, chain, is_on_chain, merge_incarnations, tip
 from moc.plan.retention import CheckpointFact, dropped
 from moc.repository import Repository
@@ -63,7 +66,7 @@ class Retention:
         ]
         doomed = dropped(facts, keep_last=self._keep_last, keep_every=self._keep_every)
         if doomed:
-            self._drop(doomed)
+            self._drop(doomed, unreadable)
         return doomed
 
     def _lineage(self) -> tuple[Link, ...]:
@@ -83,12 +86,18 @@ class Retention:
             try:
                 self._manifests[name] = self._repository.read_manifest(name)
             except (IntegrityError, StorageError):
-                # It stays, and so do its objects: only what a readable manifest names is ever condemned.
+                # It stays, and so do all objects that it may name.
                 unreadable.append(name)
         return unreadable
 
-    def _drop(self, doomed: tuple[CheckpointName, ...]) -> None:
+    def _drop(self, doomed: tuple[CheckpointName, ...], unreadable: list[CheckpointName]) -> None:
+        """Condemn what only the doomed ones name, then drop them.
+
+        What an unreadable manifest may name is not condemned: a commit may yet share it, and would fail. If nobody
+        names it, a life finds it in its first round.
+        """
         condemned = {row.key for name in doomed for row in self._manifests[name].objects}
+        condemned = {key for key in condemned if not _may_be_named(key, unreadable)}
         kept = {row.key for name, m in self._manifests.items() if name not in doomed for row in m.objects}
         earlier = self._read_condemned()
         with self._trace.span("retention.condemn", objects=len(condemned - kept)):
@@ -101,14 +110,12 @@ class Retention:
 
     def _delete_condemned(self, unreadable: list[CheckpointName]) -> None:
         """Delete what an earlier round condemned, except what a manifest still names (a crash before the manifest's
-        deletion), or may name: that waits until its manifest is gone or can be read. Objects are shared with later
-        checkpoints only, so whatever is older than an unreadable one waits.
+        deletion), or may name: that waits until its manifest is gone or can be read.
         """
         condemned = self._read_condemned()
-        newest = max(unreadable, default=None)
-        waiting = [key for key in condemned if newest is not None and parse_object_key(key)[0] <= newest]
-        victims = [key for key in condemned if key not in self._named() and key not in waiting]
-        self._delete(victims)
+        waiting = [key for key in condemned if _may_be_named(key, unreadable)]
+        spared = self._named().union(waiting)
+        self._delete([key for key in condemned if key not in spared])
         if len(condemned) > len(waiting):
             self._repository.put_victims(self._run, self._incarnation, waiting)
 
@@ -152,3 +159,9 @@ class Retention:
         for key in keys:
             with self._trace.span("retention.delete", key=key):
                 self._repository.store.delete(key)
+
+
+def _may_be_named(key: str, manifests: Iterable[CheckpointName]) -> bool:
+    """Return whether a manifest of such a name may reference the object: its own, or experts of an earlier attempt."""
+    owner, _, piece = parse_object_key(key)
+    return any(owner == name or (piece != "d" and is_earlier(owner, name)) for name in manifests)

@@ -8,11 +8,7 @@ them that depends on names and a seed only, so that a second run looks at the sa
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,7 +18,6 @@ from moc.errors import (
     IntegrityError,
     ManifestCorruptError,
     MocError,
-    ObjectMissingError,
     ShardCorruptError,
     UsageError,
 )
@@ -40,7 +35,10 @@ from moc.format.keys import (
 )
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
+from moc.format.stale import sources
 from moc.format.tagged import decode_state
+from moc.plan.lineage import chain, is_on_chain
+from moc.readback import WRONG, Region, check_data, require_crc
 from moc.repository import Finding, Repository
 from moc.state import Expert, check_coverage
 from moc.store.port import Progress
@@ -55,15 +53,8 @@ __all__ = [
     "verify_repository",
 ]
 
-WINDOW_BYTES = 16 * 2**20  # of data in memory per reader: more leaves the processor's caches, less asks more often
-GAP_BYTES = 2**20  # reading a smaller gap costs less than another request
-READERS_LOCAL = 4  # never more than there are cores: the checksum is the cost
-READERS_REMOTE = 8  # waiting is the cost
 STATE_NAME = "state"
 PAD_PREFIX = "__pad__/"
-
-WRONG = (IntegrityError, ObjectMissingError, UsageError)
-"""What stored bytes can raise; other storage errors say nothing about the bytes and fly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +93,6 @@ class CheckedObject:
     header: ObjectHeader
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Region:
-    """Bytes of an object's data area that one checksum covers."""
-
-    name: str
-    position: int
-    length: int
-    crc32c: int
-
-
 def verify_checkpoint(
     repository: Repository,
     name: CheckpointName,
@@ -133,6 +114,7 @@ def verify_checkpoint(
             name=name, findings=(Finding(key=manifest_key(name), error=error),), bytes_read=0, objects=0, shards=0
         )
     objects, findings = check_structure(repository, manifest)
+    findings += _source_findings(repository, manifest)
     bytes_read = sum(entry.row.header_bytes for entry in objects)
     found, state_bytes = _check_states(repository, objects)
     findings += found
@@ -140,8 +122,8 @@ def verify_checkpoint(
     if read_data_fraction > 0:
         work = [(o.row, _sample(name, o, read_data_fraction, seed)) for o in objects]
         shards = sum(not region.name.startswith(PAD_PREFIX) for _, regions in work for region in regions)
-        found, data_read = _check_data(repository, work, progress)
-        findings += found
+        wrong, data_read = check_data(repository, work, progress)
+        findings += [Finding(key=key, error=error) for key, error in wrong]
     return VerifyReport(
         name=name,
         findings=tuple(sorted(findings, key=lambda f: (f.key, str(f.error)))),
@@ -214,6 +196,27 @@ def _whole_errors(manifest: Manifest, objects: Sequence[CheckedObject]) -> Itera
         yield ManifestCorruptError(f"stale expert is {declared}: key={key} {place}")
 
 
+def _source_findings(repository: Repository, manifest: Manifest) -> Iterator[Finding]:
+    """Yield sources of experts that did not lead to the checkpoint, as far as there are records of their lives.
+
+    A checkpoint that was taken out of its repository has no record of earlier lives.
+    """
+    name = manifest.name
+    others = [source for source in sources(manifest.stale_experts) if source.incarnation != name.incarnation]
+    if not others:
+        return
+    records, _ = repository.incarnations()
+    by_number = {record.number: record for record in records if record.run == name.run}
+    links = chain(by_number, name.incarnation)
+    end = links[-1]
+    for source in others:
+        is_judged = source.incarnation in by_number and (end.is_known or source.incarnation > end.incarnation)
+        # At the step of a fork any attempt will do: within a life they have the same state.
+        if is_judged and not is_on_chain(links, source.incarnation, source.step):
+            words = f"experts come from a checkpoint that did not lead to this one: name={name} source={source}"
+            yield Finding(key=manifest_key(name), error=ManifestCorruptError(words))
+
+
 def _check_states(repository: Repository, objects: Sequence[CheckedObject]) -> tuple[list[Finding], int]:
     """Read and decode every state blob: small, and a recovery needs them all."""
     findings: list[Finding] = []
@@ -226,7 +229,7 @@ def _check_states(repository: Repository, objects: Sequence[CheckedObject]) -> t
         try:
             repository.read_range(entry.row, position, memoryview(blob))
             bytes_read += length
-            _require_crc(entry.row.key, STATE_NAME, expected, crc32c(blob))
+            require_crc(entry.row.key, STATE_NAME, expected, crc32c(blob))
             try:
                 decode_state(memoryview(blob))
             except IntegrityError as error:
@@ -253,96 +256,6 @@ def _sample(name: CheckpointName, entry: CheckedObject, fraction: float, seed: i
             zeros = crc32c(bytes(length))
             regions.append(Region(name=f"{PAD_PREFIX}{position}", position=position, length=length, crc32c=zeros))
     return tuple(sorted(regions, key=lambda region: (region.position, region.name)))
-
-
-def windows(regions: Iterable[Region]) -> Iterator[tuple[Region, ...]]:
-    """Yield runs of regions that one read covers; a region larger than a window is a run by itself."""
-    run: list[Region] = []
-    for region in regions:
-        end = region.position + region.length
-        if run and (
-            end - run[0].position > WINDOW_BYTES or region.position - run[-1].position - run[-1].length > GAP_BYTES
-        ):
-            yield tuple(run)
-            run = []
-        run.append(region)
-    if run:
-        yield tuple(run)
-
-
-def _check_data(
-    repository: Repository, work: Iterable[tuple[ObjectRow, tuple[Region, ...]]], progress: Progress | None
-) -> tuple[list[Finding], int]:
-    """Read the regions by a few threads that share one queue; each holds one window of bytes at a time."""
-    queue = ((row, window) for row, regions in work for window in windows(regions))
-    lock = threading.Lock()
-    findings: list[Finding] = []
-    counts: list[int] = []
-
-    def read_until_done() -> None:
-        bytes_read = 0
-        buffer = memoryview(mmap.mmap(-1, WINDOW_BYTES))  # used again and again: fresh pages cost as much as the read
-        while True:
-            with lock:
-                row, window = next(queue, (None, ()))
-            if row is None:
-                break
-            bytes_read += sum(region.length for region in window)
-            errors = _check_window(repository, row, window, buffer, progress)
-            with lock:
-                findings.extend(Finding(key=row.key, error=error) for error in errors)
-        counts.append(bytes_read)
-
-    is_local = repository.store.properties.is_local
-    readers = min(READERS_LOCAL, os.cpu_count() or 1) if is_local else READERS_REMOTE
-    with ThreadPoolExecutor(readers, thread_name_prefix="moc-verify") as pool:
-        for future in [pool.submit(read_until_done) for _ in range(readers)]:
-            future.result()
-    return findings, sum(counts)
-
-
-def _check_window(
-    repository: Repository, row: ObjectRow, window: Sequence[Region], buffer: memoryview, progress: Progress | None
-) -> list[MocError]:
-    first, last = window[0].position, max(region.position + region.length for region in window)
-    try:
-        if last - first > WINDOW_BYTES:
-            (region,) = window
-            _require_crc(row.key, region.name, region.crc32c, _long_crc(repository, row, region, buffer, progress))
-            return []
-        view = buffer[: last - first]
-        repository.read_range(row, first, view)
-        if progress is not None:
-            progress(view.nbytes)
-    except WRONG as error:
-        return [error]
-    errors: list[MocError] = []
-    for region in window:
-        start = region.position - first
-        try:
-            _require_crc(row.key, region.name, region.crc32c, crc32c(view[start : start + region.length]))
-        except ShardCorruptError as error:
-            errors.append(error)
-    return errors
-
-
-def _long_crc(
-    repository: Repository, row: ObjectRow, region: Region, buffer: memoryview, progress: Progress | None
-) -> int:
-    """Return the checksum of a region that is too large to hold."""
-    actual = 0
-    for offset in range(0, region.length, WINDOW_BYTES):
-        piece = buffer[: min(WINDOW_BYTES, region.length - offset)]
-        repository.read_range(row, region.position + offset, piece)
-        actual = crc32c(piece, actual)
-        if progress is not None:
-            progress(piece.nbytes)
-    return actual
-
-
-def _require_crc(key: str, shard: str, expected: int, actual: int) -> None:
-    if expected != actual:
-        raise ShardCorruptError(f"checksum mismatch: {key=} {shard=} expected={expected:08x} actual={actual:08x}")
 
 
 def _life_findings(numbers: Sequence[tuple[str, int]], checkpoints: Sequence[CheckpointName]) -> Iterator[Finding]:

@@ -110,7 +110,7 @@ def _restore(repository: Repository, stored: StoredCheckpoint, form: str, target
         else:
             target = os.path.abspath(target)
             files = _export_to(repository, manifest, form, target, progress)
-    return Restored(manifest=manifest, target=target, files=files, experts=expert_steps(objects))
+    return Restored(manifest=manifest, target=target, files=files, experts=expert_steps(manifest, objects))
 
 
 def _extract_to(repository: Repository, manifest: Manifest, target: str, progress: Progress) -> str:

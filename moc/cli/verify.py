@@ -27,8 +27,9 @@ from moc.cli.options import add_json, add_repository, opened
 from moc.cli.output import describe_bytes, finding_json, name_json, print_json, printable, progress_bar, say
 from moc.errors import FormatUnsupportedError
 from moc.format.keys import CheckpointName
+from moc.readback import WRONG
 from moc.repository import Repository
-from moc.verify import WRONG, RepositoryReport, VerifyReport, data_bytes, verify_checkpoint, verify_repository
+from moc.verify import RepositoryReport, VerifyReport, data_bytes, verify_checkpoint, verify_repository
 
 __all__ = ["configure", "run"]
 

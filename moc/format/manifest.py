@@ -121,6 +121,11 @@ class Manifest:
     def size_bytes(self) -> int:
         return sum(row.size_bytes for row in self.objects)
 
+    @property
+    def written_bytes(self) -> int:
+        """Return the size of the objects that this attempt has written itself."""
+        return sum(row.size_bytes for row in self.objects if parse_object_key(row.key)[0] == self.name)
+
     def version(self, expert: Expert) -> tuple[CheckpointName, int]:
         """Return the attempt whose objects hold the expert's bytes, and the step of these bytes."""
         place = (expert.layer, expert.index)

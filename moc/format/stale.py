@@ -16,7 +16,7 @@ from moc.format.canonical import FIELD_LIMIT, Fields
 from moc.format.keys import ATTEMPT_PATTERN, INCARNATION_LIMIT, LAST_STEP, CheckpointName, parse_object_key
 from moc.state import Expert
 
-__all__ = ["StaleExpert", "check_owners", "decode_stale", "encode_stale", "sources"]
+__all__ = ["StaleExpert", "check_owners", "decode_stale", "encode_stale", "is_earlier", "sources"]
 
 ROW_FIELDS = 5  # layer, index, step, number of the source, routed
 
@@ -46,6 +46,11 @@ class StaleExpert:
 def sources(stale: Iterable[StaleExpert]) -> tuple[CheckpointName, ...]:
     """Return the attempts that hold stale experts, sorted, each once."""
     return tuple(sorted({row.source for row in stale}))
+
+
+def is_earlier(source: CheckpointName, checkpoint: CheckpointName) -> bool:
+    """Return whether experts of a checkpoint can come from this attempt: an earlier one of its run, or itself."""
+    return source.run == checkpoint.run and source <= checkpoint and source.step <= checkpoint.step
 
 
 def encode_stale(stale: Sequence[StaleExpert]) -> dict[str, object]:
@@ -124,7 +129,7 @@ def _sources(fields: Fields, checkpoint: CheckpointName) -> tuple[CheckpointName
         if first >= second:
             raise _wrong(fields, "sources", second, "sorted, each once")
     for name in names:
-        if name > checkpoint or name.step > checkpoint.step:
+        if not is_earlier(name, checkpoint):
             raise _wrong(fields, "sources", name, f"no later moment than {checkpoint}")
     return tuple(names)
 

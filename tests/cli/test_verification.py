@@ -12,9 +12,10 @@ from moc.errors import CoverageError, MocError, ShardCorruptError, StoreUnavaila
 from moc.format.canonical import open_record, seal_record
 from moc.format.keys import CheckpointName, manifest_key, object_key
 from moc.format.manifest import Manifest
+from moc.readback import Region, windows
 from moc.repository import Repository
 from moc.store.memory import MemoryStore
-from moc.verify import Region, data_bytes, verify_checkpoint, verify_repository, windows
+from moc.verify import data_bytes, verify_checkpoint, verify_repository
 from tests.support.forge import Change, forge_header
 from tests.support.repository import Model, RepositoryBuilder, build_history
 
@@ -142,7 +143,7 @@ def test_a_store_without_answers_is_an_error_and_not_a_finding() -> None:
 
 
 def test_shards_larger_than_a_window_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moc.verify.WINDOW_BYTES", 8192)
+    monkeypatch.setattr("moc.readback.WINDOW_BYTES", 8192)
     store = MemoryStore()
     builder = RepositoryBuilder(store, model=Model(hidden=48))
     builder.begin(1)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from moc.errors import StoreUnavailableError
 from moc.format.keys import CheckpointName
-from moc.format.manifest import Parent
+from moc.format.manifest import Manifest, Parent
 from moc.gc import Retention
 from moc.plan.retention import CheckpointFact, dropped
+from moc.state import Expert
 from moc.store.memory import MemoryStore
 from moc.trace import Trace
 from moc.verify import verify_checkpoint
@@ -94,18 +95,28 @@ def _retention(builder: RepositoryBuilder, incarnation: int) -> Retention:
     )
 
 
+def _next(builder: RepositoryBuilder, last: Manifest, number: int, step: int, *, is_partial: bool) -> Manifest:
+    """Commit a step, whole or with one of the two experts."""
+    if not is_partial:
+        return builder.commit(number, step)
+    return builder.commit(number, step, base=last, written={Expert(layer=0, index=step % 2): step})
+
+
 @pytest.mark.parametrize("is_after", [False, True])
 @pytest.mark.parametrize("is_new_life", [False, True])
-def test_a_death_between_any_two_operations_of_retention(is_after: bool, is_new_life: bool) -> None:
+@pytest.mark.parametrize("is_partial", [False, True])
+def test_a_death_between_any_two_operations_of_retention(is_after: bool, is_new_life: bool, is_partial: bool) -> None:
     for fatal in range(1, 60):
         store = DyingStore()
         builder = RepositoryBuilder(store, model=SMALL)
         builder.begin(1)
         retention = _retention(builder, 1)
-        for step in (1, 2, 3):
-            builder.commit(1, step)
+        last = builder.commit(1, 1)
+        retention.after_commit()
+        for step in (2, 3):
+            last = _next(builder, last, 1, step, is_partial=is_partial)
             retention.after_commit()
-        builder.commit(1, 4)
+        last = _next(builder, last, 1, 4, is_partial=is_partial)
         store.left, store.is_after = fatal, is_after
         try:
             retention.after_commit()
@@ -126,7 +137,7 @@ def test_a_death_between_any_two_operations_of_retention(is_after: bool, is_new_
             builder.begin(2, parent=Parent(incarnation=1, step=parent.step, attempt=parent.attempt))
         successor = _retention(builder, number)
         for step in (5, 6, 7):
-            builder.commit(number, step)
+            last = _next(builder, last, number, step, is_partial=is_partial)
             successor.after_commit()
             for checkpoint in builder.repository.checkpoints():
                 assert verify_checkpoint(builder.repository, checkpoint.name, read_data_fraction=1.0).is_sound

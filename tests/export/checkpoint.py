@@ -12,6 +12,7 @@ import torch
 from moc._native import crc32c
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Manifest
+from moc.format.stale import StaleExpert
 from moc.format.tagged import ArrayValue
 from moc.repository import Repository
 from moc.state import Expert, RankCatalog, Shard, catalog_digest, check_coverage
@@ -52,24 +53,37 @@ class Checkpoint:
                 )
                 self.contents[rank].append((shard, raw, crc32c(raw)))
 
-    def commit(self) -> tuple[Repository, Manifest]:
+    def commit(
+        self, *, base: Manifest | None = None, incarnation: int = 1, step: int = 7
+    ) -> tuple[Repository, Manifest]:
+        """Write the checkpoint; with a base one whose other experts are the base's, which is whole."""
         repository = Repository(self.store)
         repository.create()
-        name = CheckpointName(run="export", incarnation=1, step=7, attempt="0123abcd")
+        name = CheckpointName(run="export", incarnation=incarnation, step=step, attempt="0123abcd")
         shards = [[shard for shard, _, _ in rows] for rows in self.contents]
         rows = [
             row for rank in (0, 1) for row in write_rank(repository, name, rank, self.contents[rank], self.trees[rank])
         ]
+        written = {shard.expert for mine in shards for shard in mine}
+        stale = []
+        if base is not None:
+            rows += [row for row in base.objects if row.key.endswith("-e00.safetensors")]
+            stale = [
+                StaleExpert(expert=expert, step=base.name.step, source=base.name, routed=0)
+                for expert in (Expert(layer=0, index=index) for index in range(4))
+                if expert not in written
+            ]
         manifest = Manifest(
             name=name,
             parent=None,
             topology={"world_size": 2, "node_of_rank": [0, 0], "ep_sizes": [["ep_size_2", 2]]},
             catalog_digest=catalog_digest(RankCatalog(rank=r, shards=(), state_capacity_bytes=1) for r in (0, 1)),
-            tensors=check_coverage(shard for mine in shards for shard in mine),
+            tensors=base.tensors if base else check_coverage(shard for mine in shards for shard in mine),
             objects=tuple(sorted(rows, key=lambda row: row.key)),
             fingerprint=self.fingerprint,
             versions={},
             is_finite=True,
+            stale_experts=tuple(stale),
         )
         repository.put_manifest(manifest)
         return repository, manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +100,59 @@ def test_the_dynamic_loss_scaler_comes_back_whole(tmp_path: Path) -> None:
     assert load(tmp_path / "out/global_step7/mp_rank_00_model_states.pt")["module"]["w"].dtype == torch.float16
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_experts_are_found_by_what_a_rank_wrote(tmp_path: Path, order: tuple[int, int]) -> None:
+def expert_checkpoint(order: tuple[int, int], *, seed: int = 0, indices: Sequence[int] = range(4)) -> Checkpoint:
+    """Return a checkpoint of these experts of four, two to a rank."""
     checkpoint = Checkpoint(fingerprint=FINGERPRINT)
     names = [f"{NATIVE}{i}.w" for i in range(4)]
     for number, part in enumerate(PARTS):
-        for index, name in enumerate(names):
-            checkpoint.add(name, part, random_tensor(3, seed=10 * number + index))
+        for index in indices:
+            checkpoint.add(names[index], part, random_tensor(3, seed=seed + 10 * number + index))
     for place in (0, 1):
         params = [(names[0], 3, 0), (names[1], 3, 3)]
         checkpoint.trees[order[place]] = tree(place, group(params, start=0, length=6, flat=6, expert=True))
     checkpoint.contents = [checkpoint.contents[place] for place in order]
-    repository, manifest = checkpoint.commit()
+    return checkpoint
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_experts_of_several_attempts_are_exported_where_each_rank_had_them(
+    tmp_path: Path, order: tuple[int, int]
+) -> None:
+    """The second checkpoint writes expert 1 alone, so that the first must tell whose experts the other rank has."""
+    whole = expert_checkpoint(order)
+    _, base = whole.commit()
+    partial = expert_checkpoint(order, seed=100, indices=[1])
+    partial.store = whole.store
+    repository, manifest = partial.commit(base=base, step=9)
+
+    export_deepspeed(repository, manifest, tmp_path / "out", lambda _: None)
+
+    seeds = [0, 101, 2, 3]
+    for place in (0, 1):
+        path = tmp_path / f"out/global_step7/zero_pp_rank_{order[place]}_mp_rank_00_optim_states.pt"
+        (master,) = load(path)["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+        assert torch.equal(master, torch.cat([random_tensor(3, seed=s) for s in seeds[2 * place : 2 * place + 2]]))
+    for index, seed in enumerate(seeds):
+        stored = load(tmp_path / f"out/global_step7/layer_0_expert_{index}_mp_rank_00_model_states.pt")
+        assert torch.equal(stored[f"{NATIVE}{index}.w"], random_tensor(3, seed=seed).half())
+
+
+def test_where_experts_were_in_another_life_is_not_guessed(tmp_path: Path) -> None:
+    """The second life has its ranks in an unusual order, and only one of them has written an expert."""
+    whole = expert_checkpoint((0, 1))
+    _, base = whole.commit()
+    partial = expert_checkpoint((1, 0), seed=100, indices=[1])
+    partial.store = whole.store
+    repository, manifest = partial.commit(base=base, incarnation=2, step=9)
+
+    with pytest.raises(MismatchError, match="not known, as it has written none in this life: rank=0"):
+        export_deepspeed(repository, manifest, tmp_path / "out", lambda _: None)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_experts_are_found_by_what_a_rank_wrote(tmp_path: Path, order: tuple[int, int]) -> None:
+    names = [f"{NATIVE}{i}.w" for i in range(4)]
+    repository, manifest = expert_checkpoint(order).commit()
 
     export_deepspeed(repository, manifest, tmp_path / "out", lambda _: None)
 

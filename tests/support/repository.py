@@ -10,21 +10,32 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from moc._native import crc32c
-from moc.format.keys import CheckpointName, object_key
+from moc.format.keys import CheckpointName, object_key, parse_object_key
 from moc.format.manifest import Incarnation, Manifest, ObjectRow, Parent
 from moc.format.object import ObjectHeader, StoredShard, align, encode_header
+from moc.format.stale import StaleExpert, sources
 from moc.format.tagged import ArrayValue, encode_state
 from moc.repository import Repository
+from moc.routing import Routing
 from moc.state import Expert, RankCatalog, Shard, catalog_digest, check_coverage, shard_order
 from moc.store.port import Store
 from moc.topology import Topology
 
-__all__ = ["Model", "RepositoryBuilder", "build_history", "shard_bytes", "state_tree", "tensor_bytes"]
+__all__ = [
+    "Model",
+    "RepositoryBuilder",
+    "build_history",
+    "build_partial_history",
+    "shard_bytes",
+    "state_tree",
+    "tensor_bytes",
+]
 
+ROUTES_PER_STEP = 100  # of every expert
 PARTS = ("exp_avg", "exp_avg_sq", "master")
 
 
@@ -53,6 +64,10 @@ class Model:
     def topology(self) -> Topology:
         sizes = (("ep_size_" + str(self.world_size), self.world_size),) if self.moe_layers else ()
         return Topology(world_size=self.world_size, node_of_rank=(0,) * self.world_size, ep_sizes=sizes)
+
+    def grid(self) -> tuple[Expert, ...]:
+        """Return all experts, sorted."""
+        return tuple(Expert(layer=layer, index=i) for layer in range(self.moe_layers) for i in range(self.experts))
 
     def _dense_of(self, rank: int) -> list[Shard]:
         shards = []
@@ -110,11 +125,22 @@ class RepositoryBuilder:
         attempt: str | None = None,
         parent: Parent | None = None,
         is_finite: bool = True,
+        base: Manifest | None = None,
+        written: Mapping[Expert, int] | None = None,
+        routing: Routing | None = None,
     ) -> Manifest:
-        """Write one whole checkpoint, its manifest last."""
+        """Write one checkpoint, its manifest last; without a base a whole one.
+
+        `written` are the experts that it writes, with the steps of their bytes; the others are those of the base.
+        """
         name = self.name(incarnation, step, attempt=attempt)
         catalogs = self.model.catalogs()
-        rows = [row for catalog in catalogs for row in self.write_objects(name, catalog)]
+        steps = dict.fromkeys(self.model.grid(), step) if written is None else written
+        rows = [row for catalog in catalogs for row in self.write_objects(name, catalog, steps)]
+        stale = self._stale(name, steps, base)
+        others = set(sources(stale)) - {name}
+        if base is not None:
+            rows += [row for row in base.objects if _owner_of_experts(row) in others]
         manifest = Manifest(
             name=name,
             parent=parent,
@@ -125,31 +151,66 @@ class RepositoryBuilder:
             fingerprint=self.fingerprint,
             versions=self.versions,
             is_finite=is_finite,
+            stale_experts=stale,
+            routing=routing,
         )
         self.repository.put_manifest(manifest)
         return manifest
+
+    def turn(self, step: int) -> dict[Expert, int]:
+        """Return whose turn it is in each layer; every third time the version in memory is two steps old."""
+        number = step // 10
+        experts = (
+            Expert(layer=layer, index=(number + layer) % self.model.experts) for layer in range(self.model.moe_layers)
+        )
+        return dict.fromkeys(experts, step if number % 3 else step - 2)
 
     def name(self, incarnation: int, step: int, *, attempt: str | None = None) -> CheckpointName:
         attempt = attempt or hashlib.sha256(f"{incarnation}/{step}".encode()).hexdigest()[:8]
         return CheckpointName(run=self.run, incarnation=incarnation, step=step, attempt=attempt)
 
-    def write_objects(self, name: CheckpointName, catalog: RankCatalog) -> list[ObjectRow]:
-        """Write one rank's objects and return their manifest rows."""
+    def _stale(
+        self, name: CheckpointName, written: Mapping[Expert, int], base: Manifest | None
+    ) -> tuple[StaleExpert, ...]:
+        """Return the rows of the experts that the checkpoint does not write at its step."""
+        rows = []
+        for expert in self.model.grid():
+            if written.get(expert) == name.step:
+                continue
+            if expert in written:
+                source, step = name, written[expert]
+            else:
+                assert base is not None, "without a base every expert is written"
+                source, step = base.version(expert)
+            rows.append(StaleExpert(expert=expert, step=step, source=source, routed=ROUTES_PER_STEP * step))
+        return tuple(rows)
+
+    def write_objects(
+        self, name: CheckpointName, catalog: RankCatalog, written: Mapping[Expert, int] | None = None
+    ) -> list[ObjectRow]:
+        """Write one rank's objects and return their manifest rows; `written`: of which experts, by default of all."""
         dense = [shard for shard in catalog.shards if shard.expert is None]
-        experts = [shard for shard in catalog.shards if shard.expert is not None]
+        experts = [s for s in catalog.shards if s.expert is not None and (written is None or s.expert in written)]
         rows = [self._write_object(name, catalog.rank, "d", dense, state_tree(catalog.rank, name.step))]
         if experts:
-            rows.append(self._write_object(name, catalog.rank, "e00", experts, None))
+            rows.append(self._write_object(name, catalog.rank, "e00", experts, None, written))
         return rows
 
     def _write_object(
-        self, name: CheckpointName, rank: int, piece: str, shards: Sequence[Shard], state: object
+        self,
+        name: CheckpointName,
+        rank: int,
+        piece: str,
+        shards: Sequence[Shard],
+        state: object,
+        steps: Mapping[Expert, int] | None = None,
     ) -> ObjectRow:
         data = bytearray()
         stored = []
         for shard in shards:
-            content = shard_bytes(shard, name.step, self.seed)
-            stored.append(StoredShard(shard=shard, step=name.step, position=len(data), crc32c=crc32c(content)))
+            step = name.step if steps is None or shard.expert is None else steps[shard.expert]
+            content = shard_bytes(shard, step, self.seed)
+            stored.append(StoredShard(shard=shard, step=step, position=len(data), crc32c=crc32c(content)))
             data += content.ljust(align(len(content)), b"\0")
         state_row = None
         if state is not None:
@@ -164,6 +225,11 @@ class RepositoryBuilder:
         return ObjectRow(
             key=key, size_bytes=len(header) + len(data), header_bytes=len(header), header_crc32c=crc32c(header)
         )
+
+
+def _owner_of_experts(row: ObjectRow) -> CheckpointName | None:
+    name, _, piece = parse_object_key(row.key)
+    return None if piece == "d" else name
 
 
 def state_tree(rank: int, step: int) -> dict[str, object]:
@@ -203,3 +269,26 @@ def build_history(store: Store, *, model: Model | None = None) -> RepositoryBuil
         builder.commit(2, step)
     builder.begin(3, parent=Parent(incarnation=2, step=30, attempt=builder.name(2, 30).attempt), reason="rewind")
     return builder
+
+
+def build_partial_history(store: Store, *, model: Model | None = None, ranks_after: int = 4) -> RepositoryBuilder:
+    """Write two lives of partial checkpoints, one expert of each layer in turn, the second on other ranks.
+
+    Step 10 is whole, 20 and 30 are partial, and 30 writes an older version of what memory had; the second life forks
+    at 30, and goes on with 40 and 50, which it writes off what the first has left.
+    """
+    builder = RepositoryBuilder(store, model=model or Model())
+    builder.begin(1)
+    base = builder.commit(1, 10)
+    for step in (20, 30):
+        base = builder.commit(1, step, parent=_parent_of(base), base=base, written=builder.turn(step))
+    builder.begin(2, parent=_parent_of(base))
+    builder.model = replace(builder.model, world_size=ranks_after)
+    for step in (40, 50):
+        base = builder.commit(2, step, parent=_parent_of(base), base=base, written=builder.turn(step))
+    return builder
+
+
+def _parent_of(manifest: Manifest) -> Parent:
+    name = manifest.name
+    return Parent(incarnation=name.incarnation, step=name.step, attempt=name.attempt)

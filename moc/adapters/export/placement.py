@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from moc.errors import MismatchError
 from moc.state import Shard
 
 __all__ = ["Extent", "Placement"]
+
+Order = Callable[[int, int, int], int]
+"""From a rank, the expert-parallel size and the number of ranks to an expert-parallel rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +32,10 @@ class Extent:
 class Placement:
     """How the experts of a checkpoint are spread over its ranks.
 
-    Which expert-parallel rank a rank had is read from the experts it wrote; a rank that wrote none (all its share is
-    padding) is
-    taken to follow DeepSpeed's default order, in which neighbouring ranks hold different experts.
+    Which expert-parallel rank a rank had is read from the experts it wrote in this life. A rank that wrote none because
+    all of its share is padding is taken to follow DeepSpeed's default order, in which neighbouring ranks hold different
+    experts. One that wrote none because others' turn had come follows the order that the others are seen to follow: the
+    default one, or the one in which neighbouring ranks hold the same experts.
     """
 
     def __init__(self, source: CheckpointSource, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -45,6 +49,7 @@ class Placement:
                 layer, index = shard.expert.layer, shard.expert.index
                 self._counts[layer] = max(self._counts.get(layer, 0), index + 1)
         self._ep_sizes = self._sizes_of_layers(groups)
+        self._orders = {size: self._orders_of(size) for size in sorted(set(self._ep_sizes.values()))}
 
     @property
     def expert_counts(self) -> list[int]:
@@ -132,6 +137,43 @@ class Placement:
         return found
 
     def _ep_rank(self, rank: int, layer: int) -> int:
-        local = self.local_count(layer)
-        seen = {expert.index // local for expert in self._source.experts_of(rank) if expert.layer == layer}
-        return seen.pop() if len(seen) == 1 else rank % self._ep_sizes[layer]
+        size, world = self._ep_sizes[layer], len(self._source.ranks)
+        seen = self._seen(rank, size)
+        if len(seen) == 1:
+            return seen.pop()
+        if not self._source.is_partial:
+            return _neighbours_differ(rank, size, world)
+        answers = {order(rank, size, world) for order in self._orders[size]}
+        if len(answers) == 1:
+            return answers.pop()
+        raise MismatchError(
+            f"a rank's experts are not known, as it has written none in this life: rank={rank} layer={layer} "
+            "allowed=a checkpoint that includes every expert"
+        )
+
+    def _orders_of(self, size: int) -> tuple[Order, ...]:
+        """Return the orders of ranks that agree with what every rank is seen to have written."""
+        ranks = self._source.ranks
+        return tuple(
+            order
+            for order in (_neighbours_differ, _neighbours_agree)
+            if all(self._seen(rank, size) <= {order(rank, size, len(ranks))} for rank in ranks)
+        )
+
+    def _seen(self, rank: int, size: int) -> set[int]:
+        """Return the expert-parallel ranks whose experts a rank is seen to have written, in all layers of a size."""
+        return {
+            expert.index // self.local_count(expert.layer)
+            for expert in self._source.experts_of(rank)
+            if self._ep_sizes[expert.layer] == size
+        }
+
+
+def _neighbours_differ(rank: int, size: int, _: int) -> int:
+    """Return a rank's expert-parallel rank in DeepSpeed's default order."""
+    return rank % size
+
+
+def _neighbours_agree(rank: int, size: int, world: int) -> int:
+    """Return it where data parallelism comes before expert parallelism."""
+    return rank // (world // size)

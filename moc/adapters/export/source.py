@@ -13,6 +13,7 @@ from typing import Any
 
 from moc._native import crc32c
 from moc.errors import CoverageError, InternalError, ShardCorruptError
+from moc.format.contents import live_shards
 from moc.format.keys import parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import StoredShard
@@ -52,14 +53,15 @@ class CheckpointSource:
         self._states: dict[int, tuple[ObjectRow, tuple[int, int, int]]] = {}
         self._experts: dict[int, set[Expert]] = {}
         for entry in objects:
-            name, rank, _ = parse_object_key(entry.row.key)
+            owner, rank, _ = parse_object_key(entry.row.key)
             if entry.header.state is not None:
                 self._states[rank] = (entry.row, entry.header.state)
-            for stored in entry.header.shards:
+            for stored in live_shards(manifest, entry.row, entry.header):
                 shard = stored.shard
                 self._shards.setdefault((shard.tensor, shard.part), []).append(_Stored(row=entry.row, stored=stored))
-                if shard.expert is not None and name == manifest.name:
-                    self._experts.setdefault(rank, set()).add(shard.expert)
+            if owner.incarnation == manifest.name.incarnation:  # within a life nothing moves to another rank
+                held = {stored.shard.expert for stored in entry.header.shards if stored.shard.expert is not None}
+                self._experts.setdefault(rank, set()).update(held)
         for rows in self._shards.values():
             rows.sort(key=lambda row: row.stored.shard.offset)
 
@@ -68,8 +70,13 @@ class CheckpointSource:
         """Return the ranks that took part, ascending."""
         return tuple(sorted(self._states))
 
+    @property
+    def is_partial(self) -> bool:
+        """Return whether objects of other attempts belong to the checkpoint."""
+        return any(parse_object_key(row.key)[0] != self.manifest.name for row in self.manifest.objects)
+
     def experts_of(self, rank: int) -> frozenset[Expert]:
-        """Return the experts of which a rank wrote something in this attempt."""
+        """Return the experts of which a rank is seen to have written something in this life."""
         return frozenset(self._experts.get(rank, ()))
 
     def tensors(self, part: str) -> tuple[Shard, ...]:
