@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from moc._native import crc32c
 from moc.agent.stacks import StackDump
 from moc.clock import SystemClock
 from moc.config import Config
@@ -53,6 +54,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--k-persist", type=int, default=None)
     parser.add_argument("--keep-last", type=int, default=3)
     parser.add_argument("--versions", type=int, default=3)
+    parser.add_argument("--mode", default="full")
+    parser.add_argument("--k-snapshot", type=int, default=None)
+    parser.add_argument("--k-persist", type=int, default=None)
+    parser.add_argument("--log-shards", action="store_true", help="log the checksum of every shard at every step")
     parser.add_argument("--budget-bytes", type=int, default=None)
     parser.add_argument("--timeout-s", type=float, default=60.0)
     parser.add_argument("--idle-s", type=float, default=60.0)
@@ -130,6 +135,7 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
         source=None if report is None else report.source,
         rejected=[] if report is None else [f"{r.candidate}: {r.reason}" for r in report.rejected],
         notes=[] if report is None else list(report.notes),
+        shards=_checksums(state) if options.log_shards else None,
     )
     clock = SystemClock()
     seen: dict[str, int | None] = {"global": None, "committed": None}
@@ -141,7 +147,15 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
         with trace.span("train.update", step=state.step):
             state.advance()
         routes = _route(session, state) if options.routes else None
-        note("step", step=state.step, digest=state.digest(), incarnation=session.incarnation, routes=routes)
+        shards = _checksums(state) if options.log_shards else None
+        note(
+            "step",
+            step=state.step,
+            digest=state.digest(),
+            incarnation=session.incarnation,
+            routes=routes,
+            shards=shards,
+        )
         is_terminating = session.boundary()
         state.is_between = True
         for _ in range(1, options.boundaries):
@@ -163,6 +177,12 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
     replaced = session.status().agents_replaced
     session.close(is_collective=True)
     note("done", step=state.step, tensors=state.tensor_digest(), agents_replaced=replaced, **counters)
+
+
+def _checksums(state: PlainState) -> dict[str, int]:
+    """Return the crc32c of each of the rank's shards, by its name."""
+    values = zip(state.needed, state.values, strict=True)
+    return {shard.name: crc32c(memoryview(value).cast("B")) for shard, value in values}
 
 
 def _route(session: Session, state: PlainState) -> list[list[int]]:
@@ -195,6 +215,9 @@ def _request(options: argparse.Namespace, state: PlainState) -> Request:
         k_snapshot=options.k_snapshot,
         k_persist=options.k_persist,
         keep_last=options.keep_last,
+        mode=options.mode,
+        k_snapshot=options.k_snapshot,
+        k_persist=options.k_persist,
         versions=options.versions,
         memory_budget_bytes=options.budget_bytes,
         timeout_s=options.timeout_s,
