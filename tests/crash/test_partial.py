@@ -58,7 +58,7 @@ def judge(job: Job, *, is_partial: bool = True) -> list[Manifest]:
                 had = known[owner.incarnation, stored.step, stored.shard.name]
                 assert stored.crc32c in had, f"{manifest.name}: {stored.shard.name} of step {stored.step}"
     newest, names = manifests[-1], [manifest.name for manifest in manifests]
-    assert len(names) == TURN
+    assert len(names) == TURN or not is_partial
     for expert in GRID:
         source, step = newest.version(expert)
         assert source in names, f"{expert} of {source} waits for longer than {TURN} commits: {names}"
@@ -70,7 +70,8 @@ def judge(job: Job, *, is_partial: bool = True) -> list[Manifest]:
 
 def go_on(life: Life, *, commits: int) -> None:
     """Wait for so many further commits."""
-    life.event("committed", step=(life.newest_step("step") or 0) + EVERY * (commits + 1))
+    goal = len(life.events(0, "committed")) + commits
+    life.until(lambda: len(life.events(0, "committed")) >= goal, f"{commits} further commits")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_the_life_after_a_lost_node_goes_on_with_the_turn(span: str) -> None:
         attached = second.event("attached")
         assert attached["source"] == "storage"
         assert attached["step"] >= (life.newest_step("committed") or 0)
-        second.event("committed", step=attached["step"] + EVERY * 2)
+        go_on(second, commits=2)
         second.kill()
         job.kill_agent()
 
@@ -123,7 +124,7 @@ def test_a_job_that_ends_well_has_its_last_step_whole() -> None:
 def test_what_a_dead_job_leaves_in_memory_is_stored_whole_when_its_agent_leaves() -> None:
     with partial_job() as job:
         life = job.start()
-        life.event("committed", step=6 * EVERY)
+        go_on(life, commits=TURN)
         life.kill()
         job.ask_agent("drain")
 

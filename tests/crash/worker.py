@@ -54,9 +54,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--k-persist", type=int, default=None)
     parser.add_argument("--keep-last", type=int, default=3)
     parser.add_argument("--versions", type=int, default=3)
-    parser.add_argument("--mode", default="full")
-    parser.add_argument("--k-snapshot", type=int, default=None)
-    parser.add_argument("--k-persist", type=int, default=None)
     parser.add_argument("--log-shards", action="store_true", help="log the checksum of every shard at every step")
     parser.add_argument("--budget-bytes", type=int, default=None)
     parser.add_argument("--timeout-s", type=float, default=60.0)
@@ -215,9 +212,6 @@ def _request(options: argparse.Namespace, state: PlainState) -> Request:
         k_snapshot=options.k_snapshot,
         k_persist=options.k_persist,
         keep_last=options.keep_last,
-        mode=options.mode,
-        k_snapshot=options.k_snapshot,
-        k_persist=options.k_persist,
         versions=options.versions,
         memory_budget_bytes=options.budget_bytes,
         timeout_s=options.timeout_s,
