@@ -175,6 +175,19 @@ MUTATIONS = (
         tests=_enumerated("crashes-retention"),
     ),
     Mutation(
+        name="retention condemns what a later checkpoint shares",
+        file=GC,
+        old="        kept = {row.key for name, m in self._manifests.items() "
+        "if name not in doomed for row in m.objects}\n",
+        new="        kept = {\n"
+        "            row.key\n"
+        "            for name, m in self._manifests.items()\n"
+        "            for row in m.objects\n"
+        "            if name not in doomed and parse_object_key(row.key)[0] == name\n"
+        "        }\n",
+        tests=_enumerated("crashes-partial-retention-over-lives"),
+    ),
+    Mutation(
         name="the sweep takes objects of the chain's checkpoints for leftovers",
         file=GC,
         old="owner.incarnation < self._incarnation and entry.key not in named:",
