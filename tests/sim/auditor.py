@@ -9,13 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from moc.errors import MocError
 from moc.report import RecoveryReport
 from moc.snapshot.arena import Arena
-from tests.sim.facts import Held, LifeFact
-from tests.sim.ledger import Ledger
-from tests.sim.model import Record, chain, parse_name, position
-from tests.sim.state import PARTIAL_TENSORS, TinyState, Whole, advance, first_whole, noise_at
+from tests.sim.facts import Held, LifeFact, Survey
+from tests.sim.ledger import Ledger, Moment
+from tests.sim.model import Links, Record, chain, parse_name, position
+from tests.sim.state import (
+    EXPERTS_PER_LAYER,
+    LAYERS,
+    PARTIAL_TENSORS,
+    Routes,
+    TinyState,
+    Whole,
+    advance,
+    first_whole,
+    noise_at,
+    routes_at,
+)
 
 if TYPE_CHECKING:
     from array import array
@@ -25,7 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Auditor"]
 
+Found = tuple[Whole, int, Routes | None]
+NOTHING_ROUTED = np.zeros((LAYERS, EXPERTS_PER_LAYER), dtype=np.int64)
 WITHHELD = "simulated: "  # what every error of the simulated storage begins with
+NOT_USABLE = "is not usable in"
+TOO_STALE = "expert(s) are older than step"
 LIVING_S = 10.0  # a job whose ranks all stepped this lately must not be taken over
 
 
@@ -51,18 +68,21 @@ class Auditor(Ledger):
             self.count("recovered from " + ("nothing" if report is None else report.source))
             if report is None:
                 whole, doer = first_whole(0, is_partial=self.sim.knobs.is_partial), 0
+                routes: Routes | None = (NOTHING_ROUTED, NOTHING_ROUTED)
                 self._judge_start(trainer, fact)
             else:
                 found = self._judge_recovery(trainer, fact, is_stored=is_stored)
                 if found is None:
                     return
-                whole, doer = found
+                whole, doer, routes = found
+                routes = self._judge_losses(report, routes)
                 for rejected in report.rejected:
                     self._judge_rejection(rejected.candidate, rejected.reason)
             self.lives[record.token] = LifeFact(fact, is_stored)
             self.begun_s = self.sim.scheduler.now_s
             self.wholes[record.token, state.step] = whole
             self.doers[record.token, state.step] = doer
+            self.routes[record.token, state.step] = routes
         self._compare(trainer, record.token)
         state.life = int(record.token, 16)
 
@@ -76,6 +96,7 @@ class Auditor(Ledger):
             self.lives[record.token] = LifeFact(Record(record.run, record.number, record.token, None), True)
             self.wholes[record.token, state.step] = whole
             self.doers[record.token, state.step] = state.life
+            self.routes[record.token, state.step] = None
             self.count("loaded")
         state.life = int(record.token, 16)
 
@@ -89,6 +110,9 @@ class Auditor(Ledger):
                 tensor: advance(values, step=state.step, life=state.life) for tensor, values in before.items()
             }
             self.doers[token, state.step] = state.life
+            known = self.routes[token, state.step - 1]
+            made = sum(routes_at(state.step, rank) for rank in range(trainer.launch.size))
+            self.routes[token, state.step] = None if known is None else (known[0] + made, known[1] + made)
         self.count("steps")
 
     def note_status(self, trainer: Trainer) -> None:
@@ -175,8 +199,8 @@ class Auditor(Ledger):
         if lost or lost_memory:
             self.fail("recovery", f"life {fact.number} starts anew although there are {lost} {lost_memory}")
 
-    def _judge_recovery(self, trainer: Trainer, fact: Record, *, is_stored: bool) -> tuple[Whole, int] | None:
-        """Compare what was recovered with what there was; return it, and the life that did its step."""
+    def _judge_recovery(self, trainer: Trainer, fact: Record, *, is_stored: bool) -> Found | None:
+        """Compare what was recovered with what there was; return it, the life that did its step, and its routes."""
         session, state = trainer.session, trainer.state
         assert session is not None
         assert state is not None
@@ -195,42 +219,91 @@ class Auditor(Ledger):
         if found is None:
             self.fail("lineage", f"{where}: off the lineage")
             return None
-        # What storage withheld in every try may be passed over for an older one, and the report names it.
-        withheld = {r.candidate for r in report.rejected if WITHHELD in r.reason}
+        # What storage withheld in every try may be passed over for an older one, and so may what has lost too many
+        # tokens for a whole state. The report names it.
+        reasons = {r.candidate.rpartition(" attempt=")[0]: r.reason for r in report.rejected}
+        passed = {name for name, reason in reasons.items() if WITHHELD in reason or TOO_STALE in reason}
+        is_too_stale = any(TOO_STALE in reason for reason in reasons.values())
+        is_last_resort = f"{report.source} step={step} incarnation={number}" in reasons
+        if report.stale and not is_last_resort and is_too_stale:
+            self.fail("PLT", f"{where}: {report.rejected} for one that is stale too: {report.stale}")
         for name in survey.manifests & set(self.manifests) if survey is not None else ():
             better = position(links, name.number, name.step, name.attempt)
-            is_withheld = f"storage step={name.step} incarnation={name.number} attempt={name.attempt}" in withheld
-            if better is not None and better < found and not is_withheld:
+            is_passed = f"storage step={name.step} incarnation={name.number}" in passed
+            if better is not None and better < found and not is_passed:
                 self.fail("recovery", f"{where}: behind the checkpoint {name}")
+        self._judge_ages(report, links, survey)
         for held in self._surviving(trainer):
             better = position(links, held.number, held.step)
             is_same = records.get(held.number) is not None and records[held.number].token == held.token
-            if better is not None and better < found and is_same:
+            if better is not None and better < found and is_same and not is_too_stale:
                 self.fail("recovery", f"{where}: behind the snapshot of step {held.step} of life {held.number}")
         tokens = [r.token for r in (*self.records.get(number, ()), *records.values()) if r.number == number]
         for token in dict.fromkeys(tokens):
-            whole = self._composed(fact, self.wholes.get((token, step)), report, state)
-            if whole is not None and not state.differs_from(whole):
-                return whole, self.doers[token, step]
+            found = self._composed(fact, (token, step), report, state)
+            if found is not None and not state.differs_from(found[0]):
+                return found[0], self.doers[token, step], found[1]
         self.fail("content", f"{where}: a state that life never had; stale {report.stale}")
         return None
 
-    def _composed(self, fact: Record, whole: Whole | None, report: RecoveryReport, state: TinyState) -> Whole | None:
-        """Return a state with the experts that a recovery says are older taken from where the lineage was then."""
-        if whole is None:
-            return None
-        result = dict(whole)
+    def _judge_ages(self, report: RecoveryReport, links: Links, survey: Survey | None) -> None:
+        """No expert is older than in the newest checkpoint that was there, if storage gave what it had."""
+        if survey is None or any(NOT_USABLE in note for note in report.notes):
+            return
+        places = {n: position(links, n.number, n.step, n.attempt) for n in survey.manifests & set(self.manifests)}
+        admitted = [(place, n) for n, place in places.items() if place is not None and n.step <= report.step]
+        if not admitted:
+            return
+        newest = min(admitted)[1]
         for row in report.stale:
-            older = next((w for w in self.states_at(fact, row.step) if state.has(w, row.expert)), None)
-            if older is None or row.step >= report.step:
+            promised = self.versions[newest].get(row.expert)
+            if row.step < (newest.step if promised is None else promised.step):
+                self.fail("age", f"{row} recovered at step {report.step}, although {newest} has {promised}")
+
+    def _composed(
+        self, fact: Record, moment: Moment, report: RecoveryReport, state: TinyState
+    ) -> tuple[Whole, Routes | None] | None:
+        """Return a state with the experts that a recovery says are older taken from where the lineage was then, and
+        what of the routes it has learned.
+        """
+        if moment not in self.wholes:
+            return None
+        whole, routes = dict(self.wholes[moment]), self.routes.get(moment)
+        for row in report.stale:
+            older = (m for m in self.moments_at(fact, row.step) if state.has(self.wholes[m], row.expert))
+            source = next(older, None)
+            if source is None or row.step >= report.step:
                 return None
             names = [name for name, _, expert in PARTIAL_TENSORS if expert == row.expert]
-            result |= {key: values for key, values in older.items() if key[0] in names}
-        return result
+            whole |= {key: values for key, values in self.wholes[source].items() if key[0] in names}
+            before = self.routes.get(source)
+            if routes is not None and before is not None:
+                learned, place = routes[1].copy(), (row.expert.layer, row.expert.index)
+                learned[place] = before[1][place]
+                routes = (routes[0], learned)
+            else:
+                routes = None
+        return whole, routes
+
+    def _judge_losses(self, report: RecoveryReport, routes: Routes | None) -> Routes | None:
+        """Compare the lost tokens that a recovery reports with those that it has lost; return what is known now."""
+        if report.stale:
+            self.count("stale recoveries")
+        if report.plt is None or routes is None:
+            return None
+        self.count("counted recoveries")
+        routed, learned = (counts.sum(axis=1) for counts in routes)
+        expected = float(
+            np.mean([1 - kept / most if most else 0.0 for kept, most in zip(learned, routed, strict=True)])
+        )
+        if abs(report.plt - expected) > 1e-12:
+            self.fail("PLT", f"{report.plt} reported, {expected} lost at step {report.step}: {report.stale}")
+        return routes
 
     def _judge_rejection(self, candidate: str, reason: str) -> None:
         self.count("rejected")
-        if WITHHELD not in reason:
+        is_allowed_to_be_stale = self.sim.knobs.plt_limit >= 1 or not self.sim.knobs.is_counting
+        if WITHHELD not in reason and (is_allowed_to_be_stale or TOO_STALE not in reason):
             self.fail("recovery", f"a candidate was rejected although nothing rots: {candidate}: {reason}")
 
     def _compare(self, trainer: Trainer, token: str) -> None:

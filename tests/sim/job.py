@@ -10,7 +10,7 @@ from moc.errors import MocError
 from moc.session import Session
 from moc.survey import Request
 from tests.sim.scheduler import Fiber
-from tests.sim.state import TinyState, first_whole
+from tests.sim.state import TinyState, first_whole, routes_at
 from tests.sim.world import Group, SimWorld
 
 if TYPE_CHECKING:
@@ -192,6 +192,9 @@ def _steps(sim: Simulation, trainer: Trainer, session: Session, state: TinyState
         if knobs.barrier_every and state.step % knobs.barrier_every == 0:
             engine.all_gather(b"")
         state.advance()
+        if knobs.is_counting:
+            for layer, counts in enumerate(routes_at(state.step, trainer.rank).tolist()):
+                session.register_routing(layer, counts)
         sim.auditor.note_step(trainer)
         is_terminating = session.boundary()
         trainer.stepped_s = sim.scheduler.now_s
@@ -231,6 +234,7 @@ def _request(sim: Simulation, job: Job) -> Request:
         mode=knobs.mode,
         k_snapshot=knobs.k_snapshot,
         k_persist=knobs.k_persist,
+        plt_limit=knobs.plt_limit,
         versions=knobs.versions,
         keep_last=knobs.keep_last,
         keep_every=knobs.keep_every,

@@ -49,6 +49,8 @@ class Knobs:
     mode: str = "full"
     k_snapshot: int | None = None
     k_persist: int | None = None
+    is_counting: bool = False  # routes are registered
+    plt_limit: float = 1.0
 
     @property
     def is_partial(self) -> bool:
@@ -62,7 +64,9 @@ class Knobs:
         k_snapshot = chance.choice((1, 2, 2, 3))
         return replace(
             knobs,
-            mode="partial",
+            mode=chance.choice(("partial", "partial", "partial_by_load")),
+            is_counting=chance.random() < 0.7,
+            plt_limit=chance.choice((1.0, 1.0, 0.2, 0.04)),
             k_snapshot=k_snapshot,
             k_persist=chance.randint(1, k_snapshot),
             persist_every=knobs.persist_every or knobs.snapshot_every,

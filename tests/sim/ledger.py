@@ -21,21 +21,24 @@ from tests.sim.model import (
     parse_record,
     position,
 )
-from tests.sim.state import EXPERTS_PER_LAYER, Whole
+from tests.sim.state import EXPERTS_PER_LAYER, Routes, Whole
 from tests.sim.versions import Contents, Version, stored_versions
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
     from tests.sim.simulation import Simulation
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "Moment"]
+
+Moment = tuple[str, int]  # a life's token and a step
 
 
 @dataclass(slots=True)
 class Ledger:
     """Everything that ever was stored, and what the lives were that it must agree with.
 
-    `wholes` has the state of every life (by token) at every step, `doers` the life that did that step, `versions` the
+    `wholes` has the state of every life (by token) at every step, `doers` the life that did that step, `routes` what
+    was routed to each expert until then and what it has learned (None where nobody knows), `versions` the
     experts that a checkpoint has of an earlier one, `seen` the records that a process listed last, `committer` the life
     that it committed for last.
     """
@@ -44,12 +47,14 @@ class Ledger:
     violations: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     lives: dict[str, LifeFact] = field(default_factory=dict)
-    wholes: dict[tuple[str, int], Whole] = field(default_factory=dict)
-    doers: dict[tuple[str, int], int] = field(default_factory=dict)
+    wholes: dict[Moment, Whole] = field(default_factory=dict)
+    doers: dict[Moment, int] = field(default_factory=dict)
+    routes: dict[Moment, Routes | None] = field(default_factory=dict)
     written: dict[str, bytes] = field(default_factory=dict)
     records: dict[int, list[Record]] = field(default_factory=dict)
     manifests: dict[StoredName, tuple[str, ...]] = field(default_factory=dict)
     versions: dict[StoredName, dict[Expert, Version]] = field(default_factory=dict)
+    parents: dict[StoredName, tuple[int, int, str | None] | None] = field(default_factory=dict)
     dropped: set[StoredName] = field(default_factory=set)
     seen: dict[int, dict[int, Record]] = field(default_factory=dict)
     committer: dict[int, int] = field(default_factory=dict)
@@ -145,8 +150,11 @@ class Ledger:
             self.fail("content", f"{by.name} commits {name}, a state that life {owners[-1].token} never had")
             return
         versions = self.versions[name] = stored_versions(name, body)
+        parent = body["parent"]
+        self.parents[name] = None if parent is None else (parent["incarnation"], parent["step"], parent["attempt"])
         wholes: dict[Expert | None, list[Whole]] = {None: [whole]}
-        wholes |= {expert: self.states_at(owners[-1], version.step) for expert, version in versions.items()}
+        for expert, version in versions.items():
+            wholes[expert] = [self.wholes[moment] for moment in self.moments_at(owners[-1], version.step)]
         covered = {tensor: np.zeros(len(values), dtype=np.int64) for tensor, values in whole.items()}
         contents = Contents(name, versions, wholes, covered)
         for object_key in keys:
@@ -155,9 +163,9 @@ class Ledger:
                 self.fail("content", f"{object_key} committed by {by.name}: {defect}")
         if any((count != 1).any() for count in covered.values()):
             self.fail("I3", f"{name} does not cover every element once: {covered}")
-        self._judge_turns(name, owners[-1], versions)
+        self._judge_turns(name, versions)
 
-    def _judge_turns(self, name: StoredName, life: Record, versions: Mapping[Expert, Version]) -> None:
+    def _judge_turns(self, name: StoredName, versions: Mapping[Expert, Version]) -> None:
         """No expert waits longer than a turn, as far as the job's own commits tell."""
         knobs = self.sim.knobs
         if versions and not knobs.is_partial:
@@ -166,19 +174,35 @@ class Ledger:
             return
         self.count("partial commits")
         turn = -(-EXPERTS_PER_LAYER // knobs.k_persist)
-        known = {n: r for n, rows in self.records.items() for r in rows if r.run == name.run and n <= name.number}
-        links = chain(known | {name.number: life})
-        committed = [n for n in (*self.manifests, *self.dropped) if position(links, n.number, n.step, n.attempt)]
+        turn *= 2 if knobs.mode == "partial_by_load" and knobs.is_counting else 1  # the starvation bound of that policy
         for expert, version in versions.items():
-            since = sum(version.source < other <= name for other in committed)
-            if since >= turn:
-                self.fail("turn", f"{name} has {expert} of {version}, {since} commits ago: at most {turn - 1}")
+            commits = self._commits_since(version.source, name)
+            if commits >= turn:
+                self.fail("turn", f"{name} has {expert} of {version}, {commits} commits ago: at most {turn - 1}")
 
-    def states_at(self, life: Record, step: int) -> list[Whole]:
-        """Return the states that a life's lineage had at a step."""
+    def _commits_since(self, source: StoredName, name: StoredName) -> int:
+        """Return how many checkpoints grew from one another between two, the second included.
+
+        What lands later than its committer waited for it is known to nobody, and nothing grows from it.
+        """
+        count, at = 0, name
+        while at != source and at in self.parents:
+            count += 1
+            number, step, attempt = self.parents[at] or (0, 0, None)
+            if attempt is not None:
+                at = StoredName(number, step, attempt, name.run)
+                continue
+            links = chain({n: r[-1] for n, r in self.records.items() if n <= number})
+            known = [n for n in (*self.manifests, *self.dropped) if n < at and (n.number, n.step) <= (number, step)]
+            placed = [(position(links, n.number, n.step, n.attempt), n) for n in known]
+            at = min(((place, n) for place, n in placed if place is not None), default=((0, 0), source))[1]
+        return count
+
+    def moments_at(self, life: Record, step: int) -> list[Moment]:
+        """Return the moments of this step that a life's lineage has had."""
         found, lives = [], [life]
         while lives:
-            found += [self.wholes[r.token, step] for r in lives if (r.token, step) in self.wholes]
+            found += [(r.token, step) for r in lives if (r.token, step) in self.wholes]
             parents = {r.parent[0] for r in lives if r.parent is not None and step <= r.parent[1]}
             known = [f.record for f in self.lives.values()] + [r for rows in self.records.values() for r in rows]
             lives = list({r.token: r for r in known if r.number in parents and r.run == life.run}.values())

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Record", "StoredName", "chain", "due_to_go", "object_entries", "parse_name", "parse_record", "position"]
+__all__ = [
+    "Links",
+    "Record",
+    "StoredName",
+    "chain",
+    "due_to_go",
+    "object_entries",
+    "parse_name",
+    "parse_record",
+    "position",
+]
 
 
 @dataclass(frozen=True, slots=True)

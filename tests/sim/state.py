@@ -20,19 +20,30 @@ from tests.support.plain import ArrayState, split_tensor
 if TYPE_CHECKING:
     from tests.sim.process import Process
 
-__all__ = ["EXPERTS_PER_LAYER", "PARTIAL_TENSORS", "TinyState", "Whole", "advance", "first_whole", "noise_at"]
+__all__ = [
+    "EXPERTS_PER_LAYER",
+    "LAYERS",
+    "PARTIAL_TENSORS",
+    "Routes",
+    "TinyState",
+    "Whole",
+    "advance",
+    "first_whole",
+    "noise_at",
+    "routes_at",
+]
 
 TENSORS: tuple[tuple[str, int, Expert | None], ...] = (
     ("embed.weight", 37, None),
     ("layers.0.experts.0.w", 11, Expert(layer=0, index=0)),
     ("layers.0.experts.1.w", 11, Expert(layer=0, index=1)),
 )
-EXPERTS_PER_LAYER = 3
+LAYERS, EXPERTS_PER_LAYER = 2, 3
 PARTIAL_TENSORS = (
     TENSORS[0],
     *(
         (f"layers.{layer}.experts.{index}.w", 5 + 2 * index, Expert(layer=layer, index=index))
-        for layer in range(2)
+        for layer in range(LAYERS)
         for index in range(EXPERTS_PER_LAYER)
     ),
 )
@@ -41,6 +52,8 @@ PARTS = ("exp_avg", "master")
 MODULUS = 8191  # the values stay integers that a float32 holds exactly
 
 Whole = dict[tuple[str, str], np.ndarray]
+Routes = tuple[np.ndarray, np.ndarray]
+"""By layer and expert: routed since the run began, and of these learned by the bytes that the expert has now."""
 
 
 def first_whole(salt: int, *, is_partial: bool) -> Whole:
@@ -55,6 +68,12 @@ def first_whole(salt: int, *, is_partial: bool) -> Whole:
 def advance(values: np.ndarray, *, step: int, life: int) -> np.ndarray:
     """Return what one step in a life makes of some of a tensor's elements."""
     return (values * np.float32(5) + np.float32(step % 97 + 7 * (life % 1013))) % np.float32(MODULUS)
+
+
+def routes_at(step: int, rank: int) -> np.ndarray:
+    """Return what a rank routes to each expert in a step, by layer; some get nothing for a while."""
+    layer, expert = np.indices((LAYERS, EXPERTS_PER_LAYER))
+    return (step * 7 + rank * 3 + layer * 5 + expert * 11) % 9 * ((step + expert) % 4 > 0)
 
 
 def noise_at(rank: int, step: int, life: int) -> np.ndarray:

@@ -12,20 +12,31 @@ from tests.sim.simulation import simulate
 from tests.support.mutant import ROOT, Copy, Mutation
 
 SEEDS, CHUNK = 200, 25
+PARTIAL_SEEDS = 50
 SEARCHED = "0..399"  # where a planted defect must show
 
 
-def keep_promises(seeds: range) -> None:
+def keep_promises(seeds: range, *, is_partial: bool = False) -> None:
     for seed in seeds:
-        report = simulate(seed)
-        assert not report.violations, f"replay: python -m tests.sim --seed {seed} --trace\n" + "\n".join(
-            (*report.log, *report.violations)
-        )
+        report = simulate(seed, is_partial=is_partial)
+        words = f"replay: python -m tests.sim --seed {seed} --trace" + " --partial" * is_partial
+        assert not report.violations, "\n".join((words, *report.log, *report.violations))
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_every_promise_holds_whatever_fails(first: int) -> None:
     keep_promises(range(first, first + CHUNK))
+
+
+@pytest.mark.parametrize("first", range(0, PARTIAL_SEEDS, CHUNK))
+def test_every_promise_of_partial_checkpoints_holds_whatever_fails(first: int) -> None:
+    keep_promises(range(first, first + CHUNK), is_partial=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(PARTIAL_SEEDS, 2050, 400))
+def test_every_promise_of_partial_checkpoints_holds_whatever_fails_on_more_seeds(first: int) -> None:
+    keep_promises(range(first, first + 400), is_partial=True)
 
 
 @pytest.mark.slow
@@ -128,12 +139,51 @@ def test_a_planted_defect_is_found_in_the_first_seeds() -> None:
     _find(PLANTED[1], "0..60")
 
 
-def _find(mutation: Mutation, seeds: str) -> None:
+PLANTED_PARTIAL = (
+    Mutation(
+        name="the-newest-first",
+        file="moc/plan/select.py",
+        old="    return sorted(turned, key=lambda expert: last[expert])\n",
+        new="    return sorted(turned, key=lambda expert: -last[expert])\n",
+        tests=("turn",),
+    ),
+    Mutation(
+        name="what-a-stale-expert-has-not-learned-is-forgotten",
+        file="moc/routing.py",
+        old="        rows[expert.layer][expert.index] = learned\n",
+        new="",
+        tests=("PLT",),
+    ),
+    Mutation(
+        name="a-kept-slot-gets-the-snapshots-step",
+        file="moc/snapshot/snapshotter.py",
+        old="            steps[~copied] = base.steps[~copied]\n",
+        new="            steps[~copied] = step\n",
+        tests=("content",),
+    ),
+    Mutation(
+        name="experts-of-the-newest-life-alone",
+        file="moc/plan/composition.py",
+        old='    return piece != "d" and owner in sources\n',
+        new='    return piece != "d" and owner in sources and owner == max(sources)\n',
+        tests=("I3",),
+    ),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mutation", PLANTED_PARTIAL, ids=lambda mutation: mutation.name)
+def test_a_planted_defect_of_partial_checkpoints_is_found_and_named(mutation: Mutation) -> None:
+    _find(mutation, SEARCHED, "--partial")
+
+
+def _find(mutation: Mutation, seeds: str, *options: str) -> None:
     """Run seeds of a mutated copy until one fails; `mutation.tests` are the promises that may be named."""
     with Copy() as copy:
         copy.apply(mutation)
 
-        ended = copy.python("-m", "tests.sim", "--seeds", seeds, "--first")
+        ended = copy.python("-m", "tests.sim", "--seeds", seeds, "--first", *options)
 
         assert ended.returncode == 1, ended.stdout[-3000:] + ended.stderr[-3000:]
         assert any(f"{promise}: " in ended.stdout for promise in mutation.tests), ended.stdout[-3000:]
