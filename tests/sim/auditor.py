@@ -16,7 +16,7 @@ from moc.report import RecoveryReport
 from moc.snapshot.arena import Arena
 from tests.sim.facts import Held, LifeFact, Survey
 from tests.sim.ledger import Ledger, Moment
-from tests.sim.model import Links, Record, chain, parse_name, position
+from tests.sim.model import Links, Record, chain, newest_on, parse_name, position
 from tests.sim.state import (
     EXPERTS_PER_LAYER,
     LAYERS,
@@ -250,11 +250,9 @@ class Auditor(Ledger):
         """No expert is older than in the newest checkpoint that was there, if storage gave what it had."""
         if survey is None or any(NOT_USABLE in note for note in report.notes):
             return
-        places = {n: position(links, n.number, n.step, n.attempt) for n in survey.manifests & set(self.manifests)}
-        admitted = [(place, n) for n, place in places.items() if place is not None and n.step <= report.step]
-        if not admitted:
+        newest = newest_on(links, (n for n in survey.manifests & set(self.manifests) if n.step <= report.step))
+        if newest is None:
             return
-        newest = min(admitted)[1]
         for row in report.stale:
             promised = self.versions[newest].get(row.expert)
             if row.step < (newest.step if promised is None else promised.step):

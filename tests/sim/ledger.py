@@ -17,9 +17,9 @@ from tests.sim.model import (
     StoredName,
     chain,
     due_to_go,
+    newest_on,
     parse_name,
     parse_record,
-    position,
 )
 from tests.sim.state import EXPERTS_PER_LAYER, Routes, Whole
 from tests.sim.versions import Contents, Version, stored_versions
@@ -194,8 +194,7 @@ class Ledger:
                 continue
             links = chain({n: r[-1] for n, r in self.records.items() if n <= number})
             known = [n for n in (*self.manifests, *self.dropped) if n < at and (n.number, n.step) <= (number, step)]
-            placed = [(position(links, n.number, n.step, n.attempt), n) for n in known]
-            at = min(((place, n) for place, n in placed if place is not None), default=((0, 0), source))[1]
+            at = newest_on(links, known) or source
         return count
 
     def moments_at(self, life: Record, step: int) -> list[Moment]:

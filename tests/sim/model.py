@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = [
     "StoredName",
     "chain",
     "due_to_go",
+    "newest_on",
     "object_entries",
     "parse_name",
     "parse_record",
@@ -84,6 +85,13 @@ def position(links: Links, number: int, step: int, attempt: str | None = None) -
             continue
         return (depth, -step)
     return None
+
+
+def newest_on(links: Links, names: Iterable[StoredName]) -> StoredName | None:
+    """Return the checkpoint that recovery prefers, of two of a step the later one; None if none is on the lineage."""
+    placed = [(position(links, n.number, n.step, n.attempt), n) for n in names]
+    admitted = [(-place[0], -place[1], n.attempt, n) for place, n in placed if place is not None]
+    return max(admitted)[3] if admitted else None
 
 
 def due_to_go(name: StoredName, listed: list[StoredName], links: Links, *, keep_last: int, keep_every: int) -> bool:
