@@ -16,6 +16,7 @@ from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.seal import SealRecord, encode_seal
 from moc.state import Expert, RankCatalog, Shard
 from tests.golden.write import FOLDER
+from tests.support.forge import sealed
 
 __all__ = [
     "DESCRIPTOR_PAGES",
@@ -27,8 +28,10 @@ __all__ = [
     "reseal_arena",
     "reseal_seal",
     "seals",
+    "stale",
     "states",
     "with_metadata",
+    "with_stale",
 ]
 
 CATALOG = RankCatalog(
@@ -52,6 +55,30 @@ def golden_files(pattern: str) -> tuple[bytes, ...]:
 def golden_bodies(pattern: str) -> tuple[bytes, ...]:
     """Return the JSON text of the bodies of golden records."""
     return tuple(content[8 : content.rindex(b',"crc32c":')] for content in golden_files(pattern))
+
+
+@cache
+def _partial() -> dict[str, object]:
+    """Return the body of the golden manifest that has experts of the most attempts."""
+    bodies = [json.loads(body) for body in golden_bodies("manifests/*/*.json")]
+    body = max(bodies, key=lambda body: len(body.get("sources", ())))
+    assert isinstance(body, dict)
+    return body
+
+
+def stale() -> bytes:
+    """Return the JSON text of sources and rows of stale experts."""
+    return json.dumps([_partial()["sources"], _partial()["stale_experts"]], separators=(",", ":")).encode()
+
+
+def with_stale(text: bytes) -> bytes:
+    """Return a manifest whose sources and rows are those of this JSON text; what is none is the whole manifest."""
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    sources, experts = rows if isinstance(rows, list) and len(rows) == 2 else (rows, rows)
+    return sealed(_partial() | {"sources": sources, "stale_experts": experts})
 
 
 @cache

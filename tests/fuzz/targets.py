@@ -211,6 +211,7 @@ TARGETS: Mapping[str, Target] = {
     "record": Target(record, lambda: seeds.golden_files("*/*.json")),
     "manifest": Target(manifest, lambda: seeds.golden_files("manifests/*/*.json")),
     "manifest-body": Target(_sealed(manifest), lambda: seeds.golden_bodies("manifests/*/*.json"), is_json=True),
+    "stale-experts": Target(lambda text: manifest(seeds.with_stale(text)), lambda: (seeds.stale(),), is_json=True),
     "incarnation-body": Target(_sealed(incarnation), lambda: seeds.golden_bodies("incarnations/*.json"), is_json=True),
     "victims-body": Target(_sealed(victims), lambda: seeds.golden_bodies("victims/*.json"), is_json=True),
     "format": Target(repository_format, lambda: seeds.golden_files("FORMAT")),

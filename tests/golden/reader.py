@@ -83,14 +83,23 @@ def read_checkpoint(root: Path, manifest: Path) -> Contents:
     pieces: dict[str, list[tuple[int, bytes]]] = {}
     facts: dict[str, tuple[str, list[int]]] = {}
     states: dict[int, object] = {}
+    own = (body["incarnation"], body["step"], body["attempt"])
+    sources = {(layer, index): body["sources"][number] for layer, index, _, number, _ in body["stale_experts"]}
+    steps = {(layer, index): step for layer, index, step, _, _ in body["stale_experts"]}
     for row in body["objects"]:
         metadata, tensors = _read_object(root / row["key"], row)
+        owner = (metadata["incarnation"], metadata["step"], metadata["attempt"])
         if "__state__" in tensors:
             states[metadata["rank"]] = read_state(tensors["__state__"])
-        for tensor, part, dtype, shape, offset, length, _expert, _step, _position, checksum in metadata["shards"]:
+        for tensor, part, dtype, shape, offset, length, expert, step, _position, checksum in metadata["shards"]:
             data = tensors[f"{part}/{tensor}@{offset}"]
             if crc32c(data) != checksum or len(data) != length * WIDTHS[dtype]:
                 raise ValueError(f"shard is corrupt: {row['key']} {part}/{tensor}@{offset}")
+            place = None if expert is None else tuple(expert)
+            if tuple(sources.get(place, own)) != owner:
+                continue  # superseded
+            if step != steps.get(place, body["step"]):
+                raise ValueError(f"shard has another step: {row['key']} {part}/{tensor}@{offset}")
             facts[f"{part}/{tensor}"] = (dtype, shape)
             pieces.setdefault(f"{part}/{tensor}", []).append((offset, data))
     whole = {}

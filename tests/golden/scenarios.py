@@ -9,7 +9,7 @@ import hashlib
 import struct
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from moc._native import copy_crc32c
@@ -31,6 +31,7 @@ from moc.store.port import Store
 from moc.topology import Topology
 from moc.trace import Trace
 from tests.golden.describe import describe
+from tests.support.repository import Model, build_partial_history, shard_bytes, state_tree
 
 __all__ = ["RUN", "SCENARIOS", "Golden", "expected", "small_state", "tiny_catalog", "tiny_shard"]
 
@@ -313,7 +314,50 @@ def _lives(store: Store) -> Golden:
     return golden
 
 
-SCENARIOS: Mapping[str, Callable[[Store], Golden]] = {"one-rank": _one_rank, "two-ranks": _two_ranks, "lives": _lives}
+def _steps(*layers: tuple[int, ...]) -> dict[Expert | None, int]:
+    rows = enumerate(layers)
+    return {Expert(layer=layer, index=index): step for layer, steps in rows for index, step in enumerate(steps)}
+
+
+PARTIAL_STEPS: Mapping[int, Mapping[Expert | None, int]] = {
+    10: {},
+    20: _steps((10, 10, 20, 10), (10, 10, 10, 20)),
+    30: _steps((10, 10, 20, 28), (28, 10, 10, 20)),
+    40: _steps((40, 10, 20, 28), (28, 40, 10, 20)),
+}
+"""By checkpoint of the scenario "partial" the step of each expert's bytes."""
+
+
+def _partial(store: Store) -> Golden:
+    """Two lives that write one of four experts in each of two layers, the second on one rank instead of two.
+
+    The newest checkpoint has experts of four attempts, of which one wrote versions that were older than itself.
+    """
+    model = Model(hidden=2, dense=(("embed.weight", (5, 7)),))
+    builder = build_partial_history(store, run=RUN, model=model, ranks_after=1, last_step=40)
+    golden = Golden(store, model.catalogs(), state_tree)
+    for stored in builder.repository.checkpoints():
+        manifest = builder.repository.read_manifest(stored.name)
+        ranks = int(str(manifest.topology["world_size"]))
+        golden.catalogs = replace(model, world_size=ranks).catalogs()
+        values = [
+            {
+                shard.name: shard_bytes(shard, PARTIAL_STEPS[stored.name.step].get(shard.expert, stored.name.step))
+                for shard in catalog.shards
+            }
+            for catalog in golden.catalogs
+        ]
+        golden.checkpoints[str(stored.name)] = golden._contents(manifest, values)
+    golden.lineage = sorted(golden.checkpoints, reverse=True)
+    return golden
+
+
+SCENARIOS: Mapping[str, Callable[[Store], Golden]] = {
+    "one-rank": _one_rank,
+    "two-ranks": _two_ranks,
+    "lives": _lives,
+    "partial": _partial,
+}
 
 
 def expected(golden: Golden) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Write the golden repositories: ``python -m tests.golden.write``. For a new version of the format, never for a test.
+"""Write golden repositories: ``python -m tests.golden.write NAME...``. For what is new in the format, never for a test.
 
 What is committed under ``v1`` is what format 1 is; a writer that gives other bytes writes another format.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from moc.store.local import LocalStore
@@ -18,9 +19,9 @@ FOLDER = Path(__file__).parent / "v1"
 
 
 def main() -> None:
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    for name, write in SCENARIOS.items():
-        golden = write(LocalStore(FOLDER / name))
+    for name in sys.argv[1:]:
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+        golden = SCENARIOS[name](LocalStore(FOLDER / name))
         contents = json.dumps(expected(golden), indent=1, ensure_ascii=False)
         (FOLDER / f"{name}.json").write_text(contents + "\n", encoding="utf-8")
         print(f"{name}: {sum(path.stat().st_size for path in (FOLDER / name).rglob('*') if path.is_file())} bytes")

@@ -165,6 +165,13 @@ class RepositoryBuilder:
         )
         return dict.fromkeys(experts, step if number % 3 else step - 2)
 
+    def routing(self, step: int) -> Routing:
+        """Return the routes up to a step; a recovery at step 30 took the first expert of each layer from step 10."""
+        count, experts = ROUTES_PER_STEP * step, self.model.experts
+        learned = (count - 20 * ROUTES_PER_STEP, *(count for _ in range(1, experts)))
+        layers = self.model.moe_layers
+        return Routing(basis="kept", routed=((count,) * experts,) * layers, learned=(learned,) * layers)
+
     def name(self, incarnation: int, step: int, *, attempt: str | None = None) -> CheckpointName:
         attempt = attempt or hashlib.sha256(f"{incarnation}/{step}".encode()).hexdigest()[:8]
         return CheckpointName(run=self.run, incarnation=incarnation, step=step, attempt=attempt)
@@ -271,21 +278,25 @@ def build_history(store: Store, *, model: Model | None = None) -> RepositoryBuil
     return builder
 
 
-def build_partial_history(store: Store, *, model: Model | None = None, ranks_after: int = 4) -> RepositoryBuilder:
+def build_partial_history(
+    store: Store, *, run: str = "run-7", model: Model | None = None, ranks_after: int = 4, last_step: int = 50
+) -> RepositoryBuilder:
     """Write two lives of partial checkpoints, one expert of each layer in turn, the second on other ranks.
 
-    Step 10 is whole, 20 and 30 are partial, and 30 writes an older version of what memory had; the second life forks
-    at 30, and goes on with 40 and 50, which it writes off what the first has left.
+    Step 10 is whole, 20 and 30 are partial, and 30 writes versions that are older than it. The second life forks at 30
+    and goes on with 40 and 50, which share what the first has left.
     """
-    builder = RepositoryBuilder(store, model=model or Model())
+    builder = RepositoryBuilder(store, run=run, model=model or Model())
     builder.begin(1)
     base = builder.commit(1, 10)
     for step in (20, 30):
         base = builder.commit(1, step, parent=_parent_of(base), base=base, written=builder.turn(step))
     builder.begin(2, parent=_parent_of(base))
     builder.model = replace(builder.model, world_size=ranks_after)
-    for step in (40, 50):
-        base = builder.commit(2, step, parent=_parent_of(base), base=base, written=builder.turn(step))
+    for step in range(40, last_step + 1, 10):
+        written = builder.turn(step)
+        routing = builder.routing(step)
+        base = builder.commit(2, step, parent=_parent_of(base), base=base, written=written, routing=routing)
     return builder
 
 
