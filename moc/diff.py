@@ -215,10 +215,15 @@ def _checksums(pieces: Sequence[Piece]) -> dict[tuple[int, int], int]:
 
 def _facts(a: Manifest, b: Manifest) -> Iterator[tuple[str, object, object]]:
     """Yield the fields of the manifests that differ, mappings key by key."""
-    plain = ("size_bytes", "tensors", "catalog_digest", "is_finite", "stale_experts", "routing")
+    plain = ("size_bytes", "tensors", "catalog_digest", "is_finite")
     for name in plain:
         if getattr(a, name) != getattr(b, name):
             yield name, getattr(a, name), getattr(b, name)
+    stale_a, stale_b = ([row.to_json() for row in manifest.stale_experts] for manifest in (a, b))
+    if stale_a != stale_b:
+        yield "stale_experts", stale_a, stale_b
+    if a.routing != b.routing:
+        yield "plt", a.routing and a.routing.to_json(), b.routing and b.routing.to_json()
     for name in ("topology", "versions", "fingerprint"):
         left: Mapping[str, object] = getattr(a, name)
         right: Mapping[str, object] = getattr(b, name)

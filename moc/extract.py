@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from moc._native import crc32c
 from moc.errors import MocError, ShardCorruptError, StorageError, UsageError
-from moc.format.contents import live_shards
+from moc.format.contents import expert_steps
 from moc.format.keys import FORMAT_KEY, CheckpointName, incarnation_key, manifest_key
 from moc.format.manifest import Incarnation, Manifest
 from moc.repository import Finding, Repository
@@ -24,7 +24,7 @@ from moc.store.translate import translate_os_error
 from moc.trace import Trace
 from moc.verify import CheckedObject, check_structure
 
-__all__ = ["ExtractReport", "expert_steps", "extract"]
+__all__ = ["ExtractReport", "extract"]
 
 PIECE_BYTES = 64 * 2**20  # of one read
 MEMORY_BYTES = 256 * 2**20  # a larger object is collected in a temporary file, which the kernel may write out
@@ -78,20 +78,8 @@ def extract(
         name=name,
         objects=len(objects),
         bytes_copied=sum(entry.row.size_bytes for entry in objects),
-        expert_steps=expert_steps(manifest, objects),
+        expert_steps=expert_steps(manifest, ((entry.row, entry.header) for entry in objects)),
     )
-
-
-def expert_steps(manifest: Manifest, objects: Sequence[CheckedObject]) -> dict[int, tuple[int, ...]]:
-    """Return the step of each expert's bytes, by MoE layer and expert index. Pure."""
-    steps = {
-        (stored.shard.expert.layer, stored.shard.expert.index): stored.step
-        for entry in objects
-        for stored in live_shards(manifest, entry.row, entry.header)
-        if stored.shard.expert is not None
-    }
-    layers = sorted({layer for layer, _ in steps})
-    return {layer: tuple(steps[key] for key in sorted(steps) if key[0] == layer) for layer in layers}
 
 
 def _record(manifest: Manifest) -> Incarnation:

@@ -11,8 +11,10 @@ JSON: {"a": NAME, "b": NAME, "is_equal": bool or null (unknown), "facts":
 "parts": {part: COUNTS}, "layers": {layer: COUNTS}, "tensors": [{"tensor",
 "part", "dtype", "expert": [layer, index] or null, "verdict", "elements",
 "differing", "max_abs"}] not equal, "state": [{"rank", "path", "a", "b"}] that
-differ, "state_values": int} with NAME as in 'moc show' and COUNTS {"equal",
-"different", "unknown", "differing", "max_abs"}; null where not computed
+differ, "state_values": int, "experts": {"a": ROWS, "b": ROWS}, "staleness":
+{"a": {...}, "b": {...}} as in 'moc show'} with NAME and ROWS as in 'moc show'
+and COUNTS {"equal", "different", "unknown", "differing", "max_abs"}; null where
+not computed
 
 Exit codes: 0 compared (with --exit-code: 0 equal, 1 different or unknown), 3 no
 such checkpoint, 4 a checkpoint is corrupt, 5 storage unavailable, 6 other
@@ -28,8 +30,9 @@ from collections.abc import Callable
 
 from moc.cli.choose import choose, read_catalogue
 from moc.cli.exits import FAILURE, OK
+from moc.cli.experts import Steps, expert_map, experts_json, staleness_facts, staleness_json
 from moc.cli.options import add_json, add_repository, opened
-from moc.cli.output import describe_bytes, name_json, print_facts, print_json, print_table, progress_bar, say
+from moc.cli.output import describe_bytes, name_json, print_facts, print_json, print_map, print_table, progress_bar, say
 from moc.diff import (
     DIFFERENT,
     EQUAL,
@@ -42,6 +45,7 @@ from moc.diff import (
     open_side,
     read_differences,
 )
+from moc.format.contents import expert_steps
 from moc.repository import Repository
 
 __all__ = ["configure", "run"]
@@ -72,9 +76,11 @@ def run(args: argparse.Namespace) -> int:
             with progress_bar("diff", diff.unequal_bytes) as progress:
                 diff = read_differences(diff, a, b, progress)
     if args.json:
-        print_json(_to_json(diff))
+        print_json(_to_json(diff, a, b))
     else:
         _print_diff(diff, with_tensors=args.tensors)
+        for name, side in (("A", a), ("B", b)):
+            _print_experts(name, side)
     return FAILURE if args.exit_code and not diff.is_equal else OK
 
 
@@ -102,7 +108,12 @@ def _grouped(diff: CheckpointDiff, group: Callable[[TensorDiff], str]) -> dict[s
     return {name: _counts(tensors) for name, tensors in members.items()}
 
 
-def _to_json(diff: CheckpointDiff) -> dict[str, object]:
+def _steps(side: Side) -> Steps:
+    return expert_steps(side.manifest, side.headers)
+
+
+def _to_json(diff: CheckpointDiff, a: Side, b: Side) -> dict[str, object]:
+    sides = {"a": (diff.a, _steps(a)), "b": (diff.b, _steps(b))}
     return {
         "a": name_json(diff.a.name),
         "b": name_json(diff.b.name),
@@ -128,6 +139,8 @@ def _to_json(diff: CheckpointDiff) -> dict[str, object]:
         ],
         "state": [{"rank": s.rank, "path": s.path, "a": s.a, "b": s.b} for s in diff.state],
         "state_values": diff.state_values,
+        "experts": {name: experts_json(steps) for name, (_, steps) in sides.items()},
+        "staleness": {name: staleness_json(manifest, steps) for name, (manifest, steps) in sides.items()},
     }
 
 
@@ -155,6 +168,15 @@ def _print_diff(diff: CheckpointDiff, *, with_tensors: bool) -> None:
         if cells:
             print()
             print_table(("TENSOR", "IS", "ELEMENTS", "DIFFER", "MAX"), cells, left=frozenset({"TENSOR", "IS"}))
+
+
+def _print_experts(name: str, side: Side) -> None:
+    lines = expert_map(side.manifest, _steps(side))
+    if lines:
+        print()
+        facts = staleness_facts(side.manifest, _steps(side))
+        print_facts([("experts", f"of {name}, step {side.manifest.name.step}"), *facts])
+        print_map(lines)
 
 
 def _print_counts(title: str, groups: dict[str, dict[str, object]]) -> None:

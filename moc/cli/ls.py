@@ -9,9 +9,10 @@ The last column says what a checkpoint is to the next launch:
 
 JSON: {"repository": str, "lineage": [{"incarnation": int, "last_step": int or
 null}], "checkpoints": [{"name", "run", "incarnation", "step", "attempt",
-"size_bytes": int or null, "objects": int or null, "modified_s": seconds since
-the epoch or null, "is_on_lineage": bool, "is_newest": bool, "is_finite": bool
-or null, "error": str or null}], "findings": [{"key", "kind", "message"}]}
+"size_bytes": int or null, "written_bytes": of these, what this attempt wrote,
+"objects": int or null, "modified_s": seconds since the epoch or null,
+"is_on_lineage": bool, "is_newest": bool, "is_finite": bool or null, "error":
+str or null}], "findings": [{"key", "kind", "message"}]}
 Null stands for what a corrupt manifest cannot tell.
 
 Exit codes: 0 ok, 3 not a repository, 5 storage unavailable, 6 other format.
@@ -51,6 +52,7 @@ class Row:
         return {
             **name_json(self.stored.name),
             "size_bytes": self.manifest and self.manifest.size_bytes,
+            "written_bytes": self.manifest and self.manifest.written_bytes,
             "objects": self.manifest and len(self.manifest.objects),
             "modified_s": self.stored.modified_s or None,
             "is_on_lineage": self.is_on_lineage,

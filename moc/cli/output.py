@@ -18,6 +18,7 @@ __all__ = [
     "name_json",
     "print_facts",
     "print_json",
+    "print_map",
     "print_table",
     "printable",
     "progress_bar",
@@ -59,6 +60,12 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(printable(f"{name.ljust(width)}  {value}").rstrip())
+
+
+def print_map(lines: Sequence[str]) -> None:
+    """Print a map of lines that are ready, after a blank one; nothing where there is none."""
+    if lines:
+        print("", *lines, sep="\n")
 
 
 def describe_bytes(count: int) -> str:

@@ -7,8 +7,9 @@ checkpoint of the lineage is taken; what is passed over is said on stderr.
 
 JSON: {"repository", "name", "run", "incarnation", "step", "attempt",
 "format", "target": path or URL, "size_bytes", "files": [path] or null,
-"experts": [{"layer": int, "steps": [step of each expert]}], "plt": float or null,
-"rejected": [{"name", "kind", "message"}]}
+"experts": [{"layer": int, "steps": [step of each expert]}], "staleness":
+{...} as in 'moc show', "plt": float or null (nothing is counted), "rejected":
+[{"name", "kind", "message"}]}
 
 Exit codes: 0 restored, 2 target not empty, 3 no such checkpoint, 4 the
 checkpoint asked for is not sound, 5 storage unavailable, 6 other format.
@@ -20,15 +21,16 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from moc.cli.choose import Catalogue, choose, read_catalogue
 from moc.cli.exits import OK
+from moc.cli.experts import expert_map, experts_json, staleness_facts, staleness_json
 from moc.cli.options import add_json, add_repository, opened
-from moc.cli.output import describe_bytes, name_json, print_facts, print_json, progress_bar, say
+from moc.cli.output import describe_bytes, name_json, print_facts, print_json, print_map, progress_bar, say
 from moc.errors import IntegrityError, MocError, NoCheckpointError, ObjectMissingError, UsageError
-from moc.extract import expert_steps, extract
+from moc.extract import extract
+from moc.format.contents import expert_steps
 from moc.format.manifest import Manifest
 from moc.repository import Repository, StoredCheckpoint
 from moc.store.port import Progress
@@ -103,6 +105,7 @@ def _restore(repository: Repository, stored: StoredCheckpoint, form: str, target
     objects, findings = check_structure(repository, manifest)
     if findings:
         raise findings[0].error
+    steps = expert_steps(manifest, ((entry.row, entry.header) for entry in objects))
     files = None
     with progress_bar(f"restore step {stored.name.step}", manifest.size_bytes) as progress:
         if form == "moc":
@@ -110,7 +113,7 @@ def _restore(repository: Repository, stored: StoredCheckpoint, form: str, target
         else:
             target = os.path.abspath(target)
             files = _export_to(repository, manifest, form, target, progress)
-    return Restored(manifest=manifest, target=target, files=files, experts=expert_steps(manifest, objects))
+    return Restored(manifest=manifest, target=target, files=files, experts=steps)
 
 
 def _extract_to(repository: Repository, manifest: Manifest, target: str, progress: Progress) -> str:
@@ -161,23 +164,14 @@ def _print(form: str, restored: Restored) -> None:
             f"{form}, from {len(restored.manifest.objects)} objects, {size}",
         ),
     ]
-    for layer, steps in restored.experts.items():
-        facts.append((f"MoE layer {layer}", describe_steps(steps)))
-    if restored.manifest.routing is not None:
-        facts.append(("PLT", f"{100 * restored.manifest.routing.plt:.3g} %"))
-    print_facts(facts)
-
-
-def describe_steps(steps: Sequence[int]) -> str:
-    """Return "experts 0-2 of step 40, expert 3 of step 30"."""
-    if len(set(steps)) == 1:
-        return f"all {len(steps)} experts of step {steps[0]}"
-    texts = []
-    for step, group in groupby(enumerate(steps), key=lambda row: row[1]):
-        indices = [index for index, _ in group]
-        first, last = indices[0], indices[-1]
-        texts.append(f"experts {first}-{last} of step {step}" if last > first else f"expert {first} of step {step}")
-    return ", ".join(texts)
+    lines = expert_map(restored.manifest, restored.experts)
+    if not lines:
+        facts += [
+            (f"MoE layer {layer}", f"all {len(steps)} experts of step {name.step}")
+            for layer, steps in restored.experts.items()
+        ]
+    print_facts(facts + staleness_facts(restored.manifest, restored.experts))
+    print_map(lines)
 
 
 def _to_json(
@@ -190,7 +184,8 @@ def _to_json(
         "target": restored.target,
         "size_bytes": restored.manifest.size_bytes,
         "files": None if restored.files is None else list(restored.files),
-        "experts": [{"layer": layer, "steps": list(steps)} for layer, steps in restored.experts.items()],
+        "experts": experts_json(restored.experts),
+        "staleness": staleness_json(restored.manifest, restored.experts),
         "plt": restored.manifest.routing and restored.manifest.routing.plt,
         "rejected": [
             {"name": str(stored.name), "kind": type(error).__name__, "message": str(error)}

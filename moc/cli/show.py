@@ -1,15 +1,23 @@
 """Show what one checkpoint holds, from its manifest alone.
 
+Where experts are older than the checkpoint, headers are read as well, and a map
+shows the step of every expert: '.' for the checkpoint's own, digits for older
+ones, '9' the oldest; a count behind a layer is what a restore would lose.
+
 STEP is a step, which prefers the lineage, or STEP-ATTEMPT, or a whole name as
 printed by 'moc ls --json'. Without it: the newest on the lineage.
 
 JSON: {"repository", "name", "run", "incarnation", "step", "attempt",
 "parent": {"incarnation", "step", "attempt"} or null, "is_on_lineage": bool,
 "is_finite": bool, "modified_s", "size_bytes", "tensors", "catalog_digest",
-"topology": {...}, "fingerprint": {...}, "versions": {...}, "plt": {...} or null,
-"stale_experts": [[layer, expert, step, source, routed]], "lives": [{"number", "reason",
-"parent", "last_step"}] newest first, "objects": [{"key", "rank", "piece",
-"size_bytes", "header_bytes", "header_crc32c"}]}
+"topology": {...}, "fingerprint": {...}, "versions": {...}, "plt": {"basis",
+"routed": [[of each expert] of each layer], "lost": the same} or null,
+"stale_experts": [[layer, expert, step, source, routed]], "written_bytes",
+"experts": [{"layer", "steps": [of each expert]}] or null (nothing is stale),
+"staleness": {"oldest_step", "mean_steps_behind", "plt", "plt_if_restored",
+"lost_if_restored": [of each layer]; null where nothing is counted} or null,
+"lives": [{"number", "reason", "parent", "last_step"}] newest first, "objects":
+[{"key", "rank", "piece", "size_bytes", "header_bytes", "header_crc32c"}]}
 
 Exit codes: 0 ok, 3 no such checkpoint, 4 manifest is corrupt, 5 storage
 unavailable, 6 other format.
@@ -24,9 +32,12 @@ from collections.abc import Mapping
 
 from moc.cli.choose import Catalogue, choose, read_catalogue
 from moc.cli.exits import OK
+from moc.cli.experts import Steps, expert_map, experts_json, staleness_facts, staleness_json
 from moc.cli.options import add_json, add_repository, opened
-from moc.cli.output import describe_age, describe_bytes, name_json, print_facts, print_json
-from moc.errors import NoCheckpointError
+from moc.cli.output import describe_age, describe_bytes, name_json, print_facts, print_json, print_map, say
+from moc.diff import open_side
+from moc.errors import IntegrityError, NoCheckpointError, ObjectMissingError
+from moc.format.contents import expert_steps
 from moc.format.keys import parse_object_key
 from moc.format.manifest import Incarnation, Manifest, Parent
 from moc.plan.lineage import Link, chain
@@ -50,11 +61,13 @@ def run(args: argparse.Namespace) -> int:
         stored = chosen_or_newest(catalogue, args.step)
         manifest = repository.read_manifest(stored.name)
         lives = _lives(repository, stored)
+        steps = _expert_steps(repository, manifest)
     is_on_lineage = stored in catalogue.lineage
     if args.json:
-        print_json(_to_json(catalogue.url, stored, manifest, lives, is_on_lineage))
+        print_json(_to_json(catalogue.url, stored, manifest, lives, is_on_lineage, steps))
     else:
-        print_facts(_facts(stored, manifest, lives, is_on_lineage))
+        print_facts(_facts(stored, manifest, lives, is_on_lineage, steps))
+        print_map(expert_map(manifest, steps or {}))
         if args.objects:
             print()
             for row in manifest.objects:
@@ -73,6 +86,17 @@ def chosen_or_newest(catalogue: Catalogue, step: str | None) -> StoredCheckpoint
     return catalogue.lineage[0]
 
 
+def _expert_steps(repository: Repository, manifest: Manifest) -> Steps | None:
+    """Return the steps of all experts; None where none is stale, or a damaged object hides it."""
+    if not manifest.stale_experts:
+        return None
+    try:
+        return expert_steps(manifest, open_side(repository, manifest).headers)
+    except (IntegrityError, ObjectMissingError) as error:
+        say(f"moc show: the steps of all experts are not known: {error}")
+        return None
+
+
 def _lives(repository: Repository, stored: StoredCheckpoint) -> list[tuple[Incarnation, Link]]:
     """Return the lives that led to the checkpoint, newest first."""
     records, _ = repository.incarnations()
@@ -82,8 +106,14 @@ def _lives(repository: Repository, stored: StoredCheckpoint) -> list[tuple[Incar
 
 
 def _to_json(
-    url: str, stored: StoredCheckpoint, manifest: Manifest, lives: list[tuple[Incarnation, Link]], is_on_lineage: bool
+    url: str,
+    stored: StoredCheckpoint,
+    manifest: Manifest,
+    lives: list[tuple[Incarnation, Link]],
+    is_on_lineage: bool,
+    steps: Steps | None,
 ) -> dict[str, object]:
+    is_known = steps is not None or not manifest.stale_experts
     return {
         "repository": url,
         **name_json(manifest.name),
@@ -98,10 +128,10 @@ def _to_json(
         "fingerprint": dict(manifest.fingerprint),
         "versions": dict(manifest.versions),
         "plt": manifest.routing and manifest.routing.to_json(),
-        "stale_experts": [
-            [row.expert.layer, row.expert.index, row.step, str(row.source), row.routed]
-            for row in manifest.stale_experts
-        ],
+        "stale_experts": [row.to_json() for row in manifest.stale_experts],
+        "written_bytes": manifest.written_bytes,
+        "experts": None if steps is None else experts_json(steps),
+        "staleness": staleness_json(manifest, steps or {}) if is_known else None,
         "lives": [
             {
                 "number": record.number,
@@ -126,7 +156,11 @@ def _to_json(
 
 
 def _facts(
-    stored: StoredCheckpoint, manifest: Manifest, lives: list[tuple[Incarnation, Link]], is_on_lineage: bool
+    stored: StoredCheckpoint,
+    manifest: Manifest,
+    lives: list[tuple[Incarnation, Link]],
+    is_on_lineage: bool,
+    steps: Steps | None,
 ) -> list[tuple[str, str]]:
     name = manifest.name
     dense = [row.size_bytes for row in manifest.objects if parse_object_key(row.key)[2] == "d"]
@@ -143,6 +177,11 @@ def _facts(
         ("dense", f"{len(dense)} objects, {describe_bytes(sum(dense))}, step {name.step}"),
         ("experts", f"{len(experts)} objects, {describe_bytes(sum(experts))}, {_describe_steps(manifest)}"),
     ]
+    if manifest.written_bytes != manifest.size_bytes:
+        shared = manifest.size_bytes - manifest.written_bytes
+        words = f"{describe_bytes(manifest.written_bytes)}, and {describe_bytes(shared)} by earlier attempts"
+        facts.append(("written", words))
+    facts += staleness_facts(manifest, steps or {})
     facts += _mapping_facts("topology", manifest.topology)
     facts += _mapping_facts("versions", manifest.versions)
     facts += _mapping_facts("fingerprint", manifest.fingerprint)

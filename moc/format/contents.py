@@ -7,7 +7,7 @@ Every reader takes the live shards of an object, and only these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from moc.errors import ShardCorruptError
 from moc.format.keys import CheckpointName, parse_object_key
@@ -15,13 +15,27 @@ from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader, StoredShard
 from moc.state import Expert
 
-__all__ = ["contradictions", "live_shards"]
+__all__ = ["contradictions", "expert_steps", "live_shards"]
 
 
 def live_shards(manifest: Manifest, row: ObjectRow, header: ObjectHeader) -> tuple[StoredShard, ...]:
     """Return the shards of one object that the checkpoint consists of, in the order of the header."""
     owner, _, _ = parse_object_key(row.key)
     return tuple(stored for stored in header.shards if _version(manifest, stored.shard.expert)[0] == owner)
+
+
+def expert_steps(manifest: Manifest, headers: Iterable[tuple[ObjectRow, ObjectHeader]]) -> dict[int, tuple[int, ...]]:
+    """Return the step of each expert's bytes, by MoE layer and in the order of the experts."""
+    steps = {
+        stored.shard.expert: stored.step
+        for row, header in headers
+        for stored in live_shards(manifest, row, header)
+        if stored.shard.expert is not None
+    }
+    layers: dict[int, list[int]] = {}
+    for expert, step in sorted(steps.items()):
+        layers.setdefault(expert.layer, []).append(step)
+    return {layer: tuple(row) for layer, row in layers.items()}
 
 
 def contradictions(manifest: Manifest, row: ObjectRow, header: ObjectHeader) -> Iterator[ShardCorruptError]:

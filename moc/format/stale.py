@@ -42,6 +42,10 @@ class StaleExpert:
                 f"routed={self.routed} allowed=step at most the source's, routed from 0"
             )
 
+    def to_json(self) -> list[object]:
+        """Return a row for programs, which names the source in full."""
+        return [self.expert.layer, self.expert.index, self.step, str(self.source), self.routed]
+
 
 def sources(stale: Iterable[StaleExpert]) -> tuple[CheckpointName, ...]:
     """Return the attempts that hold stale experts, sorted, each once."""

@@ -193,6 +193,8 @@ def test_the_command_tells_what_differs(history: Path) -> None:
         "tensors",
         "state",
         "state_values",
+        "experts",
+        "staleness",
     }
     assert set(report["layers"]) == {"embed", "norm", "layers.0", "layers.1"}
     assert report["parts"]["master"]["different"] == 10

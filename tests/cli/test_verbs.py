@@ -32,7 +32,16 @@ def test_ls_marks_the_newest_the_lineage_and_abandoned_futures(history: Path) ->
         (2, 40, False, False),
     ]
     for row in listing["checkpoints"]:
-        extra = {"size_bytes", "objects", "modified_s", "is_on_lineage", "is_newest", "is_finite", "error"}
+        extra = {
+            "size_bytes",
+            "written_bytes",
+            "objects",
+            "modified_s",
+            "is_on_lineage",
+            "is_newest",
+            "is_finite",
+            "error",
+        }
         assert set(row) == NAME | extra
         assert (row["size_bytes"] > 0, row["objects"], row["is_finite"], row["error"]) == (True, 4, True, None)
 
@@ -85,6 +94,9 @@ def test_show_tells_everything_in_the_manifest(history: Path) -> None:
         "versions",
         "plt",
         "stale_experts",
+        "written_bytes",
+        "experts",
+        "staleness",
         "lives",
         "objects",
     }
@@ -182,6 +194,7 @@ def test_restore_takes_the_newest_on_the_lineage(history: Path, tmp_path: Path) 
         "size_bytes",
         "files",
         "experts",
+        "staleness",
         "plt",
         "rejected",
     }
