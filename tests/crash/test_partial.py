@@ -57,7 +57,7 @@ def judge(job: Job, *, is_partial: bool = True) -> list[Manifest]:
             for stored in live_shards(manifest, row, repository.read_header(row)):
                 had = known[owner.incarnation, stored.step, stored.shard.name]
                 assert stored.crc32c in had, f"{manifest.name}: {stored.shard.name} of step {stored.step}"
-    newest, names = manifests[-1], [manifest.name for manifest in manifests]
+    newest, names = manifests[-1], [manifest.name for manifest in manifests[-TURN:]]
     assert len(names) == TURN or not is_partial
     for expert in GRID:
         source, step = newest.version(expert)
