@@ -251,12 +251,21 @@ class Session:
         step, rank = self._state.step, self._world.rank
         self._world.finish_max()
         life.snapshotter.wait_finished(self._request.config.timeout_s)
-        sealed = exchange(self._world, life.arena.words(rank).sealed_step)
-        if step and any(other != step for other in sealed):
+        is_sealed = exchange(self._world, self._has_sealed_all(life, step))
+        if step and not all(is_sealed):
             problem = self._begin_awaited(step, self._next_attempt(step))
             if problem is not None:
                 log.warning("the last step could not be snapshotted: step=%d reason=%s", step, problem)
         exchange(self._world, rank)  # everybody has sealed
+
+    def _has_sealed_all(self, life: _Life, step: int) -> bool:
+        """Return whether this rank's newest snapshot is of this step, with all experts."""
+        rank = self._world.rank
+        if life.arena.words(rank).sealed_step != step or self._request.config.k_snapshot is None:
+            return life.arena.words(rank).sealed_step == step
+        own = [record for record in life.arena.seals(rank).values() if record.incarnation == life.record.number]
+        newest = max(own, key=lambda record: (record.step, record.attempt), default=None)
+        return newest is not None and all(held == step for held in newest.steps)
 
     def _drain(self, life: _Life) -> None:
         """Have the agent persist and leave.

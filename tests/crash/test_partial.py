@@ -111,7 +111,7 @@ def test_the_life_after_a_lost_node_goes_on_with_the_turn(span: str) -> None:
 
 
 def test_a_job_that_ends_well_has_its_last_step_whole() -> None:
-    with partial_job() as job:
+    with partial_job(k_snapshot=2) as job:
         life = job.start(steps=20 * EVERY + 1)
         life.finished()
 
