@@ -42,7 +42,7 @@ class Facts:
         return self.topology.node_of_rank[rank]
 
     def ranks_of(self, node: int) -> tuple[int, ...]:
-        return tuple(rank for rank, of in enumerate(self.topology.node_of_rank) if of == node)
+        return self.topology.ranks_of(node)
 
     def is_leader(self, rank: int) -> bool:
         """Return whether the rank starts its node's agent and speaks for the node: the lowest one does."""
@@ -78,8 +78,11 @@ def gather_facts(
     topology = Topology(
         world_size=world.size, node_of_rank=tuple(nodes.index(row["node"]) for row in rows), ep_sizes=ep_sizes
     )
-    if topology.node_count > 1:
-        raise TopologyError(f"this version serves one node: nodes={topology.node_count} allowed=1")
+    if topology.node_count > 1 and request.config.mode != "full":
+        raise TopologyError(
+            f"experts take turns on one node only: mode={request.config.mode} nodes={topology.node_count} "
+            "allowed=mode='full'"
+        )
     addresses = tuple(next(row["address"] for row in rows if row["node"] == node) for node in nodes)
     if len(nodes) > 1 and None in addresses:
         raise TopologyError(

@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from moc.adapters.deepspeed import DeepSpeedState, Hooks, plain_json, refuse_attached
 from moc.adapters.software import software_versions
 from moc.adapters.world import TorchWorld
+from moc.agent.runtime import address_towards
 from moc.agent.stacks import StackDump
 from moc.agreement import agree
 from moc.config import Config
@@ -79,6 +81,7 @@ class CheckpointManager:
         take_over: bool = False,
         on_mismatch: Sequence[str] = (),
         runtime_dir: Path | None = None,
+        node_address: str | None = None,
         trace_dir: str | Path | None = None,
     ) -> CheckpointManager:
         """Attach to an engine: recover what there is, begin a new life, hook the engine. Collective.
@@ -87,7 +90,8 @@ class CheckpointManager:
         (the data loader). restore: "auto" (newest on the lineage, or a fresh start), "never", "weights" (weights only),
         or a step. fingerprint: further values that must be equal to resume. on_mismatch: fingerprint keys that may
         differ. take_over: use another run's repository. runtime_dir: where the node's agents live (two "nodes" on one
-        machine need two). trace_dir: write each rank's and the agent's spans there, for `moc trace`.
+        machine need two). node_address: where agents of other nodes reach this one's (this machine's address on the way
+        to the launcher's MASTER_ADDR). trace_dir: write each rank's and the agent's spans there, for `moc trace`.
 
         Blocks: for recovery. Raises: MocError, the same on every rank; the engine is then not hooked, and unusable only
         if the error came from a restore under way.
@@ -112,6 +116,7 @@ class CheckpointManager:
                     runtime_root=runtime_dir,
                     agent_idle_s=AGENT_IDLE_S,
                     fingerprint=plain_json(state.fingerprint),
+                    node_address=node_address or address_towards(os.environ.get("MASTER_ADDR", socket.gethostname())),
                 ),
             )
             folder = None if not trace_dir else Path(trace_dir).absolute()

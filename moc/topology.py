@@ -40,6 +40,10 @@ class Topology:
     def node_count(self) -> int:
         return max(self.node_of_rank) + 1
 
+    def ranks_of(self, node: int) -> tuple[int, ...]:
+        """Return the ranks on a node, ascending."""
+        return tuple(rank for rank, of in enumerate(self.node_of_rank) if of == node)
+
     def to_json(self) -> dict[str, object]:
         return {
             "world_size": self.world_size,

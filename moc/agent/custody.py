@@ -9,19 +9,20 @@ import logging
 import resource
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from moc.agent import wire
+from moc.agent.life import Life
 from moc.agent.memory import available_memory
+from moc.agent.peers.report import NOBODY, Others
 from moc.errors import UsageError
-from moc.format.manifest import Incarnation, Parent, decode_lineage
+from moc.format.manifest import Parent
 from moc.plan.composition import steps_of_experts
 from moc.plan.freeing import (
     Moment,
     Seal,
     complete_moments,
     freeable,
+    holders_of,
     hopeless_moments,
     moment_after,
     newest_moments,
@@ -30,56 +31,14 @@ from moc.plan.layout import ArenaLayout, arrange_arena
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
 from moc.state import Expert, catalogs_from_json
-from moc.topology import Topology
 
-__all__ = ["Custody", "Life"]
+__all__ = ["Custody"]
 
 log = logging.getLogger(__name__)
 
 NEVER: Moment = (1 << 64, "")  # after every moment
 SUPPLEMENTED_VERSIONS = 3  # the newest snapshot, one that has what it lacks, and room for the next
 RESERVE_BYTES = 512 << 20  # left to everything else on the node when an arena is created
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Life:
-    """The present life, as the arena's descriptor tells it; `ranks` are those of this node, `world` those of all."""
-
-    record: Incarnation
-    lineage: tuple[Incarnation, ...]
-    ranks: tuple[int, ...]
-    world: tuple[int, ...]
-    descriptor: Mapping[str, Any]
-    layers: frozenset[tuple[int, Moment]] = frozenset()
-    """Snapshots of earlier lives that this one was recovered from beside its parent."""
-
-    @staticmethod
-    def of(descriptor: Mapping[str, Any]) -> Life:
-        """Return the life; raises UsageError, IntegrityError or TypeError for what no trainer has described."""
-        for field in ("run", "storage", "digest"):
-            wire.text(descriptor, field)
-        for field in ("tensors", "keep_last", "keep_every"):
-            wire.integer(descriptor, field)
-        for field in ("topology", "fingerprint", "software"):
-            wire.mapping(descriptor, field)
-        wire.number(descriptor, "timeout_s")
-        config = wire.mapping(descriptor, "config")
-        wire.text(config, "mode"), wire.integer(config, "persist_every"), wire.number(config, "plt_limit")
-        if config.get("k_persist") is not None:
-            wire.integer(config, "k_persist")
-        records = decode_lineage(descriptor["lineage"], fingerprint=descriptor["fingerprint"])
-        if not records:
-            raise UsageError("the descriptor names no life")
-        ranks = tuple(sorted(row["rank"] for row in descriptor["catalogs"]))
-        is_alone = "fellows" not in descriptor
-        return Life(
-            record=records[-1],
-            lineage=tuple(records),
-            ranks=ranks,
-            world=ranks if is_alone else tuple(range(Topology.from_json(descriptor["topology"]).world_size)),
-            descriptor=descriptor,
-            layers=_layers(descriptor.get("layers", [])),
-        )
 
 
 class Custody:
@@ -150,11 +109,22 @@ class Custody:
         for rank in self.life.ranks:
             self.arena.clear_words(rank)
 
+    def amend(self, descriptor: Mapping[str, Any]) -> None:
+        """Replace the descriptor by one of the same life and layout."""
+        self.arena.describe(descriptor)
+        self.life = Life.of(self.arena.descriptor)
+
     def _adopt_descriptor(self) -> None:
         self.life = Life.of(self.arena.descriptor)
         self._settled: set[Moment] = set()
         self.newest: Moment | None = None
         self.hopeless: dict[Moment, tuple[int, ...]] = {}
+        self.holders: dict[Moment, set[int]] = {}
+        """The moments of this life that anybody holds, as of the last look, and which ranks do."""
+        self.passed: dict[int, Moment] = {}
+        """How far each of this node's ranks had come, before the last look at what they hold."""
+        self.wishes: set[Moment] = set()
+        """Moments held here that another node's agent wants saved."""
         self._passed: dict[int, Moment] = {}
 
     @property
@@ -188,8 +158,9 @@ class Custody:
         with self._pins_lock:
             return set(self._pins)
 
-    def scan(self, *, ended: Collection[int] = ()) -> list[Moment]:
-        """Look at all records, free what nothing needs. `ended` are the ranks whose trainers are dead.
+    def scan(self, *, ended: Collection[int] = (), others: Others = NOBODY) -> list[Moment]:
+        """Look at all records, free what nothing needs. `ended` are this node's ranks whose trainers are dead, `others`
+        what the agents of other nodes have reported.
 
         Return the complete saves of this life that have not ended, ascending.
         """
@@ -197,10 +168,13 @@ class Custody:
         # A dead rank seals no more: without this the others would hold what it lacks until their own end.
         passed |= dict.fromkeys(ended, NEVER)
         self._refresh()
-        ranks, incarnation = self.life.ranks, self.life.record.number
-        seals = self._seals()
-        self.hopeless = hopeless_moments(seals, ranks, incarnation, passed=passed)
-        self._passed = newest_moments(seals, incarnation)
+        ranks, incarnation = self.life.world, self.life.record.number
+        own = self._seals()
+        self._passed, self.passed = newest_moments(own, incarnation), passed
+        seals = [*own, *others.seals]
+        self.hopeless = hopeless_moments(seals, ranks, incarnation, passed={**others.passed, **passed})
+        self.holders = holders_of(seals, incarnation)
+        self.wishes = {moment for moment in others.wishes if self.holds(moment)} - self._settled
         complete = complete_moments(seals, ranks, incarnation)
         if complete and complete[-1] != self.newest:
             self.newest = complete[-1]
@@ -211,10 +185,12 @@ class Custody:
             self.earlier = None
         # With a global step the new life stands on its own.
         source = None if self.newest is not None else self._whole_snapshot(self.life.record.parent)
-        wanted = self.unfinished_saves()
+        wanted = self.unfinished_saves() | self.wishes
         pinned = self.pinned() | {(incarnation, moment) for moment in wanted} | self._supplement(complete)
+        here = set(self.life.ranks)
         for seal in freeable(seals, ranks, incarnation, pinned=pinned, source=source, hopeless=self.hopeless):
-            self._free(seal.rank, seal.record)
+            if seal.rank in here:
+                self._free(seal.rank, seal.record)
         return [moment for moment in complete if moment in wanted]
 
     def _supplement(self, complete: Sequence[Moment]) -> set[tuple[int, Moment]]:
@@ -251,6 +227,21 @@ class Custody:
                 moment = moment_after(*skipped)
                 passed[rank] = max(passed.get(rank, moment), moment)
         return passed
+
+    def holds(self, moment: Moment) -> bool:
+        """Return whether all of this node's ranks hold a moment of the present life."""
+        return len(self.records_of(self.life.record.number, moment)) == len(self.life.ranks)
+
+    @property
+    def held(self) -> dict[Moment, set[int]]:
+        """The moments of this life in this memory, as of the last look, and which of this node's ranks hold them."""
+        here = set(self.life.ranks)
+        return {moment: ranks & here for moment, ranks in self.holders.items() if ranks & here}
+
+    @property
+    def newest_here(self) -> Moment | None:
+        """The newest moment that all of this node's ranks hold."""
+        return max((moment for moment, ranks in self.held.items() if ranks == set(self.life.ranks)), default=None)
 
     def records_of(self, incarnation: int, moment: Moment) -> dict[int, SealRecord]:
         """Return the seals of one moment by rank."""
@@ -355,16 +346,6 @@ class Custody:
     def _free(self, rank: int, index: int) -> None:
         self.arena.free(rank, index)
         self._records.pop((rank, index), None)
-
-
-def _layers(rows: object) -> frozenset[tuple[int, Moment]]:
-    """Return the moments of a descriptor's layers; raises UsageError for what no trainer has described."""
-    if not isinstance(rows, list):
-        raise UsageError(f"layers of a descriptor are wrong: type={type(rows).__name__} allowed=a list")
-    for row in rows:
-        if not isinstance(row, list) or [type(cell) for cell in row] != [int, int, str]:
-            raise UsageError(f"layers of a descriptor are wrong: {repr(row)[:80]} allowed=incarnation, step, attempt")
-    return frozenset((incarnation, (step, attempt)) for incarnation, step, attempt in rows)
 
 
 def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: int) -> None:

@@ -44,6 +44,8 @@ def _descriptor(descriptor: Mapping[str, Any]) -> dict[str, object]:
         {"rank": row["rank"], "shards": len(row["shards"]), "state_capacity_bytes": row["state_capacity_bytes"]}
         for row in descriptor["catalogs"]
     ]
+    if "fellows" in shown:
+        shown["fellows"] = {name: value for name, value in shown["fellows"].items() if name != "secret"}
     return {**shown, "storage": redact_url(str(descriptor["storage"])), "catalogs": catalogs}
 
 

@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moc.agent.composer import Composer
+from moc.agent.peers.council import Council
+from moc.agent.peers.report import Contribution, Verdict
 from moc.commit import CommitPlan, build_manifest, commit, refuse_if_fenced
-from moc.errors import FencedError, ManifestCorruptError, MocError, StorageError, StoreUnavailableError
+from moc.errors import (
+    FencedError,
+    ManifestCorruptError,
+    MocError,
+    PlanDivergedError,
+    SaveFailedError,
+    StorageError,
+    StoreUnavailableError,
+)
 from moc.format.keys import CheckpointName
-from moc.format.manifest import Incarnation, Manifest, Parent, decode_lineage
+from moc.format.manifest import Incarnation, Parent, decode_lineage
 from moc.gc import Retention
 from moc.host import Host
-from moc.persist import checkpoint_name, persist_rank
+from moc.persist import Receipt, checkpoint_name, persist_rank
 from moc.plan.freeing import Moment
 from moc.repository import Repository
+from moc.routing import Routing
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
 from moc.trace import Trace
@@ -38,7 +49,8 @@ class SaveJob:
     """One save: the seals of all ranks at one moment, pinned until `on_end`, and the life whose checkpoint they become.
 
     Without records the job only looks up what the life has committed. `descriptor` is that of the arena the seals are
-    in. `is_whole` says that all experts are written which memory has newer than storage.
+    in. `is_whole` says that all experts are written which memory has newer than storage. With a `council` the records
+    are those of this node, and the agents of the others make their part.
     """
 
     arena: Arena
@@ -47,6 +59,7 @@ class SaveJob:
     descriptor: Mapping[str, Any]
     pinned: tuple[int, Moment] | None
     is_whole: bool
+    council: Council | None = None
 
     @property
     def name(self) -> CheckpointName:
@@ -107,16 +120,20 @@ class Persister:
         began_s = self._host.now_s()
         name, size, error = job.name, 0, None
         try:
-            manifest = self._save(job)
-            name, size = manifest.name, manifest.size_bytes
+            name, size = self._save(job)
+        except SaveFailedError as failure:  # at another node: its words, everywhere
+            error = str(failure)
+            log.error("save failed: name=%s %s", job.name, error)
         except MocError as failure:
-            error = f"{type(failure).__name__}: {failure}"
+            error = f"{type(failure).__name__}: {failure}{_where(job)}"
             log.error("save failed: name=%s %s", job.name, error)
             if isinstance(failure, StorageError):
                 self._prepared = None  # open the repository anew: the folder may have been replaced meanwhile
         except Exception as failure:  # a defect: recorded, reported, and the next save starts afresh
-            error = f"InternalError: {type(failure).__name__}: {failure}"
+            error = f"InternalError: {type(failure).__name__}: {failure}{_where(job)}"
             log.exception("save failed: name=%s", job.name)
+        if error is not None and job.council is not None:
+            self._prepared = None  # list anew: what failed here, or so it seemed, another node may have committed
         return Outcome(name=name, size_bytes=size, seconds=self._host.now_s() - began_s, error=error)
 
     def _recall(self, job: SaveJob) -> list[Outcome]:
@@ -131,17 +148,17 @@ class Persister:
             return []
         return [Outcome(name=name, size_bytes=0, seconds=0.0, error=None) for name in self._commits]
 
-    def _save(self, job: SaveJob) -> Manifest:
-        """Return the checkpoint that has the job's moment."""
+    def _save(self, job: SaveJob) -> tuple[CheckpointName, int]:
+        """Return name and size of the checkpoint that has the job's moment."""
         repository, records = self._prepare(job), tuple(job.records.values())
         assert self._composer is not None, "prepared before"
         if job.name in self._commits:
             # By an agent that died before it could say so; a key is written with one content only.
-            return repository.read_manifest(job.name)
+            return job.name, repository.read_manifest(job.name).size_bytes
         if job.moment != (job.name.step, job.name.attempt):
             stored = self._composer.stored(job.name, job.moment, records, job.arena)
             if stored is not None:
-                return stored
+                return stored.name, stored.size_bytes
         composition = self._composer.compose(job.name, records, job.arena, job.descriptor, is_whole=job.is_whole)
         written = frozenset(composition.written)
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
@@ -151,14 +168,46 @@ class Persister:
                 workers=_writers(repository),
                 name="moc-write",
             )
-        plan = _commit_plan(job.descriptor)
-        manifest = build_manifest(plan, job.name, self._parent(job), receipts, composition=composition)
+        plan, parent = _commit_plan(job.descriptor), self._parent(job)
+        if job.council is not None:
+            joint = self._gather(job, job.council, parent, receipts, composition.routing)
+            if isinstance(joint, Verdict):
+                self._commits.append(job.name)
+                return job.name, joint.size_bytes
+            receipts = [receipt for part in joint for receipt in part.receipts]
+            composition = replace(composition, routing=joint[0].routing)
+        manifest = build_manifest(plan, job.name, parent, receipts, composition=composition)
         commit(repository, manifest, trace=self._trace)
         self._commits.append(job.name)
         self._composer.note_commit(manifest, composition, receipts)
         log.info("committed: name=%s bytes=%d kept=%d", job.name, manifest.size_bytes, len(composition.kept))
         self._retain(job)
-        return manifest
+        return manifest.name, manifest.size_bytes
+
+    def _gather(
+        self,
+        job: SaveJob,
+        council: Council,
+        parent: Parent | None,
+        receipts: Sequence[Receipt],
+        routing: Routing | None,
+    ) -> tuple[Contribution, ...] | Verdict:
+        """Return the contributions of all nodes, or what another one has made of them. Blocks: for the other nodes.
+
+        Raises PlanDivergedError where nodes do not know the same commits: the manifest would not follow from the
+        contributions alone.
+        """
+        step, attempt = job.name.step, job.name.attempt
+        mine = Contribution(moment=(step, attempt), parent=parent, receipts=tuple(receipts), routing=routing)
+        with self._trace.span("save.gather", step=step, attempt=attempt, node=council.node):
+            joint = council.gather(mine, timeout_s=float(job.descriptor["timeout_s"]))
+        if isinstance(joint, Verdict):
+            log.info("committed by another node: name=%s bytes=%d", job.name, joint.size_bytes)
+            return joint
+        parents = [part.parent for part in joint]
+        if any(other != parent for other in parents):
+            raise PlanDivergedError(f"nodes follow different commits: step={step} parents={parents}")
+        return joint
 
     def _retain(self, job: SaveJob) -> None:
         """Do a round of retention; its failure is not the save's."""
@@ -236,9 +285,15 @@ def _writers(repository: Repository) -> int:
     return WRITERS if repository.store.properties.is_local else 1
 
 
+def _where(job: SaveJob) -> str:
+    return "" if job.council is None else f" node={job.council.node}"
+
+
 def _commit_plan(descriptor: Mapping[str, Any]) -> CommitPlan:
+    is_alone = "fellows" not in descriptor
+    ranks = sorted(row["rank"] for row in descriptor["catalogs"])
     return CommitPlan(
-        ranks=tuple(sorted(row["rank"] for row in descriptor["catalogs"])),
+        ranks=tuple(ranks if is_alone else range(descriptor["topology"]["world_size"])),
         digest=descriptor["digest"],
         tensors=descriptor["tensors"],
         topology=descriptor["topology"],

@@ -17,6 +17,7 @@ __all__ = [
     "LOCK_NAME",
     "LOG_NAME",
     "SOCKET_NAME",
+    "address_towards",
     "default_root",
     "existing_root",
     "live_agents",
@@ -83,6 +84,22 @@ def node_identity(root: Path | None) -> str:
     status = base.stat()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{status.st_dev}/{status.st_ino}"
+
+
+def address_towards(host: str) -> str | None:
+    """Return this machine's address on the way to a host, None if there is no way or the name is not known.
+
+    Sends nothing.
+    """
+    try:
+        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)  # any port: a datagram socket has no connection
+    except OSError:
+        return None
+    for family, kind, protocol, _, place in found:
+        with socket.socket(family, kind, protocol) as probe:
+            if probe.connect_ex(place) == 0:
+                return str(probe.getsockname()[0])
+    return None
 
 
 def remember_run(root: Path | None, url_digest: str, run: str) -> None:

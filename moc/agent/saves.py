@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from moc.agent import wire
 from moc.agent.composer import FULL
 from moc.agent.custody import Custody
+from moc.agent.peers.council import Council
+from moc.agent.peers.report import NOBODY, Others, Verdict
 from moc.agent.persister import Outcome, Persister, SaveJob
 from moc.format.keys import CheckpointName
 from moc.host import Host
@@ -28,6 +30,7 @@ __all__ = ["Saves", "Waiter"]
 log = logging.getLogger(__name__)
 
 OUTCOME_LIMIT = 256
+VERDICT_LIMIT = 16  # told to the agents of other nodes; saves come one after the other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,9 @@ class Saves:
         self._first_seen_s: dict[Moment, float] = {}
         self._waiters: list[Waiter] = []
         self._saves_ended = self._saves_failed = 0
+        self.council: Council | None = None
+        self.wishes: set[Moment] = set()
+        """What all nodes are to save although it was not flagged: the last moment before this agent leaves."""
         self.last_committed_step: int | None = None
         self.last_error: str | None = None
         """Why the newest save failed; None again after a commit."""
@@ -81,6 +87,10 @@ class Saves:
         self.last_committed_step = None
         self._first_seen_s.clear()
 
+    def enter(self, council: Council | None) -> None:
+        """Make the saves of the present life together with the agents of its other nodes, None: alone."""
+        self.council = council
+
     def recall(self, custody: Custody) -> None:
         """Have the persist thread look up what this life has committed already.
 
@@ -99,22 +109,54 @@ class Saves:
         )
 
     def look(self, custody: Custody, *, ended: set[int], may_start: bool) -> None:
-        """Start what is complete, give up what cannot become complete; `ended` are the ranks that seal no more."""
-        complete = custody.scan(ended=ended)
-        for moment in complete if may_start else ():
-            self._start(custody, moment)
+        """Start what is complete, give up what cannot become complete; `ended` are this node's ranks that seal no more.
+
+        Unless it `may_start`, only what other nodes want is started.
+        """
+        others = NOBODY if self.council is None else self.council.others()
+        self._hear(custody, others)
+        complete = custody.scan(ended=ended, others=others)
+        for moment in complete:
+            if may_start or moment in custody.wishes:
+                self._start(custody, moment)
         timeout_s = float(custody.life.descriptor["timeout_s"])
-        unfinished = custody.unfinished_saves()
+        unfinished = custody.unfinished_saves() | custody.wishes
         self._first_seen_s = {moment: seen for moment, seen in self._first_seen_s.items() if moment in unfinished}
         for moment in unfinished:
             first_s = self._first_seen_s.setdefault(moment, self._host.now_s())
-            if lacking := sorted(ended - set(custody.records_of(custody.life.record.number, moment))):
+            held = custody.holders.get(moment, set())
+            if lacking := sorted((ended | others.ended) - held):
                 self.give_up(custody, moment, f"ranks {lacking} ended before they had sealed it")
             elif moment in custody.hopeless:
                 self.give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
             elif not self._is_under_way(custody, moment) and self._host.now_s() - first_s > timeout_s:
-                self.give_up(custody, moment, f"not every rank sealed in time: timeout_s={timeout_s}")
+                missing = sorted(set(custody.life.world) - held)
+                self.give_up(custody, moment, f"not every rank sealed in time: ranks={missing} timeout_s={timeout_s}")
         custody.arena.publish(global_step=custody.global_step, committed_step=self.last_committed_step)
+
+    def _hear(self, custody: Custody, others: Others) -> None:
+        """Take over how saves have ended at other nodes: what is committed there is, what failed there fails here."""
+        life = custody.life.record
+        for verdict in others.verdicts:
+            known = self._outcomes.get((life.number, verdict.moment))
+            is_news = known is None or (known.error is not None and verdict.error is None)
+            if not is_news or self._is_under_way(custody, verdict.moment):
+                continue  # a save under way hears it itself
+            custody.settle(verdict.moment)
+            step, attempt = verdict.moment
+            name = CheckpointName(run=life.run, incarnation=life.number, step=step, attempt=attempt)
+            if verdict.error is None:
+                self.last_committed_step = max(step, self.last_committed_step or 0)
+            self._remember(Outcome(name=name, size_bytes=verdict.size_bytes, seconds=0.0, error=verdict.error))
+
+    def verdicts(self, incarnation: int) -> list[Verdict]:
+        """Return how the newest saves of a life have ended, for the agents of other nodes."""
+        found = [
+            Verdict(moment=moment, size_bytes=outcome.size_bytes, error=outcome.error)
+            for (number, moment), outcome in self._outcomes.items()
+            if number == incarnation
+        ]
+        return found[-VERDICT_LIMIT:]
 
     def give_up(self, custody: Custody, moment: Moment, reason: str) -> None:
         """End a save that was not started."""
@@ -122,20 +164,22 @@ class Saves:
         log.warning("save skipped: step=%d attempt=%s reason=%s", *moment, reason)
         life = custody.life.record
         name = CheckpointName(run=life.run, incarnation=life.number, step=moment[0], attempt=moment[1])
-        self._remember(Outcome(name=name, size_bytes=0, seconds=0.0, error=f"save skipped: {reason}"))
+        where = "" if self.council is None else f" node={self.council.node}"
+        self._remember(Outcome(name=name, size_bytes=0, seconds=0.0, error=f"save skipped: {reason}{where}"))
 
     def persist_newest(self, custody: Custody) -> None:
         """Save the newest global moment unless all of it is committed.
 
         Of a life without one, what it was recovered from, as its own.
         """
-        custody.scan()
+        custody.scan(others=NOBODY if self.council is None else self.council.others())
         life = custody.life.record
         if custody.newest is not None:
             moment, records = custody.newest, custody.records_of(life.number, custody.newest)
             is_committed = self.last_committed_step is not None and self.last_committed_step >= moment[0]
             is_made = is_committed or custody.is_saving(moment)
             if not is_made or not _is_whole(custody, records):  # else its checkpoint may lack what has no turn yet
+                self.wishes = {moment}
                 self._offer(custody, moment, is_last=True)
             return
         source = custody.source()
@@ -155,6 +199,7 @@ class Saves:
             descriptor=source.life.descriptor,
             pinned=key,
             is_whole=True,
+            council=self.council,
         )
         source.pin(*key)
         self._queue(source, job, is_last=True)
@@ -224,7 +269,7 @@ class Saves:
         if self._is_under_way(custody, moment):
             return
         records = custody.records_of(custody.life.record.number, moment)
-        is_awaited = any(record.flags & EXPLICIT for record in records.values())
+        is_awaited = any(record.flags & EXPLICIT for record in records.values()) or moment in custody.wishes
         with self._lock:
             under_way = [job for _, job in self._under_way.values()]
         if under_way and not is_awaited:
@@ -246,6 +291,7 @@ class Saves:
             descriptor=custody.life.descriptor,
             pinned=(life.number, moment),
             is_whole=is_last or is_whole,
+            council=self.council,
         )
         custody.pin(life.number, moment)
         if not self._queue(custody, job, is_last=is_last):

@@ -5,6 +5,7 @@ One thread serves sockets and looks at the arena, one persists (`moc.agent.persi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -15,9 +16,11 @@ from typing import Any
 
 import moc
 from moc.agent import wire
-from moc.agent.custody import Custody, Life
+from moc.agent.company import Company
+from moc.agent.custody import Custody
 from moc.agent.diagnosis import diagnose
 from moc.agent.door import Door
+from moc.agent.life import Life
 from moc.agent.runtime import LOCK_NAME, SOCKET_NAME
 from moc.agent.saves import Saves, Waiter
 from moc.agent.trainers import Trainer, Trainers
@@ -31,6 +34,7 @@ __all__ = ["Agent"]
 log = logging.getLogger(__name__)
 
 TICK_S = 0.2  # a lost bell costs at most this
+LAST_NEWS_S = 10.0  # an agent that leaves waits so long for what other nodes hold
 SPAN_LIMIT = 512  # of the last spans, kept for `moc doctor`
 
 Descriptors = list[int]
@@ -49,10 +53,12 @@ class Agent:
         self._spans = RingSink(SPAN_LIMIT, now_s=host.now_s)
         trace = trace.joined_by(self._spans)
         self._trace = trace
+        self._company = Company(host=host, wake=self._wake)
         self._saves = Saves(host=host, trace=trace, reply=self._reply, wake_fd=self._wake_send)
         self._drainers: list[socket.socket] = []
         self._is_asked_to_leave = False
-        self._is_leaving = False
+        self._is_leaving = self._is_last_offered = False
+        self._leave_by_s = 0.0
         self._active_s = host.now_s()
         self._verbs: dict[str, Callable[[socket.socket, wire.Message, Descriptors], None]] = {
             "hello": self._hello,
@@ -60,6 +66,7 @@ class Agent:
             "fence": self._fence,
             "check": self._check,
             "begin": self._begin,
+            "meet": self._meet,
             "adopt": self._adopt,
             "arena": self._arena,
             "source": self._source_arena,
@@ -85,7 +92,7 @@ class Agent:
 
     def serve(self) -> None:
         """Serve until drained or idle."""
-        while not (self._is_leaving and not self._saves.is_busy):
+        while not (self._is_last_offered and not self._saves.is_busy):
             for key, _ in self._host.select(self._selector, TICK_S):
                 key.data(key.fileobj)
             self._turn()
@@ -107,12 +114,33 @@ class Agent:
         if (is_idle or self._is_asked_to_leave) and not self._is_leaving:
             log.info("leaving: idle=%s asked=%s", is_idle, self._is_asked_to_leave)
             self._is_leaving = True
-            if self._custody is not None:
-                self._saves.persist_newest(self._custody)
+            self._leave_by_s = self._host.now_s() + LAST_NEWS_S
+        if self._is_leaving and not self._is_last_offered:
+            self._offer_last()
+        self._look()
+        self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
+
+    def _look(self) -> None:
         if self._custody is not None:
             ended = self._trainers.ended(self._custody.life.record.number)
             self._saves.look(self._custody, ended=ended, may_start=not self._is_leaving)
-        self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._custody is not None:
+            ended = self._trainers.ended(self._custody.life.record.number)
+            self._company.tell(self._custody, self._saves, ended=ended)
+
+    def _offer_last(self) -> None:
+        """Have the newest moment saved, once it is known which one all nodes hold, or nobody can wait for it longer."""
+        custody = self._custody
+        is_known = custody is None or self._company.knows_the_newest(custody)
+        if is_known or self._host.now_s() > self._leave_by_s:
+            self._is_last_offered = True
+            if self._company.council is not None:
+                self._company.council.hurry()
+            if custody is not None:
+                self._saves.persist_newest(custody)
 
     def _note_activity(self, _: Trainer) -> None:
         """The idle clock runs from the last time that a trainer came or went:
@@ -124,7 +152,10 @@ class Agent:
     def _leave(self) -> None:
         self._saves.close()
         self._saves.collect(self._custody)
+        self._tell()
         self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
+        self._company.flush()
+        self._company.close()
         (self._folder / SOCKET_NAME).unlink(missing_ok=True)
         self._door.close()
         reply = {"last_committed_step": self._saves.last_committed_step, "last_error": self._saves.last_error}
@@ -173,6 +204,11 @@ class Agent:
     def _drain_wake(self, _: object) -> None:
         os.read(self._wake_receive, 4096)
 
+    def _wake(self) -> None:
+        """Have the loop look. Thread: any."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: it will look
+            os.write(self._wake_send, b"x")
+
     # Verbs
 
     def _hello(self, connection: socket.socket, message: wire.Message, descriptors: Descriptors) -> None:
@@ -218,6 +254,7 @@ class Agent:
         if self._is_leaving:
             raise UsageError("the agent is leaving: attach again")
         descriptor = wire.mapping(message, "descriptor")
+        self._company.check(descriptor)
         if self._custody is None or not self._custody.fits(descriptor):
             Custody.refuse_too_large(descriptor, earlier=self._custody)
         self._reply(connection, {})
@@ -227,9 +264,10 @@ class Agent:
         it.
         """
         descriptor, held = wire.mapping(message, "descriptor"), self._custody
-        Life.of(descriptor)  # before anything is given up for it
+        life = Life.of(descriptor)  # before anything is given up for it
         if self._is_leaving:
             raise UsageError("the agent is leaving: attach again")
+        url = self._company.begin(life)
         incarnation = wire.integer(message, "incarnation")
         zombies = self._trainers.zombies(incarnation)
         with self._trace.span("agent.begin", incarnation=incarnation):
@@ -242,8 +280,18 @@ class Agent:
                     self._custody = source
                 self._custody = Custody.create(descriptor, earlier=source)
         self._saves.begin_life()
+        self._saves.enter(self._company.council)
         self._trainers.begin_life(message["incarnation"])
         self._active_s = self._host.now_s()
+        self._reply(connection, {} if url is None else {"url": url})
+
+    def _meet(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
+        """Tell the agent of a life that has begun where those of the other nodes are."""
+        custody, incarnation = self._custody, wire.integer(message, "incarnation")
+        if custody is None or custody.life.record.number != incarnation:
+            raise UsageError(f"another life has begun: incarnation={incarnation}")
+        with self._trace.span("agent.meet", incarnation=incarnation):
+            self._company.meet(custody, wire.texts(message, "urls"))
         self._reply(connection, {})
 
     def _adopt(self, connection: socket.socket, message: wire.Message, descriptors: Descriptors) -> None:
@@ -253,6 +301,8 @@ class Agent:
                 raise UsageError("no arena was sent along")
             with self._trace.span("agent.adopt"):
                 self._custody = Custody.adopt(descriptors.pop(0))
+            self._company.adopt(self._custody)
+            self._saves.enter(self._company.council)
             self._saves.recall(self._custody)
             log.info(
                 "adopted an arena: incarnation=%d bytes=%d",
@@ -309,12 +359,15 @@ class Agent:
             "arena_bytes": 0 if custody is None else custody.arena.size_bytes,
             "versions": None if custody is None else custody.life.descriptor["versions"],
         }
-        saved = {
+        saved: dict[str, object] = {
             "last_committed_step": saves.last_committed_step,
             "persisting": saves.is_busy,
             "counters": saves.counters(),
             "last_error": saves.last_error,
         }
+        company = self._company.facts()
+        if company is not None:
+            saved["company"] = company
         self._reply(connection, {**facts, **life, **saved})
 
     def _diagnose(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:

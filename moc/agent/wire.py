@@ -16,7 +16,19 @@ from typing import Any
 from moc.errors import StoreUnavailableError, UsageError
 from moc.host import Host
 
-__all__ = ["Message", "connect", "integer", "integers", "mapping", "number", "peer_is_me", "receive", "send", "text"]
+__all__ = [
+    "Message",
+    "connect",
+    "integer",
+    "integers",
+    "mapping",
+    "number",
+    "peer_is_me",
+    "receive",
+    "send",
+    "text",
+    "texts",
+]
 
 PACKET_LIMIT_BYTES = 60_000
 MESSAGE_LIMIT_BYTES = 1 << 28
@@ -117,6 +129,14 @@ def integers(message: Mapping[str, Any], field: str) -> list[int]:
     value = message.get(field)
     if not isinstance(value, list) or not all(type(item) is int for item in value):
         raise _wrong(message, field, "a list of integers")
+    return value
+
+
+def texts(message: Mapping[str, Any], field: str) -> list[str]:
+    """Return a list of texts of a message; raises UsageError."""
+    value = message.get(field)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _wrong(message, field, "a list of texts")
     return value
 
 

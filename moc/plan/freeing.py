@@ -16,6 +16,7 @@ __all__ = [
     "attempt_ordinal",
     "complete_moments",
     "freeable",
+    "holders_of",
     "hopeless_moments",
     "moment_after",
     "newest_moments",
@@ -63,12 +64,18 @@ def moment_after(step: int, ordinal: int) -> Moment:
     return (step, f"{ordinal:02x}~")
 
 
-def complete_moments(seals: Iterable[Seal], ranks: Sequence[int], incarnation: int) -> tuple[Moment, ...]:
-    """Return the moments that every rank has sealed in this incarnation, ascending; the last one is global."""
+def holders_of(seals: Iterable[Seal], incarnation: int) -> dict[Moment, set[int]]:
+    """Return the moments of an incarnation, and which ranks hold them."""
     holders: dict[Moment, set[int]] = {}
     for seal in seals:
         if seal.incarnation == incarnation:
             holders.setdefault(seal.moment, set()).add(seal.rank)
+    return holders
+
+
+def complete_moments(seals: Iterable[Seal], ranks: Sequence[int], incarnation: int) -> tuple[Moment, ...]:
+    """Return the moments that every rank has sealed in this incarnation, ascending; the last one is global."""
+    holders = holders_of(seals, incarnation)
     return tuple(sorted(moment for moment, held in holders.items() if held >= set(ranks)))
 
 
@@ -89,10 +96,7 @@ def hopeless_moments(
     A rank seals in ascending order, so a rank that has `passed` a moment without holding it has skipped it. `passed`
     must have been read before `seals`: a rank may seal between the reading of two of its records.
     """
-    holders: dict[Moment, set[int]] = {}
-    for seal in seals:
-        if seal.incarnation == incarnation:
-            holders.setdefault(seal.moment, set()).add(seal.rank)
+    holders = holders_of(seals, incarnation)
     found = {}
     for moment, held in sorted(holders.items()):
         skipped = tuple(rank for rank in ranks if rank not in held and rank in passed and passed[rank] > moment)

@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from moc.agent.custody import Custody, Life
+from moc.agent.custody import Custody
+from moc.agent.life import Life
 from moc.config import Config
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, encode_incarnation

@@ -45,6 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rendezvous", type=Path, required=True)
     parser.add_argument("--storage", required=True)
     parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--node-address", default="127.0.0.1", help="where agents of other nodes reach this one's")
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--persist-every", type=int, default=5)
@@ -226,6 +227,7 @@ def _request(options: argparse.Namespace, state: PlainState) -> Request:
         runtime_root=options.root,
         agent_idle_s=options.idle_s,
         fingerprint=state.fingerprint,
+        **({} if options.edition else {"node_address": options.node_address}),  # an older one knows no nodes
     )
 
 

@@ -191,7 +191,8 @@ class Life:
             tail = [json.dumps(event)[:600] for event in self.events(rank)[-4:]]
             errors = self.errors[rank].read_text()[-2500:] if self.errors[rank].exists() else ""
             parts += [f"-- rank {rank}, exit code {self.processes[rank].exitcode}", *tail, errors]
-        parts += [f"-- {path}\n{path.read_text()[-2500:]}" for path in self.job.root.glob(f"*/{LOG_NAME}")]
+        logs = [path for root in self.job.roots for path in root.glob(f"*/{LOG_NAME}")]
+        parts += [f"-- {path}\n{path.read_text()[-2500:]}" for path in logs]
         return "\n".join(parts)
 
 
@@ -199,13 +200,23 @@ class Job:
     """One repository, one runtime root, the lives of a job on them. A context manager that leaves no process behind."""
 
     def __init__(
-        self, *, size: int = 1, root: Path | None = None, storage: Path | str | None = None, **options: object
+        self,
+        *,
+        size: int = 1,
+        nodes: int = 1,
+        root: Path | None = None,
+        storage: Path | str | None = None,
+        **options: object,
     ) -> None:
-        """`options` are the worker's; each life may override them. `root` and `storage` may be another job's."""
+        """`options` are the worker's; each life may override them. `root` and `storage` may be another job's.
+
+        Every one of the `nodes` has a root of its own, and as many ranks in a row as the others.
+        """
         self.folder = Path(tempfile.mkdtemp(prefix="moc-crash-"))
         self.size, self.options = size, options
         self.storage: Any = storage or self.folder / "repo"
         self.root = root or self.folder / "rt"
+        self.roots = [self.root, *(self.folder / f"rt{node}" for node in range(1, nodes))]
         self.lives: list[Life] = []
         self._is_guest = root is not None
 
@@ -216,7 +227,7 @@ class Job:
         for life in self.lives:
             life.kill()
         if not self._is_guest:
-            for pid in self._agents():
+            for pid in _agents_below(self.folder):
                 _kill(pid)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -237,10 +248,11 @@ class Job:
         logs = [folder / f"life{number}-{rank}.log" for rank, folder in enumerate(folders)]
         errors = [path.with_suffix(".err") for path in logs]
         common = {"steps": ENDLESS, **self.options, **options}
-        common |= {"size": size, "rendezvous": self.folder / f"rv{number}", "storage": self.storage, "root": self.root}
+        common |= {"size": size, "rendezvous": self.folder / f"rv{number}", "storage": self.storage}
         processes: list[BaseProcess] = []
         for rank in range(size):
-            fields = common | {"rank": rank, "log": logs[rank]} | dict((only or {}).get(rank, {}))
+            fields = common | {"rank": rank, "log": logs[rank], "root": self.roots[self.node_of(rank, size)]}
+            fields |= dict((only or {}).get(rank, {}))
             if kill and rank in kill:
                 fields["kill"] = kill[rank]
             process = _context.Process(
@@ -257,47 +269,55 @@ class Job:
     @property
     def run(self) -> str:
         """The run id, once a life has attached."""
-        return next(path.parent.name for path in self.root.glob(f"*/{LOG_NAME}"))
+        return next(path.parent.name for root in self.roots for path in root.glob(f"*/{LOG_NAME}"))
 
     @property
     def runtime(self) -> Path:
         return runtime_folder(self.run, self.root)
 
-    def agent_pid(self) -> int | None:
+    def node_of(self, rank: int, size: int | None = None) -> int:
+        return rank * len(self.roots) // (size or self.size)
+
+    def ranks_of(self, node: int, size: int | None = None) -> list[int]:
+        return [rank for rank in range(size or self.size) if self.node_of(rank, size) == node]
+
+    def destroy_node(self, life: Life, node: int) -> None:
+        """Lose a node: its trainers, its agent and everything in its runtime root, all at once."""
+        life.kill(*self.ranks_of(node, life.size))
+        for pid in _agents_below(self.roots[node]):
+            _kill(pid)
+        shutil.rmtree(self.roots[node], ignore_errors=True)
+
+    def replace_node(self, node: int) -> Path:
+        """Have later lives run on another machine in this one's place; return the former root."""
+        former, self.roots[node] = self.roots[node], self.folder / f"new{len(self.lives)}-{node}"
+        return former
+
+    def agent_pid(self, node: int = 0) -> int | None:
         """Return the pid of the agent that listens, None if none does."""
-        for path in self.root.glob(f"*/{SOCKET_NAME}"):
+        for path in self.roots[node].glob(f"*/{SOCKET_NAME}"):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
                 if probe.connect_ex(str(path)) == 0:
                     pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
                     return int(pid)
         return None
 
-    def kill_agent(self) -> int:
+    def kill_agent(self, node: int = 0) -> int:
         """SIGKILL the agent, wait until it is gone, and return its pid."""
-        pid = self.agent_pid()
+        pid = self.agent_pid(node)
         assert pid is not None, "no agent listens"
         _kill(pid)
         return pid
 
-    def ask_agent(self, verb: str, fields: Mapping[str, object] | None = None) -> tuple[dict[str, Any], list[int]]:
+    def ask_agent(
+        self, verb: str, fields: Mapping[str, object] | None = None, *, node: int = 0
+    ) -> tuple[dict[str, Any], list[int]]:
         """Send the agent one request on a connection of its own."""
-        client = AgentClient.connect(self.runtime, timeout_s=DEADLINE_S)
+        client = AgentClient.connect(runtime_folder(self.run, self.roots[node]), timeout_s=DEADLINE_S)
         try:
             return client.request(verb, fields)
         finally:
             client.close()
-
-    def _agents(self) -> list[int]:
-        """Return the agents of this job's own folder, those that do not listen yet included."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_bytes().split(b"\0")
-            except OSError:
-                continue  # it has ended
-            if any(word.startswith(f"{self.root}/".encode()) for word in words):
-                found.append(int(path.parent.name))
-        return found
 
     # The repository
 
@@ -346,6 +366,19 @@ def _arguments(fields: Mapping[str, object]) -> list[str]:
     return words
 
 
+def _agents_below(root: Path) -> list[int]:
+    """Return the agents of a root, those that do not listen yet included."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended
+        if any(word.startswith(f"{root}/".encode()) for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
 def _kill(pid: int) -> None:
     """SIGKILL a process that is not our child and wait until it is gone."""
     try:
@@ -388,16 +421,22 @@ def lineage_steps(lives: Sequence[Life]) -> list[int]:
 
 
 def start_agent(
-    job: Job, run: str, kill: str | None = None, *, edition: Path | None = None, is_awaited: bool = True
+    job: Job,
+    run: str,
+    kill: str | None = None,
+    *,
+    node: int = 0,
+    edition: Path | None = None,
+    is_awaited: bool = True,
 ) -> subprocess.Popen[bytes]:
     """Start an agent, perhaps one that dies at a span, perhaps of another version, and wait until it listens."""
-    folder = runtime_folder(run, job.root)
+    folder = runtime_folder(run, job.roots[node])
     program = [str(AGENT_WORKER)] if edition is None else [str(EDITION), str(edition), "crash/agent_worker.py"]
     command = [sys.executable, *program, "--folder", str(folder), "--run", run]
     with (folder / LOG_NAME).open("ab") as log:
         agent = subprocess.Popen(command if kill is None else [*command, "--kill", kill], stdout=log, stderr=log)
     if is_awaited:
-        until(lambda: job.agent_pid() == agent.pid, "the agent listens")
+        until(lambda: job.agent_pid(node) == agent.pid, "the agent listens")
     return agent
 
 

@@ -70,6 +70,8 @@ ELSEWHERE = {
     "store.skip_sweep": "does nothing but say so",
     "store.put": "of remote stores, which put in one request: the server has all of it or nothing",
     "store.wait_retry": "a pause between two requests",
+    "agent.meet": "crash/test_nodes.py kills the agents of several nodes as their life begins",
+    "save.gather": "crash/test_nodes.py kills agents in joint saves",
     "supervise.live": "the supervisor keeps nothing: its command's processes die as any others",
 }
 """At which nobody is killed in the crash tests, with the place where it is done or the reason why not."""

@@ -1,1 +1,1 @@
-"""What agents of several nodes tell each other, over HTTP; nothing here runs, or is imported, on one node."""
+"""How the agents of several nodes talk and decide together. On one node nothing of it runs, and nothing listens."""

@@ -1,0 +1,66 @@
+"""The present life of an agent, read from the descriptor that its arena carries. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moc.agent import wire
+from moc.errors import UsageError
+from moc.format.manifest import Incarnation, decode_lineage
+from moc.plan.freeing import Moment
+from moc.topology import Topology
+
+__all__ = ["Life"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """The present life, as the arena's descriptor tells it; `ranks` are those of this node, `world` those of all."""
+
+    record: Incarnation
+    lineage: tuple[Incarnation, ...]
+    ranks: tuple[int, ...]
+    world: tuple[int, ...]
+    descriptor: Mapping[str, Any]
+    layers: frozenset[tuple[int, Moment]] = frozenset()
+    """Snapshots of earlier lives that this one was recovered from beside its parent."""
+
+    @staticmethod
+    def of(descriptor: Mapping[str, Any]) -> Life:
+        """Return the life; raises UsageError, IntegrityError or TypeError for what no trainer has described."""
+        for field in ("run", "storage", "digest"):
+            wire.text(descriptor, field)
+        for field in ("tensors", "keep_last", "keep_every"):
+            wire.integer(descriptor, field)
+        for field in ("topology", "fingerprint", "software"):
+            wire.mapping(descriptor, field)
+        wire.number(descriptor, "timeout_s")
+        config = wire.mapping(descriptor, "config")
+        wire.text(config, "mode"), wire.integer(config, "persist_every"), wire.number(config, "plt_limit")
+        if config.get("k_persist") is not None:
+            wire.integer(config, "k_persist")
+        records = decode_lineage(descriptor["lineage"], fingerprint=descriptor["fingerprint"])
+        if not records:
+            raise UsageError("the descriptor names no life")
+        ranks = tuple(sorted(row["rank"] for row in descriptor["catalogs"]))
+        is_alone = "fellows" not in descriptor
+        return Life(
+            record=records[-1],
+            lineage=tuple(records),
+            ranks=ranks,
+            world=ranks if is_alone else tuple(range(Topology.from_json(descriptor["topology"]).world_size)),
+            descriptor=descriptor,
+            layers=_layers(descriptor.get("layers", [])),
+        )
+
+
+def _layers(rows: object) -> frozenset[tuple[int, Moment]]:
+    """Return the moments of a descriptor's layers; raises UsageError for what no trainer has described."""
+    if not isinstance(rows, list):
+        raise UsageError(f"layers of a descriptor are wrong: type={type(rows).__name__} allowed=a list")
+    for row in rows:
+        if not isinstance(row, list) or [type(cell) for cell in row] != [int, int, str]:
+            raise UsageError(f"layers of a descriptor are wrong: {repr(row)[:80]} allowed=incarnation, step, attempt")
+    return frozenset((incarnation, (step, attempt)) for incarnation, step, attempt in rows)

@@ -1,0 +1,180 @@
+"""What one agent tells the others of its life: a report of all it knows, whole and new each time. Pure.
+
+A report replaces every earlier one of its node, so that a lost, late or repeated message does no harm: `order` says
+which of two is newer, across restarts of an agent too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from moc.errors import MocError, UsageError
+from moc.format.keys import parse_object_key
+from moc.format.manifest import ObjectRow, Parent
+from moc.persist import Receipt
+from moc.plan.freeing import Moment, Seal
+from moc.routing import Routing
+
+__all__ = ["NOBODY", "Contribution", "Others", "Report", "Verdict", "report_from_json"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """A node's part of a save: the receipts of its ranks, and the commit that the save follows as this node sees it.
+
+    What a manifest says beside the receipts is taken from the lowest node's.
+    """
+
+    moment: Moment
+    parent: Parent | None
+    receipts: tuple[Receipt, ...]
+    routing: Routing | None = None
+    """The routes of the run as one of the node's ranks has captured them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How a save has ended, as a node knows it; `error` is None where it is committed."""
+
+    moment: Moment
+    size_bytes: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All that one node's agent knows of its life.
+
+    held: the moments in its memory, and which of its ranks hold them. passed: how far each rank has come; what it has
+    passed and does not hold, it never will. ended: ranks whose trainer is dead. wishes: moments whose save has not
+    ended here.
+    """
+
+    node: int
+    order: tuple[int, int]
+    url: str
+    held: tuple[tuple[Moment, tuple[int, ...]], ...]
+    passed: tuple[tuple[int, Moment], ...]
+    ended: tuple[int, ...]
+    wishes: tuple[Moment, ...]
+    contributions: tuple[Contribution, ...]
+    verdicts: tuple[Verdict, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "node": self.node,
+            "order": list(self.order),
+            "url": self.url,
+            "held": [[*moment, list(ranks)] for moment, ranks in self.held],
+            "passed": [[rank, *moment] for rank, moment in self.passed],
+            "ended": list(self.ended),
+            "wishes": [list(moment) for moment in self.wishes],
+            "contributions": [_contribution_to_json(part) for part in self.contributions],
+            "verdicts": [[*v.moment, v.size_bytes, v.error] for v in self.verdicts],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Others:
+    """What all other nodes have reported, as far as freeing and saves are concerned; NOBODY on one node.
+
+    silent: nodes that have not answered for a while.
+    """
+
+    seals: tuple[Seal, ...] = ()
+    passed: Mapping[int, Moment] = field(default_factory=dict)
+    ended: frozenset[int] = frozenset()
+    wishes: frozenset[Moment] = frozenset()
+    verdicts: tuple[Verdict, ...] = ()
+    silent: tuple[int, ...] = ()
+
+
+NOBODY = Others()
+
+
+def report_from_json(body: Mapping[str, Any], *, node: int, ranks: tuple[int, ...]) -> Report:
+    """Return a report of this node, which has these ranks; raises UsageError for what no agent says."""
+    try:
+        report = Report(
+            node=_count(body["node"]),
+            order=(_count(body["order"][0]), _count(body["order"][1])),
+            url=_text(body["url"]),
+            held=tuple((_moment(row[:2]), tuple(map(_count, row[2]))) for row in body["held"]),
+            passed=tuple((_count(row[0]), _moment(row[1:])) for row in body["passed"]),
+            ended=tuple(map(_count, body["ended"])),
+            wishes=tuple(map(_moment, body["wishes"])),
+            contributions=tuple(map(_contribution_from_json, body["contributions"])),
+            verdicts=tuple(
+                Verdict(moment=_moment(row[:2]), size_bytes=_count(row[2]), error=_maybe(_text, row[3]))
+                for row in body["verdicts"]
+            ),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, MocError) as error:
+        raise UsageError(f"report is not readable: node={node} reason={type(error).__name__}: {error}") from error
+    told = [rank for _, held in report.held for rank in held]
+    told += [*(rank for rank, _ in report.passed), *report.ended]
+    told += [receipt.rank for part in report.contributions for receipt in part.receipts]
+    if report.node != node or not set(told) <= set(ranks):
+        raise UsageError(f"report speaks for others: node={node} given={report.node} ranks={sorted(set(told))}")
+    return report
+
+
+def _contribution_to_json(part: Contribution) -> list[object]:
+    parent = part.parent
+    above = None if parent is None else [parent.incarnation, parent.step, parent.attempt]
+    routing = None if part.routing is None else part.routing.to_json()
+    return [*part.moment, above, [_receipt_to_json(receipt) for receipt in part.receipts], routing]
+
+
+def _contribution_from_json(row: Any) -> Contribution:
+    step, attempt, above, receipts, routing = row
+    return Contribution(
+        moment=_moment([step, attempt]),
+        parent=_maybe(
+            lambda p: Parent(incarnation=_count(p[0]), step=_count(p[1]), attempt=_maybe(_text, p[2])), above
+        ),
+        receipts=tuple(map(_receipt_from_json, receipts)),
+        routing=_maybe(Routing.from_json, routing),
+    )
+
+
+def _receipt_to_json(receipt: Receipt) -> list[object]:
+    rows = [[row.key, row.size_bytes, row.header_bytes, row.header_crc32c] for row in receipt.rows]
+    return [receipt.rank, receipt.digest, receipt.is_finite, rows]
+
+
+def _receipt_from_json(row: Any) -> Receipt:
+    rank, digest, is_finite, rows = row
+    if not isinstance(is_finite, bool):
+        raise TypeError(f"not a fact: {is_finite!r}")
+    objects = []
+    for key, *numbers in rows:
+        parse_object_key(_text(key))
+        size, header, crc = map(_count, numbers)
+        objects.append(ObjectRow(key=key, size_bytes=size, header_bytes=header, header_crc32c=crc))
+    return Receipt(rank=_count(rank), digest=_text(digest), rows=tuple(objects), is_finite=is_finite)
+
+
+def _moment(row: Any) -> Moment:
+    step, attempt = row
+    return (_count(step), _text(attempt))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"not a count: {value!r}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"not a text: {value!r}")
+    return value
+
+
+def _maybe(read: Callable[[Any], T], value: Any) -> T | None:
+    return None if value is None else read(value)
