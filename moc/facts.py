@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moc.agent.runtime import node_identity
+from moc.agent.runtime import node_identity, own_address
 from moc.agreement import agree, exchange
 from moc.config import Config
 from moc.errors import TopologyError, UsageError
@@ -70,7 +70,7 @@ def gather_facts(
             "pid": host.pid,
             "catalog": state.catalog.to_json(),
             "fingerprint": dict(request.fingerprint),
-            "address": request.node_address,
+            "address": request.node_address or own_address(),
         },
     )
     rows: list[dict[str, Any]] = exchange(world, mine)  # type: ignore[assignment]  # our own dicts come back

@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING
 from moc.adapters.deepspeed import DeepSpeedState, Hooks, plain_json, refuse_attached
 from moc.adapters.software import software_versions
 from moc.adapters.world import TorchWorld
-from moc.agent.runtime import address_towards
 from moc.agent.stacks import StackDump
 from moc.agreement import agree
 from moc.config import Config
@@ -116,7 +114,7 @@ class CheckpointManager:
                     runtime_root=runtime_dir,
                     agent_idle_s=AGENT_IDLE_S,
                     fingerprint=plain_json(state.fingerprint),
-                    node_address=node_address or address_towards(os.environ.get("MASTER_ADDR", socket.gethostname())),
+                    node_address=node_address,
                 ),
             )
             folder = None if not trace_dir else Path(trace_dir).absolute()

@@ -17,11 +17,11 @@ __all__ = [
     "LOCK_NAME",
     "LOG_NAME",
     "SOCKET_NAME",
-    "address_towards",
     "default_root",
     "existing_root",
     "live_agents",
     "node_identity",
+    "own_address",
     "open_private",
     "remember_run",
     "remembered_run",
@@ -86,11 +86,13 @@ def node_identity(root: Path | None) -> str:
     return f"{boot}/{status.st_dev}/{status.st_ino}"
 
 
-def address_towards(host: str) -> str | None:
-    """Return this machine's address on the way to a host, None if there is no way or the name is not known.
+def own_address() -> str | None:
+    """Return this machine's address on the way to the launcher's host, None if there is no way or its name is not
+    known.
 
-    Sends nothing.
+    Sends nothing. The launcher's host is MASTER_ADDR, by which the ranks of torch find each other.
     """
+    host = os.environ.get("MASTER_ADDR", socket.gethostname())
     try:
         found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)  # any port: a datagram socket has no connection
     except OSError:
