@@ -88,11 +88,8 @@ class CheckpointManager:
         (the data loader). restore: "auto" (newest on the lineage, or a fresh start), "never", "weights" (weights only),
         or a step. fingerprint: further values that must be equal to resume. on_mismatch: fingerprint keys that may
         differ. take_over: use another run's repository. runtime_dir: where the node's agents live (two "nodes" on one
-        machine need two). node_address: where agents of other nodes reach this one's (this machine's address on the way
-        to the launcher's MASTER_ADDR). trace_dir: write each rank's and the agent's spans there, for `moc trace`.
-
-        Blocks: for recovery. Raises: MocError, the same on every rank; the engine is then not hooked, and unusable only
-        if the error came from a restore under way.
+        machine need two). node_address: this node's for agents of others (None: that towards MASTER_ADDR). trace_dir:
+        for spans, see `moc trace`. Raises: MocError, the same on every rank, before the engine is hooked.
         """
         settings = Config() if config is None else config
         world = TorchWorld(timeout_s=settings.timeout_s)
