@@ -19,6 +19,7 @@ SINGLE = [
     "hooks",
     "loaded",
     "moved",
+    "partial",
     "powers:cpu_adam",
     "powers:fused_adam",
     "refusals",

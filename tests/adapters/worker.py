@@ -16,9 +16,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from tests.adapters import cases, interludes
+from tests.adapters import cases, interludes, partial
 
-CASES = {**cases.CASES, **interludes.CASES}
+CASES = {**cases.CASES, **interludes.CASES, **partial.CASES}
 
 
 def main(folder: Path, names: list[str]) -> None:
