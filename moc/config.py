@@ -82,6 +82,11 @@ class Config:
         self._check(0 < self.timeout_s <= LONGEST_TIMEOUT_S, "timeout_s", f"0 < x <= {LONGEST_TIMEOUT_S:g}")
         self._check(0 < self.plt_limit <= 1, "plt_limit", "0 < x <= 1")
 
+    @property
+    def arena_versions(self) -> int:
+        """The versions of an arena: one more while something is persisted, so that a save costs no snapshots."""
+        return self.versions + (1 if self.persist_every else 0)
+
     def _check_k(self) -> None:
         if self.mode == "full":
             self._check(self.k_snapshot is None, "k_snapshot", "None in mode 'full'")

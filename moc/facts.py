@@ -117,15 +117,10 @@ def _take_turns(catalogs: tuple[RankCatalog, ...], topology: Topology, config: C
 
 def _refuse_over_budget(catalogs: tuple[RankCatalog, ...], config: Config) -> None:
     """Raise UsageError, on all ranks and before anything is created, if the slots alone are larger than the budget."""
-    arena = arrange_arena(catalogs, versions=_versions(config), descriptor_bytes=0)
+    arena = arrange_arena(catalogs, versions=config.arena_versions, descriptor_bytes=0)
     budget = config.memory_budget_bytes
     if budget is not None and arena.size_bytes > budget:
         raise UsageError(f"snapshots do not fit: arena_bytes={arena.size_bytes} allowed=memory_budget_bytes={budget}")
-
-
-def _versions(config: Config) -> int:
-    # One more while something is being persisted, so that a save does not cost snapshots.
-    return config.versions + (1 if config.persist_every else 0)
 
 
 def describe_life(
@@ -147,7 +142,7 @@ def describe_life(
     config = request.config
     descriptor: dict[str, object] = {
         "run": lineage[-1].run,
-        "versions": _versions(config),
+        "versions": config.arena_versions,
         "catalogs": [catalog.to_json() for catalog in facts.catalogs_of(node)],
         "digest": catalog_digest(facts.catalogs),
         "tensors": facts.tensors,

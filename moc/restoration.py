@@ -28,6 +28,7 @@ from moc.errors import (
     ShardCorruptError,
     StorageError,
     StoreDeniedError,
+    StoreUnavailableError,
 )
 from moc.format.keys import CheckpointName
 from moc.format.tagged import decode_state, encode_state, expect_mapping
@@ -94,18 +95,19 @@ def restore_best(
     """
     search = _Search(request, origin, wanted, state, world, software, host, trace)
     is_asked_for = request.restore != "auto" or any(life.reason == "rewind" for life in origin.lineage[-1:])
-    restored = search.first(wanted, plt_limit=None if is_asked_for else request.config.plt_limit)
-    if restored is None and search.too_stale is not None:
-        restored = search.first([search.too_stale], plt_limit=None)
-    if restored is not None:
-        return restored
-    for _, error in search.unread:
-        raise error
-    if search.rejected:
+    try:
+        restored = search.first(wanted, plt_limit=None if is_asked_for else request.config.plt_limit)
+        if restored is None and search.too_stale is not None:
+            restored = search.first([search.too_stale], plt_limit=None)
+        if restored is None and search.unread:
+            raise search.unread[0][1]
+    except WithheldError as error:  # its class is for those who look for another candidate
+        raise StoreUnavailableError(str(error)) from error
+    if restored is None and search.rejected:
         raise NoCheckpointError(
             "no candidate could be restored: " + "; ".join(f"{r.candidate}: {r.reason}" for r in search.rejected)
         )
-    return None
+    return restored
 
 
 class _Search:
@@ -173,7 +175,9 @@ class _Search:
             try:
                 return self._try(candidate, terms)
             except MocError as error:
-                if attempt == READ_ATTEMPTS or not _is_unread(error, candidate):
+                # What nobody could list when this life began, no other try will find.
+                is_unlisted = isinstance(error, WithheldError) and not self._origin.is_stored
+                if attempt == READ_ATTEMPTS or is_unlisted or not _is_unread(error, candidate):
                     raise
                 log.warning("storage does not give a candidate, trying again: %s reason=%s", candidate, error)
             self._host.sleep(READ_DELAY_S)
@@ -183,7 +187,7 @@ class _Search:
         """Restore one candidate on all ranks; raises one error on all of them if any rank fails."""
         request, state, world, trace = self._request, self._state, self._world, self._trace
         own = agree(world, lambda: encode_state(state.capture()).to_bytes()) if terms.parts is not None else b""
-        snapshots = max(0, request.config.versions - FREE_VERSIONS)
+        snapshots = request.config.arena_versions - FREE_VERSIONS
         older = older_layers(candidate, self._origin.candidates, snapshots=snapshots) if terms.has_layers else ()
         is_storage_away = not self._origin.is_stored
         with (

@@ -14,7 +14,7 @@ import random
 import resource
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tests.support.plain import EXPERTS, LAYERS, PlainState, SocketWorld
 
 ROOT = Path(__file__).resolve().parents[2]
 EDITION = ROOT / "tests/support/edition.py"
+WAIT_S, WAIT_POLL_S = 60.0, 0.005
 REFUSED, FAILED = 3, 4  # exit codes
 
 
@@ -53,6 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", default="full")
     parser.add_argument("--k-snapshot", type=int, default=None)
     parser.add_argument("--k-persist", type=int, default=None)
+    parser.add_argument("--plt-limit", type=float, default=0.0375)
     parser.add_argument("--keep-last", type=int, default=3)
     parser.add_argument("--versions", type=int, default=3)
     parser.add_argument("--log-shards", action="store_true", help="log the checksum of every shard at every step")
@@ -67,6 +69,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-at", type=int, default=None, help="an explicit save at this step")
     parser.add_argument("--renew-at", type=int, default=None, help="a new life without parent at this step")
     parser.add_argument("--defect-at", type=int, default=None, help="the capture of this step fails")
+    parser.add_argument("--copy-defect-at", type=int, default=None, help="the copy of this step's snapshot fails")
+    parser.add_argument("--hold-at", type=int, default=None, help="stay at this step once its snapshot is global")
+    parser.add_argument(
+        "--calm-until", type=int, default=0, help="wait for every snapshot and checkpoint, to this step"
+    )
     parser.add_argument("--boundaries", type=int, default=1, help="ends of micro-batches and of the step, per step")
     parser.add_argument("--wait-s", type=float, default=60.0, help="how long a save is waited for")
     parser.add_argument("--step-s", type=float, default=0.0, help="how long a forward pass takes")
@@ -96,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sinks.append(JsonLinesSink(trace_dir / f"rank{options.rank:05d}.jsonl"))
     trace = Trace(*sinks)
     state = PlainState(options.rank, options.size, scale=options.scale, model=options.model)
-    state.defect_at = options.defect_at
+    state.defect_at, state.copy_defect_at = options.defect_at, options.copy_defect_at
     world = SocketWorld(options.rank, options.size, options.rendezvous)
     for name, _, value in (word.partition("=") for word in options.limit):
         number = int(getattr(resource, f"RLIMIT_{name}"))
@@ -134,6 +141,9 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
         rejected=[] if report is None else [f"{r.candidate}: {r.reason}" for r in report.rejected],
         notes=[] if report is None else list(report.notes),
         shards=_checksums(state) if options.log_shards else None,
+        stale=[] if report is None else [[r.expert.layer, r.expert.index, r.step, r.source] for r in report.stale],
+        lost=[] if report is None else list(report.lost),
+        plt=None if report is None else report.plt,
     )
     clock = SystemClock()
     seen: dict[str, int | None] = {"global": None, "committed": None}
@@ -168,6 +178,14 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
             if step is not None and step != seen[event]:
                 seen[event] = step
                 note(event, step=step, incarnation=session.incarnation)
+        if state.step <= options.calm_until:
+            _wait_until(lambda: session.status().last_global_step == state.step)
+            if options.persist_every and state.step % options.persist_every == 0:
+                _wait_until(lambda: session.status().last_committed_step == state.step)
+        if options.hold_at == state.step:
+            _wait_until(lambda: session.status().last_global_step == state.step)
+            note("held", step=state.step)
+            signal.pause()  # until somebody ends this process
         if is_terminating:
             note("terminated", step=state.step)
             break
@@ -195,6 +213,14 @@ def _route(session: Session, state: PlainState) -> list[list[int]]:
     return total
 
 
+def _wait_until(condition: Callable[[], bool]) -> None:
+    clock = SystemClock()
+    ends_s = clock.now_s() + WAIT_S
+    while not condition():
+        assert clock.now_s() < ends_s, "what this worker waits for does not happen"
+        clock.sleep(WAIT_POLL_S)
+
+
 def _save(session: Session, state: PlainState, note: Any, wait_s: float) -> None:
     handle = session.save()
     try:
@@ -216,6 +242,7 @@ def _request(options: argparse.Namespace, state: PlainState) -> Request:
         versions=options.versions,
         memory_budget_bytes=options.budget_bytes,
         timeout_s=options.timeout_s,
+        plt_limit=options.plt_limit,
     )
     return Request(
         storage=options.storage,

@@ -107,6 +107,7 @@ class PlainState(ArrayState):
         self._lengths = np.array([value.nbytes for value in self.values], dtype=np.uint64)
         self.step = 0
         self.defect_at: int | None = None
+        self.copy_defect_at: int | None = None
         self.is_between = False
         self.noise = np.arange(8, dtype=np.int64) + 100 * rank
 
@@ -138,6 +139,8 @@ class PlainState(ArrayState):
         return digest.hexdigest()[:16]
 
     def copy_shards(self, targets: array[int], crcs: array[int]) -> None:
+        if self.step == self.copy_defect_at:
+            raise RuntimeError(f"memory cannot be read at step {self.step}")
         goals, sums = np.frombuffer(targets, dtype=np.uint64), np.frombuffer(crcs, dtype=np.uint32)
         wanted = np.flatnonzero(goals)
         found = np.zeros(len(wanted), dtype=np.uint32)
@@ -161,6 +164,25 @@ def expected_digest(rank: int, size: int, step: int) -> str:
 def expected_tensors(rank: int, size: int, step: int) -> str:
     """Return the digest of a rank's tensors after `step` undisturbed steps."""
     return _undisturbed(rank, size).at(step)[1]
+
+
+def mixed_tensors(rank: int, size: int, step: int, versions: Mapping[Expert, int], further: int = 0) -> str:
+    """Return the digest of a rank's tensors after `step` undisturbed steps, some experts having done only as many as
+    said, and `further` steps from there.
+    """
+    state = PlainState(rank, size)
+    values: dict[int, np.ndarray] = {}
+    for done in range(step + 1):
+        for index, shard in enumerate(state.needed):
+            if done == (step if shard.expert is None else versions.get(shard.expert, step)):
+                values[index] = state.values[index].copy()
+        if done < step:
+            state.advance()
+    for index, value in values.items():
+        state.values[index][:] = value
+    for _ in range(further):
+        state.advance()
+    return state.tensor_digest()
 
 
 class _Undisturbed:
