@@ -4,7 +4,7 @@ Run A trains under `moc run`, is killed as its schedule says, and shows what ste
 recoveries cost. Run B has other intervals and another schedule. `moc simulate` is given A's costs and B's intervals and
 schedule; its goodput is compared with that of B.
 
-    python benchmarks/calibration.py                                  # about eight minutes
+    python benchmarks/calibration.py                              # about eleven minutes
     python benchmarks/calibration.py --ranks 1 --side-by-side     # both runs at once, on one machine in one mood
 
 A fault `p` kills one rank, and its memory survives in the agent; `n` kills all ranks and the agent, as the loss of a
@@ -66,8 +66,8 @@ class Job:
 
 
 JOBS = (
-    Job(name="A", snapshot_every=5, persist_every=40, seconds=230.0, faults="42p,91n,138p,185n"),
-    Job(name="B", snapshot_every=3, persist_every=24, seconds=230.0, faults="51n,87p,125n,171p"),
+    Job(name="A", snapshot_every=5, persist_every=40, seconds=290.0, faults="55p,115n,175p,235n"),
+    Job(name="B", snapshot_every=3, persist_every=24, seconds=290.0, faults="65n,120p,170n,240p"),
 )
 
 

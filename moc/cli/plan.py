@@ -9,8 +9,8 @@ JSON: {"model": {...}, "ranks": {"dp", "ep", "edp"}, "inputs": {...},
 {"snapshot": LEVEL, "persist": LEVEL}, "cost": {...}, "memory": {...},
 "advice": {...}, "formulas": {...}} with LEVEL {"k", "checkpoints",
 "total_bytes", "size_ratio", "bottleneck_bytes": {...}, "bottleneck_rank",
-"lower_bound_bytes", "max_over_lower_bound"}. The keys at the top are those of
-the level "persist". Bytes are those of the worst of the `checkpoints` of one
+"manifest_objects", "lower_bound_bytes", "max_over_lower_bound"}. The keys at
+the top are those of the level "persist". Bytes are those of the worst of the `checkpoints` of one
 full turn of the rotation.
 
 Exit codes: 0 ok, 2 wrong options or model.
@@ -36,8 +36,9 @@ from moc.cli.models import (
 from moc.cli.options import add_json
 from moc.cli.output import describe_bytes, print_facts, print_json, print_table, say
 from moc.errors import UsageError
+from moc.format.canonical import RECORD_LIMIT_BYTES
 from moc.plan.balance import balanced_rotation
-from moc.plan.burden import Checkpoint, Level, all_experts, bytes_bound, plan_level, rank_bytes
+from moc.plan.burden import Checkpoint, Level, all_experts, bytes_bound, least_k, plan_level, rank_bytes
 from moc.plan.cost import (
     Advice,
     Rates,
@@ -56,6 +57,7 @@ __all__ = ["configure", "run"]
 
 PLT_LIMIT = 0.0375  # where the paper's GPT-125M-8E begins to lose accuracy: one run, not a law
 DAY_S = 86400.0
+OBJECT_LIMIT = RECORD_LIMIT_BYTES // 140  # what an object takes in a manifest, with a run id of moc's own
 FORMULAS = {
     "day_s": "eq. 4: O_save I_total / I + sum (O_restart + I / 2)",
     "size_ratio": "eq. 6 / eq. 5",
@@ -92,6 +94,7 @@ class Pair:
                 "adaptive": best.bottleneck,
             },
             "bottleneck_rank": best.rank,
+            "manifest_objects": best.objects,
             "lower_bound_bytes": self.bound,
             "max_over_lower_bound": best.bottleneck / self.bound,
         }
@@ -272,6 +275,7 @@ def _advice(job: Checkpoint, rates: Rates) -> Advice:
         snapshot_s=tuple(size / rates.link for size in ranks),
         persist_s=tuple(rates.transfer_s(bottleneck=b, total=t) for b, t in zip(ranks, totals, strict=True)),
         plt_limit=PLT_LIMIT,
+        k_least=least_k(job.ownership, OBJECT_LIMIT),
     )
 
 
@@ -319,6 +323,7 @@ def _print(report: Report) -> None:
     )
     print()
     cost, advice = report.cost, report.advice
+    objects = report.persist.adaptive.objects
     better = "cheaper" if cost.is_better_than_blocking else "not cheaper"
     print_facts(
         (
@@ -331,6 +336,7 @@ def _print(report: Report) -> None:
             ("blocking save", f"{cost.blocking_save_s:.3g} s, Young interval {cost.blocking_young_interval:.3g} steps"),
             ("a day", f"{cost.day_s:.3g} s lost, blocking {cost.blocking_day_s:.3g} s (eq. 4); {better} (eq. 16)"),
             ("PLT", f"{cost.plt:.3g} of all tokens (eq. 7, closed form, two levels)"),
+            ("manifest", f"{objects:,} objects" + ("" if objects <= OBJECT_LIMIT else f": at most {OBJECT_LIMIT:,}")),
             ("host memory", f"{describe_bytes(report.arena_bytes_per_rank)} per rank"),
             ("", f"{describe_bytes(report.arena_bytes_per_node)} per node (full + (V - 1) snapshot)"),
             (

@@ -22,7 +22,7 @@ from moc.plan.rotation import Rotation
 from moc.plan.scope import Layout, Scope
 from moc.plan.shapes import ModelShape
 
-__all__ = ["Checkpoint", "Level", "all_experts", "bytes_bound", "plan_level", "rank_bytes"]
+__all__ = ["Checkpoint", "Level", "all_experts", "bytes_bound", "least_k", "plan_level", "rank_bytes"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -42,7 +42,8 @@ class Checkpoint:
 class Level:
     """The checkpoints of one turn of the rotation with K experts per layer, in bytes.
 
-    `bottleneck` is the fullest rank of the worst checkpoint, `rank` which one that is.
+    `bottleneck` is the fullest rank of the worst checkpoint, `rank` which one that is. `objects` is how many objects a
+    manifest names: one of each rank, and one of each rank that has experts to write, of every checkpoint of a turn.
     """
 
     k: int
@@ -50,6 +51,7 @@ class Level:
     total: int
     bottleneck: int
     rank: int
+    objects: int
 
 
 def all_experts(ownership: Ownership) -> Mask:
@@ -59,15 +61,29 @@ def all_experts(ownership: Ownership) -> Mask:
 
 def plan_level(job: Checkpoint, rotation: Rotation, k: int, rule: str) -> Level:
     """Return the bytes of one full turn under a rule."""
-    best, rank, total = 0, 0, 0
+    best, rank, total, holders = 0, 0, 0, 0
     selections = windows(rotation, k)
     for selected in selections:
+        holders += int(np.count_nonzero(job.ownership.selected_elements(selected)))
         load = rank_bytes(job, selected, rule)
         total = int(load.sum())
         fullest = int(load.argmax())
         if load[fullest] > best:
             best, rank = int(load[fullest]), fullest
-    return Level(k=k, checkpoints=len(selections), total=total, bottleneck=best, rank=rank)
+    turn = -(-job.ownership.experts // k)
+    objects = job.ownership.dp + -(-holders * turn // len(selections))
+    return Level(k=k, checkpoints=len(selections), total=total, bottleneck=best, rank=rank, objects=objects)
+
+
+def least_k(ownership: Ownership, objects: int) -> int:
+    """Return the smallest K whose manifests certainly name at most so many objects; N if none does."""
+    count = np.bincount(ownership.profile, minlength=len(ownership.slices))
+    holders = int(((ownership.slices > 0) * count[:, None, None]).sum(axis=0).max())  # columns of the most cut expert
+    for k in range(1, ownership.experts):
+        written = min(ownership.dp, k * ownership.layers * holders)
+        if ownership.dp + -(-ownership.experts // k) * written <= objects:
+            return k
+    return ownership.experts
 
 
 def rank_bytes(job: Checkpoint, selected: Mask, rule: str) -> Ints:

@@ -177,9 +177,16 @@ class Advice:
 
 
 def advise(
-    rates: Rates, *, experts: int, snapshot_s: tuple[float, ...], persist_s: tuple[float, ...], plt_limit: float
+    rates: Rates,
+    *,
+    experts: int,
+    snapshot_s: tuple[float, ...],
+    persist_s: tuple[float, ...],
+    plt_limit: float,
+    k_least: int = 1,
 ) -> Advice:
-    """Return K and interval of both levels; `snapshot_s[i]` and `persist_s[i]` are the times of K = i + 1.
+    """Return K and interval of both levels; `snapshot_s[i]` and `persist_s[i]` are the times of K = i + 1. Storage can
+    have `k_least` experts or more.
 
     The largest K_snapshot whose copy hides behind the passes; a snapshot every step if it does, else every Young
     interval. Then the smallest K_persist, and with it the shortest interval that storage can keep up with, whose lost
@@ -190,7 +197,7 @@ def advise(
     young = young_interval(save_s=stall_s, rate=rates.faults_per_step, step_s=rates.pass_s)
     snapshot_every = max(1, ceil(young))
     choices = []
-    for k in range(1, k_snapshot + 1):
+    for k in range(min(k_least, k_snapshot), k_snapshot + 1):
         every = max(1, ceil(persist_s[k - 1] / rates.pass_s))
         every = -(-every // snapshot_every) * snapshot_every
         plt = two_level_lost_tokens(

@@ -154,6 +154,7 @@ def test_advice_snapshots_everything_that_hides_and_persists_the_least_that_the_
         RATES, experts=8, snapshot_s=tuple(k * 1.0 for k in range(1, 9)), persist_s=(1.0,) * 8, plt_limit=0.0375
     )
     blocked = advise(RATES, experts=2, snapshot_s=(9.0, 9.5), persist_s=(1.0, 1.0), plt_limit=0.0375)
+    least = advise(RATES, experts=2, snapshot_s=(0.5, 1.0), persist_s=(3.0, 6.0), plt_limit=0.9, k_least=2)
     strict = advise(RATES, experts=8, snapshot_s=(0.1,) * 8, persist_s=(2.0,) * 8, plt_limit=0.0)
 
     assert (fast.k_snapshot, fast.k_persist, fast.snapshot_every, fast.persist_every) == (8, 1, 1, 2)
@@ -161,6 +162,7 @@ def test_advice_snapshots_everything_that_hides_and_persists_the_least_that_the_
     assert (blocked.k_snapshot, blocked.stall_s) == (1, 7.0)
     assert blocked.snapshot_every == blocked.persist_every > 100
     assert (strict.k_persist, strict.plt) == (8, 0.0)
+    assert least.k_persist == 2
 
 
 @pytest.mark.parametrize("field", ["link", "storage", "storage_total", "pass_s", "mtbf_s"])

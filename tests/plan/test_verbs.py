@@ -79,6 +79,16 @@ def test_plan_of_671b_on_16384_ranks_takes_less_than_a_second() -> None:
     assert report["max_over_lower_bound"] <= 1.01
 
 
+def test_plan_advises_no_k_whose_manifest_would_be_too_long() -> None:
+    """An order of N / K checkpoints makes a manifest name the objects of so many."""
+    small, large = (
+        moc_json("plan", "--model", "deepseek-v3", "--dp", dp, "--ep", 64, "--k-persist", 16) for dp in (1024, 16384)
+    )
+
+    assert large["levels"]["persist"]["manifest_objects"] == 16384 + 16 * 16384
+    assert small["advice"]["k_persist"] == 1 < large["advice"]["k_persist"] <= 16
+
+
 @pytest.mark.parametrize("ep", [8, 128])
 def test_plan_of_64_layers_and_128_experts_on_4096_ranks_takes_less_than_three_seconds(tmp_path: Path, ep: int) -> None:
     path = tmp_path / "model.json"

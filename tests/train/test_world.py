@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from moc.format.keys import parse_object_key
+from moc.format.manifest import Manifest
 from moc.plan.burden import Checkpoint, all_experts, rank_bytes
-from moc.plan.cost import full_bytes
+from moc.plan.cost import full_bytes, partial_bytes
 from moc.plan.ownership import zero2_ownership
 from moc.plan.scope import MOC_LAYOUT, Scope
 from moc.plan.shapes import ModelShape
@@ -60,6 +61,13 @@ STORED = (  # large enough that alignment and headers do not matter
     "checkpoint.storage=repository",
     "checkpoint.persist_every=2",
 )
+PARTIAL = (
+    "training.steps=10",
+    "checkpoint.mode=partial",
+    "checkpoint.k_persist=1",
+    "checkpoint.persist_every=2",
+    "checkpoint.keep_last=10",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +108,7 @@ SCENARIOS = (
     Scenario(world_size=4, name="ep2_replicated", verb="train", settings=("model.ep_size=2",)),
     Scenario(world_size=4, name="saved_replicated", verb="checkpoint", settings=("model.ep_size=2",)),
     Scenario(world_size=2, name="stored", verb="train", settings=STORED),
+    Scenario(world_size=2, name="stored_partial", verb="train", settings=(*STORED, *PARTIAL)),
     Scenario(world_size=4, name="stored_replicated", verb="train", settings=STORED),
 )
 
@@ -249,6 +258,23 @@ def test_a_checkpoint_is_as_large_as_the_plan_says_and_holds_every_element_once(
     assert sum(shard.size_bytes for shard in shards) == sum(planned) == full_bytes(STORED_SHAPE, MOC_LAYOUT)
     assert written == pytest.approx(planned, rel=0.01)
     assert sum(written) == pytest.approx(sum(planned), rel=0.01)
+
+
+def test_a_partial_checkpoint_writes_as_much_as_the_formula_says(worlds: Path) -> None:
+    repository = Repository(open_store(str(worlds / "stored_partial" / "repository")))
+    manifests = [repository.read_manifest(stored.name) for stored in repository.checkpoints()]
+    repository.close()
+    is_partial = {manifest.name: bool(manifest.stale_experts) for manifest in manifests}
+
+    assert set(is_partial.values()) == {True, False}  # the first one is whole, and so is what the job leaves behind
+    for manifest in manifests:
+        k = 1 if is_partial[manifest.name] else STORED_SHAPE.experts
+        planned = partial_bytes(STORED_SHAPE, MOC_LAYOUT, Scope(), k)
+        assert own_bytes(manifest) == pytest.approx(planned, rel=0.01), manifest.name
+
+
+def own_bytes(manifest: Manifest) -> int:
+    return sum(row.size_bytes for row in manifest.objects if parse_object_key(row.key)[0] == manifest.name)
 
 
 def rank_of(key: str) -> int:
