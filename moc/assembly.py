@@ -133,8 +133,8 @@ class _Work:
         """Return where each expert comes from; raises where one comes from nowhere. Collective."""
         known = len(self._layers.withheld)
         choice = self._layers.choose(self._bad)
-        for words in self._layers.withheld[known:]:
-            self._pass_over(words)
+        for words, is_needed in self._layers.withheld[known:]:
+            self._pass_over(words, is_needed=is_needed)
         if not choice.missing:
             return choice
         first, candidate = choice.missing[0], self._layers.candidates[0]
@@ -203,11 +203,16 @@ class _Work:
                     raise reason
         return damaged
 
-    def _pass_over(self, words: str) -> None:
-        """Go on without what storage withholds, if it gives other things; else raise WithheldError. Collective."""
-        if self._terms.answers is None or (not self._is_withheld and not self._terms.answers()):
+    def _pass_over(self, words: str, *, is_needed: bool = True) -> None:
+        """Go on without what storage withholds, if it gives other things or that is not needed. Collective.
+
+        Else, and where another try will be made, raise WithheldError.
+        """
+        if self._terms.answers is None:
             raise WithheldError(words)
-        self._is_withheld = True
+        if is_needed and not self._is_withheld and not self._terms.answers():
+            raise WithheldError(words)
+        self._is_withheld = self._is_withheld or is_needed
 
     def _note(self, words: str) -> None:
         if len(self.notes) < NOTE_LIMIT:

@@ -63,8 +63,8 @@ class Layers:
         self.candidates = (candidate, *older)
         self.sources: list[Source | None] = []
         self.inventories: list[Inventory] = []
-        self.withheld: list[str] = []
-        """What storage did not give when layers were opened."""
+        self.withheld: list[tuple[str, bool]] = []
+        """What storage did not give when layers were opened, and whether an expert was missing without it."""
         self.is_storage_away = is_storage_away
         self._open, self._world = opener, world
         self._closers: list[Callable[[], None]] = []
@@ -110,7 +110,7 @@ class Layers:
             opened = len(self.inventories)
             if opened == len(self.candidates) or not (choice.missing or self._may_improve(choice)):
                 return choice
-            self._open_next()
+            self._open_next(is_needed=bool(choice.missing))
 
     def version(self, choice: Choice, expert: Expert) -> Version:
         """Return the version that was chosen for an expert. Not collective."""
@@ -126,7 +126,7 @@ class Layers:
             for expert, layer in choice.layers.items()
         )
 
-    def _open_next(self) -> None:
+    def _open_next(self, *, is_needed: bool) -> None:
         candidate = self.candidates[len(self.inventories)]
         source, mine = agree(self._world, lambda: self._look(candidate))
         told: list[dict[str, object]] = exchange(self._world, mine)  # type: ignore[assignment]  # our own dicts come back
@@ -135,7 +135,7 @@ class Layers:
             rank, row = problems[0]
             log.warning("layer cannot be used: %s rank=%d reason=%s", candidate, rank, row["problem"])
             if any(row["is_withheld"] for _, row in problems):
-                self.withheld.append(f"{candidate}: {row['problem']}")
+                self.withheld.append((f"{candidate}: {row['problem']}", is_needed))
             self._append(None, [])
             return
         self._append(source, [row["slices"] for row in told])

@@ -87,16 +87,17 @@ def restore_best(
 ) -> Restored | None:
     """Restore the first candidate that can be restored; None if none is wanted. Collective.
 
-    One whose stale experts exceed the limit of lost tokens is passed over for the first without any; where there is
-    none, it is restored nevertheless. What was asked for by its step is restored as it is.
+    In a partial mode one whose stale experts exceed the limit of lost tokens is passed over for the first without any;
+    where there is none, it is restored nevertheless. What was asked for by its step is restored as it is.
 
     Raises the same error on every rank: NoCheckpointError where all are damaged, StorageError where storage does not
     give what there is, and whatever is no fault of a candidate.
     """
     search = _Search(request, origin, wanted, state, world, software, host, trace)
     is_asked_for = request.restore != "auto" or any(life.reason == "rewind" for life in origin.lineage[-1:])
+    is_limited = request.config.mode != "full" and not is_asked_for
     try:
-        restored = search.first(wanted, plt_limit=None if is_asked_for else request.config.plt_limit)
+        restored = search.first(wanted, plt_limit=request.config.plt_limit if is_limited else None)
         if restored is None and search.too_stale is not None:
             restored = search.first([search.too_stale], plt_limit=None)
         if restored is None and search.unread:
@@ -230,8 +231,8 @@ class _Search:
             )
         elif self.too_stale is not None:
             notes.append(
-                "the newest one without stale experts was chosen, because more tokens than plt_limit allows are lost "
-                f"in {self.too_stale}"
+                f"{self.too_stale.step - candidate.step} more steps are done again, because more tokens than plt_limit "
+                f"allows are lost in {self.too_stale}: this is the newest state without stale experts"
             )
         return tuple(notes)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moc.assembly import Assembled, Terms, TooStale, assemble
 from moc.errors import IntegrityError, MocError, ShardCorruptError, StoreUnavailableError
@@ -384,3 +386,97 @@ def test_a_layer_that_cannot_be_opened_by_one_rank_is_none_for_all(history: Hist
         assert not isinstance(outcome, BaseException), outcome
         assert isinstance(outcome[0], Assembled)
         assert {row.expert: row.step for row in outcome[0].stale} == {A: 3}
+
+
+def test_storage_that_could_only_improve_on_memory_need_not_answer(history: History) -> None:
+    history.seal(9)
+    twin = history.store_checkpoint(9)
+    older, newest = history.seal(8), Candidate(source="memory", run="run-7", incarnation=1, step=9, attempt="00000009")
+    history.flip(9, 0, A)
+
+    def opener(rank: int) -> Open:
+        def open_source(candidate: Candidate) -> tuple[Source, Callable[[], None]]:
+            if candidate == twin:
+                raise StoreUnavailableError("no answer")
+            return history.opener(rank)(candidate)
+
+        return open_source
+
+    layers = [newest, older, twin]
+    assert isinstance(failed(run(history, layers, opener=opener)), WithheldError), "another try may find it"
+    last = Terms(parts=None, has_layers=True, is_whole=False, plt_limit=None, answers=lambda: False)
+    for outcome in run(history, layers, last, opener=opener):
+        assert not isinstance(outcome, BaseException), outcome
+        assert isinstance(outcome[0], Assembled)
+        assert {row.expert: row.step for row in outcome[0].stale} == {A: 8}
+    holds(good(history, layers), 9, {})  # it answers: the twin has the expert as it was
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What has happened to one expert: which of its slices are older in the snapshots, which versions are rotten."""
+
+    torn: tuple[int, ...]  # of the newest snapshot's two slices and the older one's two: 0 means the snapshot's step
+    rotten: tuple[bool, bool, bool, bool]  # in the newest snapshot, the older one, checkpoint 5, checkpoint 2
+    is_written: bool  # by checkpoint 5
+
+
+damages = st.builds(
+    Damage,
+    torn=st.tuples(*[st.sampled_from([0, 0, 6, 7])] * 4),
+    rotten=st.tuples(*[st.sampled_from([False, False, True])] * 4),
+    is_written=st.booleans(),
+)
+
+
+def _expected_step(damage: Damage) -> int | None:
+    """Return the newest step at which some layer has the expert whole and right."""
+    newest, older = {step or 9 for step in damage.torn[:2]}, {step or 8 for step in damage.torn[2:]}
+    versions = [
+        (max(newest), len(newest) == 1 and not damage.rotten[0]),
+        (max(older), len(older) == 1 and not damage.rotten[1]),
+        (5, damage.is_written and not damage.rotten[2]),
+        (2, not damage.rotten[3]),
+    ]
+    return max((step for step, is_good in versions if is_good), default=None)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.tuples(*[damages] * len(GRID)))
+def test_whatever_happens_every_expert_comes_from_its_newest_good_version(all_damages: tuple[Damage, ...]) -> None:
+    history = History(4)
+    try:
+        happened = dict(zip(GRID, all_damages, strict=True))
+        owners = {expert: (expert.index % 2, expert.index % 2 + 2) for expert in GRID}
+        for step in (2, 5):
+            history.seal(step)
+        stored = [
+            history.store_checkpoint(2),
+            history.store_checkpoint(5, base=2, written=[e for e in GRID if happened[e].is_written]),
+        ]
+        snapshots = []
+        for place, step in ((2, 8), (0, 9)):
+            versions = {
+                (owners[expert][slice_], expert): damage.torn[place + slice_] or step
+                for expert, damage in happened.items()
+                for slice_ in range(2)
+            }
+            snapshots.append(history.seal(step, versions))
+        for expert, damage in happened.items():
+            rank = owners[expert][expert.layer]
+            for step, is_rotten in zip((9, 8), damage.rotten[:2], strict=True):
+                if is_rotten:
+                    history.flip(step, rank, expert)
+            if damage.rotten[2] and damage.is_written:
+                history.flip_object(5, rank, expert)
+            if damage.rotten[3]:
+                history.flip_object(2, rank, expert)
+        expected = {expert: _expected_step(damage) for expert, damage in happened.items()}
+
+        layers = [*snapshots[::-1], *stored[::-1]]
+        if None in expected.values():
+            assert isinstance(failed(run(history, layers)), ShardCorruptError)
+        else:
+            holds(good(history, layers), 9, {expert: step for expert, step in expected.items() if step is not None})
+    finally:
+        history.close()

@@ -9,6 +9,7 @@ import pytest
 
 from moc.config import Config
 from moc.errors import NoCheckpointError
+from moc.format.keys import manifest_key
 from moc.format.manifest import Incarnation, Parent
 from moc.host import SystemHost
 from moc.plan.lineage import Candidate, Link
@@ -17,6 +18,7 @@ from moc.state import Expert
 from moc.store.port import Store
 from moc.survey import Origin, Request
 from moc.trace import Trace
+from tests.support.forge import forge_record
 from tests.support.history import RUN, History, every_rank, plain
 from tests.support.plain import PlainState
 
@@ -59,6 +61,7 @@ def recover(
     history: History,
     candidates: Sequence[Candidate],
     *,
+    mode: str = "partial",
     plt_limit: float = 0.0375,
     restore: str | int = "auto",
     lineage: Sequence[Incarnation] = (START,),
@@ -66,7 +69,7 @@ def recover(
     """Restore on all ranks; fails unless all restored the same, and the dense masters are of its step."""
     request = Request(
         storage="unused",
-        config=Config(plt_limit=plt_limit),
+        config=Config(mode=mode, plt_limit=plt_limit),
         restore=restore,
         run_id=None,
         take_over=False,
@@ -179,15 +182,44 @@ def test_weights_of_a_stale_checkpoint_are_restored_with_a_list_of_stale_experts
     assert restored.routing is None
 
 
-def test_mode_full_passes_over_a_checkpoint_with_a_bad_expert(history: History) -> None:
+def test_mode_full_passes_over_a_checkpoint_with_a_bad_expert_and_takes_a_stale_one_as_it_is(history: History) -> None:
     candidates = stored(history)
+    restored = recover(history, candidates, mode="full")
+    assert restored is not None
+    assert restored.candidate.step == 9
+    assert restored.stale
     history.flip_object(6, 0, A)  # both newer checkpoints have it from there
 
-    restored = recover(history, candidates, plt_limit=1.0)
+    restored = recover(history, candidates, mode="full")
 
     assert restored is not None
     assert restored.candidate.step == 2
     assert len(restored.rejected) == 2
     history.flip_object(2, 0, A)
     with pytest.raises(NoCheckpointError):
-        recover(history, candidates, plt_limit=1.0)
+        recover(history, candidates, mode="full")
+
+
+def test_a_partial_mode_takes_a_bad_expert_from_the_checkpoint_before(history: History) -> None:
+    candidates = stored(history)
+    history.flip_object(6, 0, A)
+
+    restored = recover(history, candidates, plt_limit=1.0)
+
+    assert restored is not None
+    assert restored.candidate.step == 9
+    assert {row.step for row in restored.stale} == {2}
+    assert restored.rejected == ()
+
+
+def test_a_checkpoint_of_another_experiment_lends_no_expert(history: History) -> None:
+    candidates = stored(history)
+    history.flip_object(6, 0, A)
+    forge_record(history.store, manifest_key(history.manifests[2].name), _change_model)
+
+    with pytest.raises(NoCheckpointError, match="no whole version"):
+        recover(history, candidates, plt_limit=1.0, restore=9)
+
+
+def _change_model(body: dict[str, object]) -> None:
+    body["fingerprint"] = {"model": "another"}
