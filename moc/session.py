@@ -87,6 +87,7 @@ class Session:
         self._is_asked_to_terminate = False
         self._ordinal: tuple[int, int] = (-1, 0)
         self._step_s, self._beat_s = 0.0, 0.0
+        self._passing_since_s: float | None = None
         self.boundary_name = "hook"
         self._facts = gather_facts(state, world, request, ep_sizes=ep_sizes, host=host)
         self._boundaries = Boundaries(world, self._facts.turns, persist_every=request.config.persist_every)
@@ -143,8 +144,13 @@ class Session:
 
     def before_update(self) -> None:
         """Wait until the snapshot under way reads nothing any more. Call right before every weight update."""
-        if not self._closed:
-            self._life.snapshotter.wait_copied()
+        if self._closed:
+            return
+        if self._passing_since_s is not None:
+            pass_ns = int((self._host.now_s() - self._passing_since_s) * 1e9)
+            self._life.arena.note_pass(self._world.rank, pass_ns)
+            self._passing_since_s = None
+        self._life.snapshotter.wait_copied()
 
     def boundary(self) -> bool:
         """End a step and return True if the ranks agreed to terminate.
@@ -170,6 +176,8 @@ class Session:
         self._boundaries.tell(
             choice, begun, life.snapshotter.setbacks, is_asked_to_terminate=self._is_asked_to_terminate
         )
+        if self._passing_since_s is None:
+            self._passing_since_s = self._host.now_s()
         return is_terminating
 
     def save(self) -> SaveHandle:
@@ -182,6 +190,7 @@ class Session:
         attempt = self._next_attempt(step)
         with self._trace.span("save.take", step=step, rank=self._world.rank):
             problem = self._begin_awaited(step, attempt)
+        self._passing_since_s = self._host.now_s()
         if problem is not None:
             self._boundaries.note_failed_save()
             try:

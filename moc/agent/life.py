@@ -39,8 +39,10 @@ class Life:
         wire.number(descriptor, "timeout_s")
         config = wire.mapping(descriptor, "config")
         wire.text(config, "mode"), wire.integer(config, "persist_every"), wire.number(config, "plt_limit")
-        if config.get("k_persist") is not None:
-            wire.integer(config, "k_persist")
+        wire.integer(config, "snapshot_every")
+        for field in ("k_snapshot", "k_persist"):
+            if config.get(field) is not None:
+                wire.integer(config, field)
         records = decode_lineage(descriptor["lineage"], fingerprint=descriptor["fingerprint"])
         if not records:
             raise UsageError("the descriptor names no life")

@@ -36,7 +36,7 @@ from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
 from moc.trace import Trace
 
-__all__ = ["Outcome", "Persister", "SaveJob"]
+__all__ = ["Outcome", "Persister", "SaveJob", "Written"]
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,14 @@ class Outcome:
     error: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What one save has put into storage, and how long that took."""
+
+    size_bytes: int
+    seconds: float
+
+
 class Persister:
     """Owns the persist thread. Thread: public methods from one; `on_end` is called on the persist thread."""
 
@@ -93,6 +101,8 @@ class Persister:
         self._composer: Composer | None = None
         self._prepared: tuple[str, int, str] | None = None
         self._commits: list[CheckpointName] = []
+        self.written: Written | None = None
+        """By the newest save. Thread: any."""
         self._thread = host.spawn(self._run, name="moc-persist")
 
     def offer(self, job: SaveJob, *, is_last: bool = False) -> bool:
@@ -160,14 +170,16 @@ class Persister:
             if stored is not None:
                 return stored.name, stored.size_bytes
         composition = self._composer.compose(job.name, records, job.arena, job.descriptor, is_whole=job.is_whole)
-        written = frozenset(composition.written)
+        experts, began_s = frozenset(composition.written), self._host.now_s()
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
             receipts = self._host.map(
-                lambda record: persist_rank(job.arena, record, repository, experts=written, trace=self._trace),
+                lambda record: persist_rank(job.arena, record, repository, experts=experts, trace=self._trace),
                 records,
                 workers=_writers(repository),
                 name="moc-write",
             )
+        size_bytes = sum(row.size_bytes for receipt in receipts for row in receipt.rows)
+        self.written = Written(size_bytes=size_bytes, seconds=self._host.now_s() - began_s)
         plan, parent = _commit_plan(job.descriptor), self._parent(job)
         if job.council is not None:
             joint = self._gather(job, job.council, parent, receipts, composition.routing)

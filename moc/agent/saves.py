@@ -18,7 +18,7 @@ from moc.agent.composer import FULL
 from moc.agent.custody import Custody
 from moc.agent.peers.council import Council
 from moc.agent.peers.report import NOBODY, Others, Verdict
-from moc.agent.persister import Outcome, Persister, SaveJob
+from moc.agent.persister import Outcome, Persister, SaveJob, Written
 from moc.format.keys import CheckpointName
 from moc.host import Host
 from moc.plan.freeing import Moment, second_attempt
@@ -64,6 +64,16 @@ class Saves:
         self.last_committed_step: int | None = None
         self.last_error: str | None = None
         """Why the newest save failed; None again after a commit."""
+
+    @property
+    def commits(self) -> int:
+        """Return how many saves this agent has committed."""
+        return self._saves_ended - self._saves_failed
+
+    @property
+    def written(self) -> Written | None:
+        """Return what the newest save has written, None before the first."""
+        return self._persister.written
 
     @property
     def is_busy(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import moc
 from moc.agent import wire
+from moc.agent.adviser import Adviser
 from moc.agent.company import Company
 from moc.agent.custody import Custody
 from moc.agent.diagnosis import diagnose
@@ -54,6 +55,7 @@ class Agent:
         trace = trace.joined_by(self._spans)
         self._trace = trace
         self._company = Company(host=host, wake=self._wake)
+        self._adviser = Adviser()
         self._saves = Saves(host=host, trace=trace, reply=self._reply, wake_fd=self._wake_send)
         self._drainers: list[socket.socket] = []
         self._is_asked_to_leave = False
@@ -110,6 +112,7 @@ class Agent:
         """What the loop does after every event, and at least every tick."""
         self._door.look()
         self._saves.collect(self._custody)
+        self._adviser.look(self._custody, self._saves)
         is_idle = not self._trainers.living() and self._host.now_s() - self._active_s > self._idle_s
         if (is_idle or self._is_asked_to_leave) and not self._is_leaving:
             log.info("leaving: idle=%s asked=%s", is_idle, self._is_asked_to_leave)
@@ -280,6 +283,7 @@ class Agent:
                     self._custody = source
                 self._custody = Custody.create(descriptor, earlier=source)
         self._saves.begin_life()
+        self._adviser.begin_life()
         self._saves.enter(self._company.council)
         self._trainers.begin_life(message["incarnation"])
         self._active_s = self._host.now_s()
@@ -364,6 +368,7 @@ class Agent:
             "persisting": saves.is_busy,
             "counters": saves.counters(),
             "last_error": saves.last_error,
+            "advice": None if self._adviser.newest is None else self._adviser.newest.to_json(),
         }
         company = self._company.facts()
         if company is not None:

@@ -4,7 +4,11 @@ JSON: {"agents": [{"folder": path, "run", "pid", "version", "incarnation",
 "storage", "ranks": [{"rank", "pid", "alive", "incarnation", "version",
 "sealed_step", "beat_step", "beat_age_s"}], "global_step",
 "last_committed_step", "persisting", "arena_bytes", "versions",
-"counters": {"saves", "failed"}, "last_error"}]}; null stands for what is not
+"counters": {"saves", "failed"}, "last_error", "advice": {"experts",
+"present": {"k_snapshot", "k_persist", "snapshot_every", "persist_every"},
+"advised": the same, "present_cost_s", "advised_cost_s", "present_stall_s",
+"advised_stall_s", "plt", "full_copy_s", "pass_s", "storage_rate", "faults",
+"steps"}}]}; null stands for what is not
 known yet. The counters begin with the agent.
 
 --prometheus prints the same as metrics moc_*, for a textfile collector; it
@@ -24,6 +28,7 @@ from moc.cli.live import add_runtime_root, read_statuses
 from moc.cli.options import add_json
 from moc.cli.output import describe_bytes, print_facts, print_json
 from moc.errors import CoordinationError, UsageError
+from moc.plan.tuning import describe_tuning
 
 __all__ = ["configure", "run", "show_agents"]
 
@@ -74,6 +79,8 @@ def _facts(folder: Path, status: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{describe_bytes(status.get('arena_bytes') or 0)}, {_known(status.get('versions'))} versions"),
         ("counters", ", ".join(f"{name} {count}" for name, count in sorted(status.get("counters", {}).items()))),
     ]
+    if status.get("advice"):
+        facts += [("advice" if not index else "", line) for index, line in enumerate(describe_tuning(status["advice"]))]
     if status.get("last_error"):
         facts.append(("last error", str(status["last_error"])))
     facts += [(f"rank {row['rank']}", _describe_rank(row)) for row in status.get("ranks", [])]

@@ -27,7 +27,7 @@ from moc.plan.layout import ArenaLayout, RankLayout, arrange_arena
 from moc.snapshot.seal import FREE, SEALED, SealRecord, decode_seal, encode_seal
 from moc.state import RankCatalog, catalogs_from_json
 
-__all__ = ["Arena", "CorruptSeal", "RankWords", "descriptor_room"]
+__all__ = ["Arena", "CorruptSeal", "RankWords", "Timings", "descriptor_room"]
 
 _MAGIC = b"mocarena"
 _VERSION = 1
@@ -35,8 +35,8 @@ _PROLOGUE = struct.Struct("<8sQQQ")  # magic, version, room of one descriptor ar
 _SELECTOR = 64  # offset of the word that names the valid descriptor area
 _GLOBAL_STEP, _COMMITTED_STEP = 128, 192  # offsets of the agent's words; 0 means none, else step + 1
 _AREA = struct.Struct("<QI")  # length, crc32c; in front of each descriptor
-_SEALED_STEP, _BEAT_STEP, _BEAT_NS, _BEAT_INTERVAL_NS, _BEAT_INCARNATION, _SKIPPED = range(6)
-_WORDS = 6
+_SEALED_STEP, _BEAT_STEP, _BEAT_NS, _BEAT_INTERVAL_NS, _BEAT_INCARNATION, _SKIPPED, _COPY_RATE, _PASS_NS = range(8)
+_WORDS = 8
 WORD_BYTES = 64  # one cache line per word
 
 
@@ -58,6 +58,14 @@ class RankWords:
     beat_step: int
     beat_ns: int
     beat_interval_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """What a rank has measured last, 0 before: bytes copied per second, nanoseconds of forward and backward pass."""
+
+    copy_rate: int
+    pass_ns: int
 
 
 def descriptor_room(descriptor: Mapping[str, object]) -> int:
@@ -221,8 +229,20 @@ class Arena:
         raw = self._load_word(rank, _SKIPPED)
         return ((raw - 1) >> 8, (raw - 1) & 0xFF) if raw else None
 
+    def note_copy(self, rank: int, rate: int) -> None:
+        """Publish how many bytes per second the last copy took. Its trainer only."""
+        self._store_word(rank, _COPY_RATE, rate)
+
+    def note_pass(self, rank: int, pass_ns: int) -> None:
+        """Publish how long the last forward and backward pass took. Its trainer only."""
+        self._store_word(rank, _PASS_NS, pass_ns)
+
+    def timings(self, rank: int) -> Timings:
+        """Return what a rank has measured."""
+        return Timings(copy_rate=self._load_word(rank, _COPY_RATE), pass_ns=self._load_word(rank, _PASS_NS))
+
     def clear_words(self, rank: int) -> None:
-        """Forget sealed step and heartbeat. Agent only, when no trainer of the rank lives."""
+        """Forget sealed step, heartbeat and timings. Agent only, when no trainer of the rank lives."""
         for word in range(_WORDS):
             self._store_word(rank, word, 0)
 

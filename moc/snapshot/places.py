@@ -23,12 +23,17 @@ class Places:
         self._sizes = np.array([unit.size_bytes for unit in layout.units], dtype=np.int64)
         self._unit_of_shard = np.repeat(np.arange(len(layout.units)), [unit.count for unit in layout.units])
         self._positions = np.array([p for unit in layout.units for p in unit.positions], dtype=np.int64)
+        self._lengths = np.array([shard.size_bytes for shard in arena.catalog(rank).shards], dtype=np.int64)
         experts = [unit.expert for unit in layout.units if unit.expert is not None]
         self._experts = np.array([turns.place(expert) for expert in experts], dtype=np.int64)
 
     @property
     def shard_count(self) -> int:
         return len(self._positions)
+
+    def bytes_of(self, units: Chosen) -> int:
+        """Return how many bytes a copy of these units takes."""
+        return int(self._lengths[units[self._unit_of_shard]].sum())
 
     def units_of(self, experts: Chosen | None) -> Chosen:
         """Return by unit what a choice of experts (None: all) copies; the dense part, unit 0, always."""

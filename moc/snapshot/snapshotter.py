@@ -313,7 +313,9 @@ class Snapshotter:
                 targets = self._places.targets(filling.slots, filling.is_copied)
                 self._state.copy_shards(targets, filling.crcs)
             filling.copied.set()
-            self._copy_last = 1e3 * (self._host.now_s() - began_s)
+            copy_s = self._host.now_s() - began_s
+            self._copy_last = 1e3 * copy_s
+            self._arena.note_copy(self._rank, int(self._places.bytes_of(filling.is_copied) / max(copy_s, 1e-9)))
             with self._trace.span("snapshot.seal", step=filling.step, rank=self._rank):
                 self._seal(filling)
             self._sealed += 1
