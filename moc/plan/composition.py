@@ -26,6 +26,7 @@ from moc.state import Expert
 
 __all__ = ["Base", "Composition", "Sealed", "Terms", "compose", "is_newer", "next_base", "steps_of_experts"]
 
+KEPT_LIMIT = 150_000  # objects of other attempts, at up to 200 bytes each: half of what a manifest may be long
 Held = dict[Expert, StaleExpert]
 """By expert of the model what the base has of it, as the row that a checkpoint after it would have."""
 
@@ -99,12 +100,13 @@ def steps_of_experts(slices: Iterable[tuple[Expert, int]]) -> dict[Expert, int |
     return dict(sorted(steps.items()))
 
 
-def compose(sealed: Sealed, base: Base | None, terms: Terms | None) -> Composition:
+def compose(sealed: Sealed, base: Base | None, terms: Terms | None, *, kept_limit: int = KEPT_LIMIT) -> Composition:
     """Return what to write and what to keep.
 
-    Without terms, and where the base is of another experiment, all that is fit is written; else as many experts per
-    layer as the terms allow, those first whose last commit is oldest. A base with other catalogs is none: its experts
-    are cut in another way. Raises: PlanDivergedError for an expert that can neither be written nor kept.
+    Without terms, where the base is of another experiment, and where the manifest would name too many objects of other
+    attempts, all that is fit is written; else as many experts per layer as the terms allow, those first whose last
+    commit is oldest. A base with other catalogs is none: its experts are cut in another way.
+    Raises: PlanDivergedError for an expert that can neither be written nor kept.
     """
     name, steps = sealed.name, sealed.steps
     if base is not None and base.manifest.catalog_digest != sealed.digest:
@@ -119,10 +121,13 @@ def compose(sealed: Sealed, base: Base | None, terms: Terms | None) -> Compositi
         chosen = _chosen(sealed, base, held, fit, terms)
     written = chosen.union(due)
     sources = {held[expert].source for expert in steps if expert not in written}
+    kept = () if base is None else tuple(row for row in base.manifest.objects if _is_kept(row, sources))
+    if len(kept) > kept_limit and terms is not None:
+        return compose(sealed, base, None)
     return Composition(
         written=tuple(sorted(written)),
         stale=tuple(_stale_rows(sealed, held, written)),
-        kept=() if base is None else tuple(row for row in base.manifest.objects if _is_kept(row, sources)),
+        kept=kept,
         routing=sealed.captures[0].routing if sealed.captures else None,
         finite=frozenset() if base is None else base.finite & sources,
     )

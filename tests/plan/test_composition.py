@@ -279,6 +279,19 @@ def test_a_base_of_another_experiment_makes_a_whole_checkpoint_and_one_of_other_
         compose(replace(sealed, digest="1" * 16), base, terms)
 
 
+def test_a_manifest_that_would_be_too_long_is_of_a_whole_checkpoint() -> None:
+    grid, terms = experts_of((4,)), terms_of((4,), Sequential(1))
+    base = committed(5, dict.fromkeys(grid, 5), None, None)
+    written = []
+    for step in (10, 15, 20, 25):
+        name = name_of(step)
+        composition = compose(sealed_of(name, dict.fromkeys(grid, step)), base, terms, kept_limit=2)
+        base = next_base(manifest_of(name, composition), composition, is_written_finite=True)
+        written.append(len(composition.written))
+
+    assert written == [1, 1, 4, 1]
+
+
 def test_layers_with_other_numbers_of_experts_take_turns_alone() -> None:
     counts = (4, 2, 4)
     rotation = rotation_of(counts, [("ep_2", 2), ("ep_4", 4)])
