@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from moc.errors import InternalError, ManifestCorruptError
+from moc.errors import InternalError, ManifestCorruptError, UsageError
 from moc.format.canonical import FIELD_LIMIT, Fields
 from moc.format.keys import ATTEMPT_PATTERN, INCARNATION_LIMIT, LAST_STEP, CheckpointName, parse_object_key
 from moc.state import Expert
@@ -19,6 +19,7 @@ from moc.state import Expert
 __all__ = ["StaleExpert", "check_owners", "decode_stale", "encode_stale", "is_earlier", "sources"]
 
 ROW_FIELDS = 5  # layer, index, step, number of the source, routed
+STALE_LIMIT = 250_000  # 60 layers of 256 experts have 15,360; refuses hostile numbers before they take memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,8 @@ def encode_stale(stale: Sequence[StaleExpert]) -> dict[str, object]:
     """Return the fields of a manifest: `stale_experts`, and `sources` where there are any."""
     if not stale:
         return {"stale_experts": []}
+    if len(stale) > STALE_LIMIT:
+        raise UsageError(f"too many stale experts: given={len(stale)} allowed={STALE_LIMIT}")
     names = sources(stale)
     number = {name: index for index, name in enumerate(names)}
     return {
@@ -76,6 +79,8 @@ def decode_stale(fields: Fields, checkpoint: CheckpointName) -> tuple[StaleExper
     rows = fields.rows("stale_experts")
     if not rows and "sources" not in fields.body:
         return ()
+    if len(rows) > STALE_LIMIT:
+        raise _wrong(fields, "stale_experts", f"{len(rows)} rows", f"at most {STALE_LIMIT} rows")
     names = _sources(fields, checkpoint)
     stale = tuple(_row(row, names, checkpoint, fields) for row in rows)
     for first, second in pairwise(stale):

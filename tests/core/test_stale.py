@@ -7,11 +7,11 @@ import json
 import pytest
 from hypothesis import given, settings
 
-from moc.errors import InternalError, ManifestCorruptError
-from moc.format.canonical import seal_record
+from moc.errors import InternalError, ManifestCorruptError, UsageError
+from moc.format.canonical import Fields, seal_record
 from moc.format.keys import CheckpointName, object_key
 from moc.format.manifest import Manifest, ObjectRow, decode_manifest, encode_manifest
-from moc.format.stale import StaleExpert, sources
+from moc.format.stale import StaleExpert, decode_stale, encode_stale, sources
 from moc.state import Expert
 from tests.core.values import manifests
 
@@ -96,6 +96,13 @@ def test_a_source_without_an_object_and_an_object_without_a_source_are_refused()
     body["objects"][0]["key"] = object_key(FORMER, 5, "d")
     with pytest.raises(ManifestCorruptError, match="object is of another attempt"):
         _decode(body)
+
+
+def test_more_rows_than_any_model_has_are_neither_written_nor_read() -> None:
+    with pytest.raises(UsageError, match="too many stale experts: given=250001 allowed=250000"):
+        encode_stale([STALE[0]] * 250_001)
+    with pytest.raises(ManifestCorruptError, match="given=250001 rows expected=at most 250000 rows"):
+        decode_stale(Fields({"stale_experts": [[]] * 250_001}, "m"), NAME)
 
 
 def test_a_value_that_no_manifest_can_have_is_never_made() -> None:

@@ -111,6 +111,13 @@ def _twice(repository: Hostile, count: int) -> None:
     repository.rewrite(objects=rows + rows)
 
 
+def _stale_experts(repository: Hostile, count: int) -> None:
+    """Rows that may all be right, of a checkpoint that itself has written older versions."""
+    name = repository.name
+    rows = [[0, index, 1, 0, 2**62] for index in range(count)]
+    repository.rewrite(sources=[[name.incarnation, name.step, name.attempt]], stale_experts=rows)
+
+
 def _lives(repository: Hostile) -> None:
     """A lineage that leads in a circle, and to lives that never were."""
     for number, parent in ((2, 3), (3, 2), (4, 4), (5, 10**17)):
@@ -132,6 +139,11 @@ CASES: Mapping[str, Callable[[Hostile], None]] = {
     "manifest larger than any": lambda r: os.truncate(r.manifest_path, TIB),
     "manifest nested deep": lambda r: r.manifest_path.write_bytes(b"[" * 1_000_000),
     "manifest of a huge number": lambda r: r.manifest_path.write_bytes(sealed(b'{"step":' + b"9" * 5_000_000 + b"}")),
+    "a quarter of a million stale experts": lambda r: _stale_experts(r, 250_000),
+    "a million stale experts": lambda r: _stale_experts(r, 1_000_000),
+    "stale experts beyond number": lambda r: r.rewrite(
+        sources=[[1, 10, "00000000"]] * 9, stale_experts=[[2**63 - 1, 2**63 - 1, 1, 2**63 - 1, 2**63 - 1]]
+    ),
     "world of a trillion ranks": lambda r: r.rewrite(topology={"world_size": 10**12}),
     "objects named twice": lambda r: _twice(r, 8_000),
     "sizes beyond any disk": lambda r: r.rewrite(objects=[r.body()["objects"][0] | {"size": 10**400}]),
