@@ -164,11 +164,11 @@ class Persister:
         assert self._composer is not None, "prepared before"
         if job.name in self._commits:
             # By an agent that died before it could say so; a key is written with one content only.
-            return job.name, repository.read_manifest(job.name).size_bytes
+            return job.name, repository.read_manifest(job.name).written_bytes
         if job.moment != (job.name.step, job.name.attempt):
             stored = self._composer.stored(job.name, job.moment, records, job.arena)
             if stored is not None:
-                return stored.name, stored.size_bytes
+                return stored.name, stored.written_bytes
         composition = self._composer.compose(job.name, records, job.arena, job.descriptor, is_whole=job.is_whole)
         experts, began_s = frozenset(composition.written), self._host.now_s()
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
@@ -192,9 +192,9 @@ class Persister:
         commit(repository, manifest, trace=self._trace)
         self._commits.append(job.name)
         self._composer.note_commit(manifest, composition, receipts)
-        log.info("committed: name=%s bytes=%d kept=%d", job.name, manifest.size_bytes, len(composition.kept))
+        log.info("committed: name=%s bytes=%d kept=%d", job.name, manifest.written_bytes, len(composition.kept))
         self._retain(job)
-        return manifest.name, manifest.size_bytes
+        return manifest.name, manifest.written_bytes
 
     def _gather(
         self,

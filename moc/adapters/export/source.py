@@ -40,7 +40,8 @@ class _Stored:
 class CheckpointSource:
     """Reads one checkpoint. Thread: one. Blocks: on the store. Raises: StorageError, IntegrityError.
 
-    `progress` gets the bytes read from shards and state blobs.
+    `progress` gets the bytes read from shards and state blobs; `is_partial` says whether some experts lie in objects of
+    other attempts.
     """
 
     def __init__(self, repository: Repository, manifest: Manifest, progress: Progress) -> None:
@@ -52,6 +53,7 @@ class CheckpointSource:
         self._shards: dict[tuple[str, str], list[_Stored]] = {}
         self._states: dict[int, tuple[ObjectRow, tuple[int, int, int]]] = {}
         self._experts: dict[int, set[Expert]] = {}
+        self.is_partial = any(row.source != manifest.name for row in manifest.stale_experts)
         for entry in objects:
             owner, rank, _ = parse_object_key(entry.row.key)
             if entry.header.state is not None:
@@ -69,11 +71,6 @@ class CheckpointSource:
     def ranks(self) -> tuple[int, ...]:
         """Return the ranks that took part, ascending."""
         return tuple(sorted(self._states))
-
-    @property
-    def is_partial(self) -> bool:
-        """Return whether objects of other attempts belong to the checkpoint."""
-        return any(parse_object_key(row.key)[0] != self.manifest.name for row in self.manifest.objects)
 
     def experts_of(self, rank: int) -> frozenset[Expert]:
         """Return the experts of which a rank is seen to have written something in this life."""
