@@ -4,6 +4,8 @@ import dataclasses
 import os
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from moc_train.config import CheckpointConfig
 
 __all__ = ["Checkpointing", "attach"]
@@ -17,6 +19,9 @@ class Checkpointing(Protocol):
 
     resume_step: int
     incarnation: int
+
+    def register_routing(self, layer: int, counts: Tensor) -> None:
+        """Say how many of this rank's tokens each expert of a MoE layer has got in this step."""
 
     def step(self) -> None:
         """Mark the boundary of the user's step."""
@@ -36,6 +41,9 @@ class NoCheckpointing:
 
     resume_step = 0
     incarnation = 1
+
+    def register_routing(self, layer: int, counts: Tensor) -> None:
+        return
 
     def step(self) -> None:
         return
@@ -57,6 +65,9 @@ class MocCheckpointing:
         self._manager = manager
         self.resume_step = int(manager.resume_step)
         self.incarnation = int(manager.incarnation)
+
+    def register_routing(self, layer: int, counts: Tensor) -> None:
+        self._manager.register_routing(layer, counts)
 
     def step(self) -> None:
         self._manager.step()

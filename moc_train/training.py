@@ -267,11 +267,16 @@ class Trainer:
         return torch.stack([layer.tokens_per_expert for layer in self._layers])
 
     def _step_loads(self) -> list[float]:
-        """Return, per MoE layer, the most loaded expert's share of routes over the mean, in this step on all ranks."""
+        """Return, per MoE layer, the most loaded expert's share of routes over the mean, in this step on all ranks.
+
+        What this rank has routed is registered on the way: every route is kept, so the counts are exact.
+        """
         routed = self._routed()
         counts, self._routed_before = routed - self._routed_before, routed
         if not self._layers:
             return []
+        for layer, own in enumerate(counts):
+            self._checkpointing.register_routing(layer, own)
         dist.all_reduce(counts)
         return [float(layer.max() / layer.double().mean()) for layer in counts.cpu()]
 

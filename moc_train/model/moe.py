@@ -101,7 +101,7 @@ class GroupedMoE(MoE):  # type: ignore[misc]
         """Return the mixture's output and the router's losses of this micro-batch."""
         tokens_TD = x_BSD.reshape(-1, x_BSD.size(-1))
         routing = self.router(tokens_TD)
-        if self.training:
+        if self.training and not is_repeated():
             self.tokens_per_expert += routing.count_E
         route = plan_route(routing.index_Tk, routing.count_E, ep_size=self.ep_size, group=self.ep_group)
         rows_RD = self._run_experts(distribute(tokens_TD, route), route.batch_sizes)
@@ -121,6 +121,11 @@ class GroupedMoE(MoE):  # type: ignore[misc]
         gate_RH = gmm(rows_RD, self.w1, batch_sizes, backend=self._backend)
         up_RH = gmm(rows_RD, self.w3, batch_sizes, backend=self._backend)
         return gmm(F.silu(gate_RH) * up_RH, self.w2, batch_sizes, backend=self._backend)
+
+
+def is_repeated() -> bool:
+    """Return whether a backward pass runs this forward pass again, as activation checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _split_experts(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moc_train.model.attention import rotary_table, rotate
 from moc_train.model.dispatch import collect, distribute, plan_route
 from moc_train.model.initial import normal
+from moc_train.model.moe import is_repeated
 from moc_train.model.router import Router
 
 
@@ -114,3 +116,20 @@ def test_initial_values_depend_on_names_only() -> None:
 
     assert torch.equal(first, normal((3, 4), 0.5, 7, "w1", 2))
     assert not torch.equal(first, normal((3, 4), 0.5, 7, "w1", 3))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_forward_pass_that_is_run_again_is_told_apart(use_reentrant: bool) -> None:
+    seen: list[bool] = []
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(is_repeated())
+            return super().forward(x).sin()
+
+    layer = Layer(3, 3)
+    x = checkpoint(layer, torch.ones(2, 3, requires_grad=True), use_reentrant=use_reentrant)
+    x.sum().backward()
+    layer(torch.ones(2, 3))
+
+    assert seen == [False, True, False]

@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.world, pytest.mark.timeout(600)]  # the first test wai
 ROOT = Path(__file__).parents[2]
 STEPS = 20
 TOLERANCE = 1e-5
+TOP_K = 2
 DEADLINE_S = 240
 TINY = [
     "checkpoint.enabled=false",
@@ -42,6 +43,7 @@ TINY = [
     "model.width=32",
     "model.heads=2",
     "model.experts=8",
+    f"model.top_k={TOP_K}",
     "model.expert_hidden=32",
     "training.micro_batch=2",
     "training.global_batch=8",
@@ -95,6 +97,20 @@ SCENARIOS = (
             "training.precision=bf16",
             "training.zero_stage=1",
             "training.gradient_dtype=fp32",
+        ),
+    ),
+    Scenario(
+        world_size=2,
+        name="counted",
+        verb="train",
+        settings=(
+            "model.ep_size=2",
+            "model.moe_layers=odd",
+            "checkpoint.enabled=true",
+            "checkpoint.storage=counted/checkpoints",
+            "checkpoint.persist_every=1",
+            "checkpoint.keep_last=6",
+            "training.steps=6",
         ),
     ),
     Scenario(world_size=2, name="saved", verb="checkpoint", settings=("model.ep_size=2",)),
@@ -216,6 +232,27 @@ def test_all_ranks_log_the_same_losses_and_loads(worlds: Path) -> None:
     assert len(ranks) == 4
     for key in ("loss_hex", "load", "lr", "grad_norm"):
         assert len({json.dumps([record[key] for record in steps.values()]) for steps in ranks}) == 1
+
+
+def test_the_counters_have_every_route_of_every_step(worlds: Path) -> None:
+    repository = Repository(open_store(str(worlds / "counted" / "checkpoints")))
+    manifests = [repository.read_manifest(checkpoint.name) for checkpoint in repository.checkpoints()]
+    repository.close()
+
+    assert manifests[-1].name.step == 6
+    assert len(manifests) > 1
+    for manifest in manifests:
+        routing = manifest.routing
+        assert routing is not None
+        assert routing.basis == "kept"
+        assert routing.shape == (8,)
+        assert [sum(row) for row in routing.routed] == [manifest.name.step * 8 * 32 * TOP_K]
+        assert routing.learned == routing.routed
+    loads = [record["load"][0] for record in surviving_steps(read_records(worlds / "counted/rank00000.jsonl")).values()]
+    first = manifests[0].routing
+    assert first is not None
+    if manifests[0].name.step == 1:  # what the trainer itself has logged
+        assert max(first.routed[0]) / (sum(first.routed[0]) / 8) == pytest.approx(loads[0])
 
 
 @pytest.mark.parametrize("name", ["saved", "saved_bf16", "saved_replicated"])
