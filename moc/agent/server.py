@@ -22,6 +22,7 @@ from moc.agent.custody import Custody
 from moc.agent.diagnosis import diagnose
 from moc.agent.door import Door
 from moc.agent.life import Life
+from moc.agent.losses import Losses
 from moc.agent.runtime import LOCK_NAME, SOCKET_NAME
 from moc.agent.saves import Saves, Waiter
 from moc.agent.trainers import Trainer, Trainers
@@ -49,6 +50,7 @@ class Agent:
         self._selector = selectors.DefaultSelector()
         self._wake_receive, self._wake_send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._custody: Custody | None = None
+        self._losses = Losses()
         self._trainers = Trainers(self._selector, on_death=self._note_activity, host=host)
         self._door = Door(self._selector, serve=self._serve_message, host=host)
         self._spans = RingSink(SPAN_LIMIT, now_s=host.now_s)
@@ -362,6 +364,7 @@ class Agent:
             "global_step": None if custody is None else custody.global_step,
             "arena_bytes": 0 if custody is None else custody.arena.size_bytes,
             "versions": None if custody is None else custody.life.descriptor["versions"],
+            "routing": None if custody is None else self._losses.facts(custody.life, custody.arena),
         }
         saved: dict[str, object] = {
             "last_committed_step": saves.last_committed_step,

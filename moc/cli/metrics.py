@@ -28,6 +28,14 @@ OF_RANK = (
     ("moc_rank_step", "step at the rank's last boundary", "beat_step"),
     ("moc_rank_beat_age_seconds", "time since the rank's last boundary", "beat_age_s"),
 )
+OF_ROUTING = (
+    ("moc_plt", "proportion of tokens whose updates recoveries have lost", "plt"),
+    ("moc_plt_limit", "proportion of lost tokens above which there is an alarm", "plt_limit"),
+)
+OF_LAYER = (
+    ("moc_routes", "tokens routed to the experts of a MoE layer in the run so far", "routed"),
+    ("moc_routes_lost", "those of them whose updates recoveries have lost", "lost"),
+)
 OF_SAVES = (
     ("moc_saves", "saves that have ended since the agent began", "saves"),
     ("moc_saves_failed", "saves that have failed since the agent began", "failed"),
@@ -66,6 +74,7 @@ def _families(statuses: Statuses) -> Iterable[Metric]:
             if status.get(field) is not None:
                 gauge.add_metric([status["run"]], float(status[field]))
         yield gauge
+    yield from _lost_tokens(statuses)
     for name, text, field in OF_SAVES:
         counter = CounterMetricFamily(name, text, labels=["run"])
         for _, status in statuses:
@@ -81,4 +90,21 @@ def _families(statuses: Statuses) -> Iterable[Metric]:
             for row in status["ranks"]:
                 if row.get(field) is not None:
                     gauge.add_metric([status["run"], str(row["rank"])], float(row[field]))
+        yield gauge
+
+
+def _lost_tokens(statuses: Statuses) -> Iterable[Metric]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    counted = [(status["run"], status["routing"]) for _, status in statuses if status.get("routing")]
+    for name, text, field in OF_ROUTING:
+        gauge = GaugeMetricFamily(name, text, labels=["run"])
+        for run, routing in counted:
+            gauge.add_metric([run], float(routing[field]))
+        yield gauge
+    for name, text, field in OF_LAYER:
+        gauge = GaugeMetricFamily(name, text, labels=["run", "layer"])
+        for run, routing in counted:
+            for layer, routes in enumerate(routing[field]):
+                gauge.add_metric([run, str(layer)], float(routes))
         yield gauge

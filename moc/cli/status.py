@@ -4,11 +4,12 @@ JSON: {"agents": [{"folder": path, "run", "pid", "version", "incarnation",
 "storage", "ranks": [{"rank", "pid", "alive", "incarnation", "version",
 "sealed_step", "beat_step", "beat_age_s"}], "global_step",
 "last_committed_step", "persisting", "arena_bytes", "versions",
-"counters": {"saves", "failed"}, "last_error", "advice": {"experts",
-"present": {"k_snapshot", "k_persist", "snapshot_every", "persist_every"},
-"advised": the same, "present_cost_s", "advised_cost_s", "present_stall_s",
-"advised_stall_s", "plt", "full_copy_s", "pass_s", "storage_rate", "faults",
-"steps"}}]}; null stands for what is not
+"routing": {"step", "plt", "plt_limit", "basis", "routed": [by MoE layer],
+"lost": [by MoE layer]}, "counters": {"saves", "failed"}, "last_error",
+"advice": {"experts", "present": {"k_snapshot", "k_persist", "snapshot_every",
+"persist_every"}, "advised": the same, "present_cost_s", "advised_cost_s",
+"present_stall_s", "advised_stall_s", "plt", "full_copy_s", "pass_s",
+"storage_rate", "faults", "steps"}}]}; null stands for what is not
 known yet. The counters begin with the agent.
 
 --prometheus prints the same as metrics moc_*, for a textfile collector; it
@@ -79,12 +80,19 @@ def _facts(folder: Path, status: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{describe_bytes(status.get('arena_bytes') or 0)}, {_known(status.get('versions'))} versions"),
         ("counters", ", ".join(f"{name} {count}" for name, count in sorted(status.get("counters", {}).items()))),
     ]
+    if status.get("routing"):
+        facts.append(("lost tokens", _describe_losses(status["routing"])))
     if status.get("advice"):
         facts += [("advice" if not index else "", line) for index, line in enumerate(describe_tuning(status["advice"]))]
     if status.get("last_error"):
         facts.append(("last error", str(status["last_error"])))
     facts += [(f"rank {row['rank']}", _describe_rank(row)) for row in status.get("ranks", [])]
     return facts
+
+
+def _describe_losses(routing: dict[str, Any]) -> str:
+    text = f"{routing['plt']:.3%} of those {routing['basis']}, allowed {routing['plt_limit']:.3%}"
+    return f"{text}: TOO MANY" if routing["plt"] > routing["plt_limit"] else text
 
 
 def _describe_rank(row: dict[str, Any]) -> str:

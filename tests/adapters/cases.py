@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from moc import _native
 from moc.adapters.deepspeed import DeepSpeedState, Hooks
+from moc.adapters.deepspeed.routes import RouteCounter
 from moc.adapters.world import TorchWorld
 from moc.errors import ClosedError, InternalError, UsageError, WaitTimeoutError
 from moc.format.tagged import decode_state, encode_state
 from moc.state import Shard, check_coverage
 from tests.adapters import refusals
 from tests.adapters.engines import build, differences, observe, train
+from tests.adapters.models import EXPERTS, WIDTH, Native, Stacked
 from tests.adapters.scenarios import DEFAULT, SLOW, Scenario
 
 SCENARIOS = {scenario.name: scenario for scenario in (*DEFAULT, *SLOW)}
@@ -391,6 +394,61 @@ def world(_: str, __: Path) -> None:
     impatient.close()
 
 
+def routes(_: str, __: Path) -> None:
+    """DeepSpeed's own layers are counted as their gates have chosen, in training alone, recomputation not again."""
+    scenario = SCENARIOS["2ranks-bf16-zerobf16-foreach-native-gas3-none"]
+    engine = build(scenario)
+    counter = attach(engine).routes
+    seen: list[np.ndarray] = []
+    counter.begin(with_hooks=True)
+    counter.install(lambda _, counts: seen.append(np.array(counts)))
+    train(engine, scenario, 2)
+    tokens, top_k = 3 * 5, 2
+    assert [row.sum() for row in seen] == [tokens * top_k] * (2 * scenario.accumulation)
+    assert counter.basis == "routed, before drops"
+    layer = engine.module.middle.moe.deepspeed_moe
+    layer.gate.drop_tokens = False
+    assert counter.basis == "kept"
+    refusals.expect(UsageError, "by itself: layer=0", lambda: counter.register(0, [1] * EXPERTS))
+    seen.clear()
+    engine.eval()
+    engine(torch.zeros(3, 5, dtype=torch.int64))
+    assert seen == []
+    engine.train()
+    x = torch.randn(2, 6, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    for use_reentrant in (True, False):
+        out = checkpoint(engine.module.middle, x, use_reentrant=use_reentrant)
+        out.float().sum().backward()
+        assert torch.equal(torch.from_numpy(seen[-1]), layer.exp_counts)
+    assert len(seen) == 2
+    counter.remove()
+    counter.remove()
+    engine.module.middle(x)
+    assert len(seen) == 2
+    engine.destroy()
+
+    engine = build(SCENARIOS["2ranks-fp32-zero2-config-stacked-gas3-warmup-parameter_alignment"])
+    counter = attach(engine).routes
+    counter.begin(with_hooks=True)
+    counter.install(lambda _, counts: seen.append(counts))
+    counter.register(0, torch.ones(EXPERTS, dtype=torch.int32))
+    assert seen[-1].tolist() == [1] * EXPERTS
+    for _ in range(2):  # as on an accelerator, whose sums are read later
+        counter.add_on_device(0, torch.arange(EXPERTS))
+    ((layer_index, sums),) = counter.take()
+    assert (layer_index, sums.tolist()) == (0, [0, 2, 4, 6])
+    assert counter.take() == []
+    ones = torch.ones(EXPERTS, dtype=torch.int64)
+    refusals.expect(UsageError, "layer=1", lambda: counter.add_on_device(1, ones))
+    refusals.expect(UsageError, "shape=(3,)", lambda: counter.add_on_device(0, ones[:3]))
+    refusals.expect(UsageError, "dtype=torch.float32", lambda: counter.add_on_device(0, ones.float()))
+    engine.destroy()
+
+    mixed = RouteCounter(torch.nn.ModuleList([Native(2), Stacked(2)]))
+    mixed.begin(with_hooks=True)
+    refusals.expect(UsageError, "beside others", lambda: mixed.register(0, ones))
+
+
 CASES: dict[str, Callable[[str, Path], None]] = {
     "hooks": hooks,
     "load": load,
@@ -399,6 +457,7 @@ CASES: dict[str, Callable[[str, Path], None]] = {
     "powers": powers,
     "refusals": refusals.run,
     "reshard": reshard,
+    "routes": routes,
     "resume": resume,
     "rewind": rewind,
     "save": save,

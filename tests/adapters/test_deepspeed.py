@@ -26,6 +26,7 @@ SINGLE = [
     "reshard:native",
     "reshard:stacked",
     f"rewind:{REWOUND}",
+    "routes",
     f"save:{OTHER_PROCESSES}",
     "stateful",
     "world",

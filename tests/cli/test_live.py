@@ -167,6 +167,37 @@ def test_metrics_tell_what_the_status_tells() -> None:
         assert samples["moc_rank_beat_age_seconds", rank] > 0
 
 
+def test_lost_tokens_are_told_and_too_many_alarm() -> None:
+    options: dict[str, object] = {"mode": "partial_by_load", "k_persist": 1, "keep_last": 1, "persist_every": 3}
+    with Job(size=1, step_s=0.005, witness=True, plt_limit=1e-6, **options) as job:
+        first = job.start()
+        first.event("committed", step=7)  # the first of a life is whole, this one is not
+        job.kill_agent()
+        first.kill()
+        second = job.start()
+        plt = second.event("attached")["plt_now"]
+        second.event("global", step=second.event("attached")["step"] + 1)
+        text = moc("status", "--runtime-root", job.root).stdout
+        second.kill()
+        routing = _status(job)["routing"]
+        metrics = moc("status", "--prometheus", "--runtime-root", job.root).stdout
+        alarms = [line for line in second.errors[0].read_text().splitlines() if "too many tokens are lost" in line]
+
+    samples = {
+        (sample.name, sample.labels.get("layer")): sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+    }
+    assert plt > routing["plt"] > 1e-6  # the share falls while the run goes on
+    assert "TOO MANY" in text
+    assert len(alarms) == 1, second.story()
+    assert routing["basis"] == "kept"
+    assert (samples["moc_plt", None], samples["moc_plt_limit", None]) == (routing["plt"], 1e-6)
+    for layer in range(2):
+        assert samples["moc_routes", str(layer)] == routing["routed"][layer]
+        assert samples["moc_routes_lost", str(layer)] == routing["lost"][layer] > 0
+
+
 def _status(job: Job) -> dict[str, Any]:
     return job.ask_agent("status")[0]
 

@@ -32,7 +32,7 @@ def test_lost_tokens_equal_a_log_of_every_route_over_five_faults(mode: str, caps
     with capsys.disabled():
         print(f" seed={SEED}", end="")
     losses = []
-    with Job(size=2, mode=mode, persist_every=3, step_s=0.01, routes=True, plt_limit=1.0, keep_last=1000) as job:
+    with Job(size=2, mode=mode, persist_every=3, step_s=0.01, witness=True, plt_limit=1.0, keep_last=1000) as job:
         *during, (k_snapshot, k_persist) = FULL if mode == "full" else KS
         for fault, (k, fewer) in enumerate(during):
             life = job.start(k_snapshot=k, k_persist=fewer)
@@ -76,7 +76,7 @@ def loss_at_the_beginning(job: Job, life: Life) -> float:
     """Compare what moc says is lost at the beginning of a life with routes and bytes; return it."""
     attached = [life.event("attached", rank=rank) for rank in range(life.size)]
     if attached[0]["step"] == 0:
-        assert [event["plt"] for event in attached] == [None] * life.size
+        assert [event["plt_now"] for event in attached] == [None] * life.size
         return 0.0
     learned: dict[str, int] = {}
     for event in attached:
@@ -89,7 +89,7 @@ def loss_at_the_beginning(job: Job, life: Life) -> float:
         total = sum(routed[expert] for expert in experts)
         shares.append(sum(routed[e] - learned[f"{e.layer}.{e.index}"] for e in experts) / total)
     expected = sum(shares) / len(shares)
-    assert [event["plt"] for event in attached] == pytest.approx([expected] * life.size, abs=1e-12), life.story()
+    assert [event["plt_now"] for event in attached] == pytest.approx([expected] * life.size, abs=1e-12), life.story()
     return expected
 
 

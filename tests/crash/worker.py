@@ -32,6 +32,7 @@ from moc.survey import Request
 from moc.trace import JsonLinesSink, Sink, Trace
 from tests.support.kill import KillAt
 from tests.support.plain import EXPERTS, LAYERS, PlainState, SocketWorld
+from tests.support.witness import MICRO_BATCHES, WitnessState, routes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EDITION = ROOT / "tests/support/edition.py"
@@ -78,6 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wait-s", type=float, default=60.0, help="how long a save is waited for")
     parser.add_argument("--step-s", type=float, default=0.0, help="how long a forward pass takes")
     parser.add_argument("--routes", action="store_true", help="route tokens in every micro-batch, and log how many")
+    parser.add_argument("--witness", action="store_true", help="route tokens, with experts that say what they learned")
     parser.add_argument("--kill", default=None, help="span:event:count")
     parser.add_argument("--edition", default=None, help="folder of another version of moc: be a worker of that one")
     parser.add_argument("--cgroup", type=Path, default=None, help="enter this one first")
@@ -103,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sinks.append(JsonLinesSink(trace_dir / f"rank{options.rank:05d}.jsonl"))
     trace = Trace(*sinks)
     state = PlainState(options.rank, options.size, scale=options.scale, model=options.model)
+    if options.witness:
+        state = WitnessState(options.rank, options.size)
     state.defect_at, state.copy_defect_at = options.defect_at, options.copy_defect_at
     world = SocketWorld(options.rank, options.size, options.rendezvous)
     for name, _, value in (word.partition("=") for word in options.limit):
@@ -130,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: argparse.Namespace, session: Session, state: PlainState, trace: Trace, note: Any) -> None:
     report = session.recovery
+    if isinstance(state, WitnessState):
+        state.life = session.incarnation
     note(
         "attached",
         incarnation=session.incarnation,
@@ -144,6 +150,8 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
         stale=[] if report is None else [[r.expert.layer, r.expert.index, r.step, r.source] for r in report.stale],
         lost=[] if report is None else list(report.lost),
         plt=None if report is None else report.plt,
+        plt_now=session.status().plt if options.witness else None,
+        learned=state.learned() if isinstance(state, WitnessState) else None,
     )
     clock = SystemClock()
     seen: dict[str, int | None] = {"global": None, "committed": None}
@@ -155,6 +163,8 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
         with trace.span("train.update", step=state.step):
             state.advance()
         routes = _route(session, state) if options.routes else None
+        if isinstance(state, WitnessState):
+            _bear_witness(session, state)
         shards = _checksums(state) if options.log_shards else None
         note(
             "step",
@@ -199,6 +209,13 @@ def _checksums(state: PlainState) -> dict[str, int]:
     """Return the crc32c of each of the rank's shards, by its name."""
     values = zip(state.needed, state.values, strict=True)
     return {shard.name: crc32c(memoryview(value).cast("B")) for shard, value in values}
+
+
+def _bear_witness(session: Session, state: WitnessState) -> None:
+    """Register what this rank has routed in the step that has just been made, as its experts have learned it."""
+    for turn in range(MICRO_BATCHES):
+        for layer, counts in enumerate(routes_of(state.life, state.step, state.rank, turn)):
+            session.register_routing(layer, counts)
 
 
 def _route(session: Session, state: PlainState) -> list[list[int]]:
