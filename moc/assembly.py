@@ -143,7 +143,7 @@ class _Work:
             f"expert={first.index} layers={len(self._layers.candidates)}"
             + "".join(f"; {note}" for note in self.notes[-1:])
         )
-        if self._is_withheld or self._layers.is_storage_away:
+        if self._is_withheld or self._layers.withheld or self._layers.is_storage_away:
             raise WithheldError(words)
         raise ShardCorruptError(words)
 

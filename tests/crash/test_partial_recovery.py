@@ -32,9 +32,9 @@ def arena_of(job: Job) -> Iterator[Arena]:
         arena.close()
 
 
-def held(job: Job, **options: object) -> Life:
+def held(job: Job, *, calm_until: int = HELD, **options: object) -> Life:
     """Start a life, let it come to the step where it is held, and kill it there; the agent lives on."""
-    life = job.start(hold_at=HELD, calm_until=HELD - 2, **options)
+    life = job.start(hold_at=HELD, calm_until=calm_until, **options)
     for rank in range(SIZE):
         life.event("held", rank=rank)
     life.kill()
@@ -120,12 +120,12 @@ def goes_on(job: Job, life: Life, step: int, versions: Versions, *, is_damaged: 
         job.sound()
 
 
-def torn(job: Job, **options: object) -> tuple[Life, dict[Expert, int]]:
+def torn(job: Job) -> tuple[Life, dict[Expert, int]]:
     """Hold a life right after one rank's copy of a snapshot failed; return it and the versions to be recovered.
 
     What the others have copied in the snapshot before is in pieces in the newest one.
     """
-    life = held(job, only={2: {"copy_defect_at": HELD - 1}}, **options)
+    life = held(job, calm_until=HELD - 2, only={2: {"copy_defect_at": HELD - 1}})
     with arena_of(job) as arena:
         moments = steps_in_memory(arena)
     newest = moments.pop(HELD)
