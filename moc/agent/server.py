@@ -306,8 +306,13 @@ class Agent:
             if not descriptors:
                 raise UsageError("no arena was sent along")
             with self._trace.span("agent.adopt"):
-                self._custody = Custody.adopt(descriptors.pop(0))
-            self._company.adopt(self._custody)
+                custody = Custody.adopt(descriptors.pop(0))
+                try:
+                    self._company.adopt(custody)
+                except BaseException:
+                    custody.close()  # the trainers try again, and keep it mapped
+                    raise
+                self._custody = custody
             self._saves.enter(self._company.council)
             self._saves.recall(self._custody)
             log.info(

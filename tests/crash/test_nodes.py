@@ -59,6 +59,7 @@ def test_saves_are_committed_together_and_memory_is_recovered_after_all_trainers
         assert [job.agent_pid(node) for node in (0, 1)] == [None, None], "an orderly end takes the agents along"
 
 
+@pytest.mark.slow
 def test_trainers_of_one_node_killed_the_others_end_and_memory_is_recovered() -> None:
     with Job(size=2, nodes=2) as job:
         first = job.start()
@@ -68,7 +69,7 @@ def test_trainers_of_one_node_killed_the_others_end_and_memory_is_recovered() ->
         _recovered(job, first, "memory", at_least=known)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_agent_killed_training_goes_on_and_saves_are_committed_again(victim: int) -> None:
     with Job(size=2, nodes=2, step_s=0.002) as job:
         life = job.start()
@@ -82,6 +83,7 @@ def test_one_agent_killed_training_goes_on_and_saves_are_committed_again(victim:
         _recovered(job, life, "memory", at_least=life.newest_step("global"))
 
 
+@pytest.mark.slow
 def test_both_agents_killed_training_goes_on_and_saves_are_committed_again() -> None:
     with Job(size=2, nodes=2, step_s=0.002) as job:
         life = job.start()
@@ -95,7 +97,7 @@ def test_both_agents_killed_training_goes_on_and_saves_are_committed_again() -> 
         _recovered(job, life, "memory", at_least=life.newest_step("global"))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_node_is_lost_the_last_announced_commit_is_recovered_from_storage(victim: int) -> None:
     with Job(size=2, nodes=2, run_id=RUN) as job:
         first = job.start()
@@ -160,6 +162,7 @@ def test_an_agent_that_stands_still_in_a_save_fails_it_at_all_nodes_with_one_err
         assert job.committed_steps() == [life.newest_step("step")]
 
 
+@pytest.mark.slow
 def test_training_goes_on_beside_an_agent_that_stands_still() -> None:
     with Job(size=2, nodes=2, step_s=0.002, timeout_s=5) as job:
         life = job.start()

@@ -193,7 +193,7 @@ class Life:
         for rank, log in enumerate(self.logs):
             text = log.read_text(errors="replace")[-TAIL:] if log.exists() else ""
             parts.append(f"---- {self.name} rank {rank} code {self.zygote.code(self.pids[rank])}\n{text}")
-        parts += [f"---- {path}\n{path.read_text()[-TAIL:]}" for path in self.runtime.glob(f"*/{LOG_NAME}")]
+        parts += [f"---- {path}\n{path.read_text()[-TAIL:]}" for path in self.runtime.rglob(LOG_NAME)]
         return "\n".join(parts)
 
 
@@ -216,7 +216,8 @@ class Job:
         self.kill_agents()
 
     def start(self, name: str, ranks: int, spec: Mapping[str, object]) -> Life:
-        """Start all ranks of a life."""
+        """Start all ranks of a life; with `nodes` in the specification half of them, or a third, on each."""
+        nodes = int(str(spec.get("nodes", 1)))
         logs = tuple(self.folder / f"{name}.{rank}.log" for rank in range(ranks))
         records = tuple(path.with_suffix(".jsonl") for path in logs)
         common = {"storage": str(self.storage), "runtime": str(self.runtime), "folder": str(self.folder), **spec}
@@ -225,10 +226,16 @@ class Job:
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             rendezvous = str(self.folder / f"{name}.rendezvous")
             own = {**common, "rendezvous": rendezvous, "record": str(records[rank])}
+            if nodes > 1:
+                own["runtime"] = str(self.node(rank * nodes // ranks))
             pids.append(self._zygote.fork(own, {k: str(v) for k, v in environment.items()}, logs[rank]))
         life = Life(zygote=self._zygote, name=name, pids=tuple(pids), logs=logs, records=records, runtime=self.runtime)
         self.lives.append(life)
         return life
+
+    def node(self, number: int) -> Path:
+        """Return the runtime root of one of several nodes."""
+        return self.runtime / str(number)
 
     def agent_pid(self) -> int | None:
         """Return the pid of the agent that listens, None if none does."""
@@ -238,15 +245,15 @@ class Job:
                     return int(struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
         return None
 
-    def kill_agents(self) -> int:
-        """SIGKILL every agent of this job, wait until they are gone, and return how many there were."""
+    def kill_agents(self, root: Path | None = None) -> int:
+        """SIGKILL every agent of this job, or of one root, wait until they are gone, and return how many there were."""
         found = 0
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = path.read_bytes().split(b"\0")
             except OSError:
                 continue  # it has ended
-            if any(word.startswith(f"{self.runtime}/".encode()) for word in words):
+            if any(word.startswith(f"{root or self.runtime}/".encode()) for word in words):
                 found += 1
                 _kill(int(path.parent.name))
         return found
