@@ -11,6 +11,7 @@ __all__ = ["MUTATIONS"]
 
 LOCAL = "tests/store/test_local.py"
 S3 = "tests/store/test_s3.py"
+SHARED = "tests/core/test_partial.py"
 KILLED_UPLOAD = "test_a_process_killed_in_an_upload_leaves_nothing_visible_and_the_sweep_takes_the_parts"
 
 MUTATIONS = (
@@ -177,5 +178,33 @@ MUTATIONS = (
         tests=(
             "tests/core/test_partial_saves.py::test_a_life_that_goes_back_shares_nothing_with_what_it_has_given_up",
         ),
+    ),
+    Mutation(
+        name="superseded-shards-are-read",
+        file="moc/format/contents.py",
+        old="if _version(manifest, stored.shard.expert)[0] == owner)\n",
+        new=")\n",
+        tests=(f"{SHARED}::test_each_element_of_the_model_is_live_once",),
+    ),
+    Mutation(
+        name="a-round-condemns-what-an-unreadable-manifest-shares",
+        file="moc/gc.py",
+        old="        condemned = {key for key in condemned if not _may_be_named(key, unreadable)}\n",
+        new="",
+        tests=(f"{SHARED}::test_retention_keeps_what_a_manifest_may_name_that_cannot_be_read",),
+    ),
+    Mutation(
+        name="a-round-deletes-what-an-unreadable-manifest-shares",
+        file="moc/gc.py",
+        old='owner == name or (piece != "d" and is_earlier(owner, name))',
+        new="owner == name",
+        tests=(f"{SHARED}::test_retention_keeps_what_a_manifest_may_name_that_cannot_be_read",),
+    ),
+    Mutation(
+        name="experts-of-an-abandoned-future-are-sound",
+        file="moc/verify.py",
+        old="    findings += _source_findings(repository, manifest)\n",
+        new="",
+        tests=(f"{SHARED}::test_experts_of_an_abandoned_future_are_found",),
     ),
 )
