@@ -228,6 +228,15 @@ class CheckpointConfig:
             _require(self.restore >= 0, f"checkpoint.restore must be a step from 0, given {self.restore}")
         if self.mode is not None:
             _require_choice("checkpoint.mode", self.mode, CHECKPOINT_MODES)
+        if self.mode in (None, "full"):
+            for key, value in (("k_snapshot", self.k_snapshot), ("k_persist", self.k_persist)):
+                _require(value is None, f"checkpoint.{key} must be null in mode full, given {value}")
+        elif self.k_snapshot is not None:
+            _require(
+                self.k_persist is not None and self.k_persist <= self.k_snapshot,
+                f"checkpoint.k_persist must be at most checkpoint.k_snapshot = {self.k_snapshot},"
+                f" given {self.k_persist}",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +297,11 @@ class TrainConfig:
             f"optimizer.warmup_steps must be less than {self.decay_steps()}, the end of the schedule,"
             f" given {self.optimizer.warmup_steps}",
         )
+        for key, k in (("k_snapshot", self.checkpoint.k_snapshot), ("k_persist", self.checkpoint.k_persist)):
+            _require(
+                k is None or 1 <= k <= self.model.experts,
+                f"checkpoint.{key} must be null or lie in 1..model.experts = {self.model.experts}, given {k}",
+            )
         if self.faults.kill_step is not None:
             _require(
                 self.faults.kill_step <= self.training.steps,

@@ -37,6 +37,15 @@ from moc_train.options import as_mapping, bind, parse_arguments
         (["optimizer.kind=lion"], r"optimizer\.kind must be one of adamw, fused_adam, cpu_adam, given lion"),
         (["checkpoint.restore=latest"], r"checkpoint\.restore must be auto, never, weights or a step, given latest"),
         (["checkpoint.mode=some"], r"checkpoint\.mode must be one of full, partial, partial_by_load, given some"),
+        (["checkpoint.k_persist=2"], r"checkpoint\.k_persist must be null in mode full, given 2"),
+        (
+            ["checkpoint.mode=partial", "checkpoint.k_snapshot=2", "checkpoint.k_persist=3"],
+            r"checkpoint\.k_persist must be at most checkpoint\.k_snapshot = 2, given 3",
+        ),
+        (
+            ["checkpoint.mode=partial", "checkpoint.k_persist=99"],
+            r"checkpoint\.k_persist must be null or lie in 1\.\.model\.experts = 16, given 99",
+        ),
         (["faults.kill_rank=0"], r"faults\.kill_rank and faults\.kill_step go together, given 0 and None"),
         (["faults.kill_rank=0", "faults.kill_step=900"], r"faults\.kill_step must be at most training\.steps = 200"),
         (["training.steps"], r"settings are written section\.key=value, given training\.steps"),
