@@ -86,8 +86,8 @@ def _tuning(custody: Custody, saves: Saves) -> Tuning | None:
         failed_share=len(life.ranks) / len(life.world),
         plt_limit=float(config["plt_limit"]),
         present=Settings(
-            k_snapshot=min(config["k_snapshot"] or experts, experts),
-            k_persist=min(config["k_persist"] or experts, experts),
+            k_snapshot=min(config.get("k_snapshot") or experts, experts),
+            k_persist=min(config.get("k_persist") or experts, experts),
             snapshot_every=max(1, config["snapshot_every"]),
             persist_every=config["persist_every"],
         ),

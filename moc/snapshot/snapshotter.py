@@ -315,7 +315,8 @@ class Snapshotter:
             filling.copied.set()
             copy_s = self._host.now_s() - began_s
             self._copy_last = 1e3 * copy_s
-            self._arena.note_copy(self._rank, int(self._places.bytes_of(filling.is_copied) / max(copy_s, 1e-9)))
+            if copy_s > 0:
+                self._arena.note_copy(self._rank, int(self._places.bytes_of(filling.is_copied) / copy_s))
             with self._trace.span("snapshot.seal", step=filling.step, rank=self._rank):
                 self._seal(filling)
             self._sealed += 1

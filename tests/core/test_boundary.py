@@ -211,6 +211,19 @@ def test_a_boundary_called_again_in_a_step_owes_nothing_and_flags_nothing() -> N
         assert [choice.flags for choice in again if choice] == [0, 0]
 
 
+def test_what_is_owed_survives_a_boundary_that_is_called_again() -> None:
+    _, ranks = ranks_of(2)
+    for step in range(5):
+        fates = ["sealed", "missed" if step == 3 else "sealed"]
+        choices = [rank.pass_boundary(step, fate)[1] for rank, fate in zip(ranks, fates, strict=True)]
+        for rank in ranks:
+            rank.pass_boundary(step, "missed")  # refused between micro-batches, after all ranks have learned
+        for choice in choices if step == 4 else ():
+            assert choice is not None
+            assert choice.experts is not None
+            assert np.array_equal(choice.experts, ranks[0].turns.window(4) | ranks[0].turns.window(3))
+
+
 def test_without_a_k_everything_is_copied_always() -> None:
     _, ranks = ranks_of(2, k=None)
     for step in range(4):
