@@ -6,14 +6,17 @@ announces: which agent holds which life's memory, and which token a life has.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moc.errors import MocError
+from moc.format.manifest import Incarnation
 from moc.report import RecoveryReport
 from moc.snapshot.arena import Arena
+from moc.state import Expert
 from tests.sim.facts import Held, LifeFact, Survey
 from tests.sim.ledger import Ledger, Moment
 from tests.sim.model import Links, Record, chain, newest_on, parse_name, position
@@ -29,6 +32,7 @@ from tests.sim.state import (
     noise_at,
     routes_at,
 )
+from tests.sim.versions import consistent_steps
 
 if TYPE_CHECKING:
     from array import array
@@ -48,9 +52,12 @@ LIVING_S = 10.0  # a job whose ranks all stepped this lately must not be taken o
 
 @dataclass(slots=True)
 class Auditor(Ledger):
-    """Judges the lives; the simulation stops at the first violation. `held` is the newest global snapshot by life."""
+    """Judges the lives; the simulation stops at the first violation. `held` is the newest global snapshot by life,
+    `remembered` the step of each expert that all its slices in a snapshot are of.
+    """
 
     held: dict[str, Held] = field(default_factory=dict)
+    remembered: dict[Moment, dict[Expert, int]] = field(default_factory=dict)
 
     def note_attached(self, trainer: Trainer) -> None:
         """A rank has recovered and begun its life."""
@@ -135,7 +142,7 @@ class Auditor(Ledger):
             if held is None or step > held.step or agent is not held.agent:
                 now_s = self.sim.scheduler.now_s
                 self.held[record.token] = Held(record.number, record.token, step, agent, now_s)
-            self._must_be_global(life.arena, record.number, step, trainer.launch.size)
+            self._must_be_global(life.arena, record, step, trainer.launch.size)
 
     def note_committed(self, trainer: Trainer, step: int) -> None:
         session = trainer.session
@@ -234,6 +241,8 @@ class Auditor(Ledger):
                 self.fail("recovery", f"{where}: behind the checkpoint {name}")
         self._judge_ages(report, links, survey)
         for held in self._surviving(trainer):
+            if report.source == "memory" and (held.number, held.step) == (number, step):
+                self._judge_memory(report, self.remembered.get((held.token, step), {}))
             better = position(links, held.number, held.step)
             is_same = records.get(held.number) is not None and records[held.number].token == held.token
             if better is not None and better < found and is_same and not is_too_stale:
@@ -257,6 +266,12 @@ class Auditor(Ledger):
             promised = self.versions[newest].get(row.expert)
             if row.step < (newest.step if promised is None else promised.step):
                 self.fail("age", f"{row} recovered at step {report.step}, although {newest} has {promised}")
+
+    def _judge_memory(self, report: RecoveryReport, remembered: Mapping[Expert, int]) -> None:
+        """No expert is older than the snapshot that was recovered has it."""
+        for row in report.stale:
+            if row.step < remembered.get(row.expert, 0):
+                self.fail("age", f"{row} recovered at step {report.step}, although memory has {remembered}")
 
     def _composed(
         self, fact: Record, moment: Moment, report: RecoveryReport, state: TinyState
@@ -284,16 +299,14 @@ class Auditor(Ledger):
         return whole, routes
 
     def _judge_losses(self, report: RecoveryReport, routes: Routes | None) -> Routes | None:
-        """Compare the lost tokens that a recovery reports with those that it has lost; return what is known now."""
+        """Compare the lost tokens that a recovery reports with those that it has; return what is known now."""
         if report.stale:
             self.count("stale recoveries")
         if report.plt is None or routes is None:
             return None
         self.count("counted recoveries")
         routed, learned = (counts.sum(axis=1) for counts in routes)
-        expected = float(
-            np.mean([1 - kept / most if most else 0.0 for kept, most in zip(learned, routed, strict=True)])
-        )
+        expected = float(np.mean((routed - learned) / np.maximum(routed, 1)))
         if abs(report.plt - expected) > 1e-12:
             self.fail("PLT", f"{report.plt} reported, {expected} lost at step {report.step}: {report.stale}")
         return routes
@@ -319,13 +332,18 @@ class Auditor(Ledger):
         if not any((n.run, n.number, n.step) == (run, number, step) for n in (*self.manifests, *self.dropped)):
             self.fail("commit", f"step {step} of life {number} was announced as committed and is not stored")
 
-    def _must_be_global(self, arena: Arena, number: int, step: int, size: int) -> None:
-        moments = [
-            {(r.step, r.attempt) for r in arena.seals(rank).values() if r.incarnation == number} for rank in range(size)
+    def _must_be_global(self, arena: Arena, life: Incarnation, step: int, size: int) -> None:
+        seals = [
+            {(r.step, r.attempt): r for r in arena.seals(rank).values() if r.incarnation == life.number}
+            for rank in range(size)
         ]
-        whole = set.intersection(*moments)
+        whole = set.intersection(*map(set, seals))
         if not any(moment[0] >= step for moment in whole):
-            self.fail("global", f"step {step} of life {number} was announced as global and memory holds {moments}")
+            held = [sorted(moments) for moments in seals]
+            self.fail("global", f"step {step} of life {life.number} was announced as global and memory holds {held}")
+        for moment in whole:
+            records = [held[moment] for held in seals]
+            self.remembered[life.token, moment[0]] = consistent_steps(arena, records)
 
     def _surviving(self, trainer: Trainer) -> list[Held]:
         """Return the snapshots announced before a launch began whose agent has lived ever since."""

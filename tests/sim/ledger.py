@@ -183,8 +183,12 @@ class Ledger:
     def _commits_since(self, source: StoredName, name: StoredName) -> int:
         """Return how many checkpoints grew from one another between two, the second included.
 
-        What lands later than its committer waited for it is known to nobody, and nothing grows from it.
+        What lands later than its committer waited for it is known to nobody, and nothing grows from it. A rewind that
+        lands late may have the number of a life that storage never saw: then there are two lineages, and 0 is returned.
         """
+        stored = {record.token for rows in self.records.values() for record in rows}
+        if any(f.record.number in self.records and f.record.token not in stored for f in self.lives.values()):
+            return 0
         count, at = 0, name
         while at != source and at in self.parents:
             count += 1

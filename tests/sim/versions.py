@@ -1,4 +1,7 @@
-"""Which version of each expert a checkpoint says it has, and whether its objects hold that, from stored bytes alone."""
+"""Which version of each expert a checkpoint says it has, and whether its objects hold that, from stored bytes alone.
+
+And which version of each expert a snapshot in memory has.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from moc.snapshot.arena import Arena
+from moc.snapshot.seal import SealRecord
 from moc.state import Expert
 from tests.sim.model import StoredName, object_entries
 from tests.sim.state import PARTIAL_TENSORS, Whole
 
-__all__ = ["Contents", "Version", "stored_versions"]
+__all__ = ["Contents", "Version", "consistent_steps", "stored_versions"]
 
 EXPERT_OF = {name: expert for name, _, expert in PARTIAL_TENSORS}
 
@@ -32,6 +37,16 @@ def stored_versions(name: StoredName, body: Mapping[str, Any]) -> dict[Expert, V
         Expert(layer=layer, index=index): Version(step, names[number])
         for layer, index, step, number, _ in body["stale_experts"]
     }
+
+
+def consistent_steps(arena: Arena, records: Sequence[SealRecord]) -> dict[Expert, int]:
+    """Return the step of each expert that is the same in the records of all ranks that hold a slice of it."""
+    steps: dict[Expert, set[int]] = {}
+    for rank, record in enumerate(records):
+        for unit, step in zip(arena.rank_layout(rank).units, record.steps, strict=True):
+            if unit.expert is not None:
+                steps.setdefault(unit.expert, set()).add(step)
+    return {expert: min(found) for expert, found in steps.items() if len(found) == 1}
 
 
 @dataclass(frozen=True, slots=True)
