@@ -47,15 +47,9 @@ class Composer:
         lineage: Iterable[Incarnation],
         listed: Iterable[CheckpointName],
     ) -> None:
-        """`lineage` are the lives known before this one, `listed` the checkpoints in the repository."""
+        """`lineage` are the lives that memory knows, `listed` the checkpoints in the repository."""
         self._repository, self._life = repository, life
-        links = chain(merge_incarnations((*lineage, life), ()), life.number)
-        self._lives = len(links)
-        self._known = [
-            name
-            for name in listed
-            if name.run == life.run and is_on_chain(links, name.incarnation, name.step, name.attempt)
-        ]
+        self._lineage, self._listed = (*lineage, life), tuple(listed)
         self._base: Base | None = None
         self._has_warned = False
 
@@ -107,16 +101,27 @@ class Composer:
     def _base_of(self, name: CheckpointName) -> Base | None:
         """Return what the checkpoint of this name grows from; None where there is nothing that it can share."""
         if self._base is None:
-            newest = max(self._known, default=None)
-            if newest is None:
-                return None
             try:
-                self._base = Base.of(self._repository.read_manifest(newest))
+                self._base = self._find_base()
             except MocError as error:
-                log.warning("the checkpoint is made whole, because none can grow from %s: %s", newest, error)
-                return None
+                log.warning("the checkpoint is made whole, because what it could grow from cannot be read: %s", error)
         # Behind a later one it may be gone already.
-        return self._base if self._base.name < name else None
+        return self._base if self._base is not None and self._base.name < name else None
+
+    def _find_base(self) -> Base | None:
+        """Return the newest checkpoint on the lineage, as everybody else would follow it.
+
+        A stored record outranks one that only memory knows: a rewind may have taken a life's number while storage was
+        away.
+        """
+        stored = [record for record in self._repository.incarnations()[0] if record.run == self._life.run]
+        links = chain(merge_incarnations(stored, self._lineage), self._life.number)
+        known = [
+            name
+            for name in self._listed
+            if name.run == self._life.run and is_on_chain(links, name.incarnation, name.step, name.attempt)
+        ]
+        return Base.of(self._repository.read_manifest(max(known))) if known else None
 
     def _terms(self, descriptor: Mapping[str, Any], sealed: Sealed) -> Terms:
         topology = Topology.from_json(descriptor["topology"])
@@ -124,7 +129,7 @@ class Composer:
             policy=self._policy(descriptor["config"], is_counted=bool(sealed.captures)),
             rotation=rotation_of(expert_counts(sealed.steps), topology.ep_sizes),
             interval=max(1, descriptor["config"]["persist_every"]),
-            lives=self._lives,
+            lives=len(self._lineage),
         )
 
     def _policy(self, config: Mapping[str, Any], *, is_counted: bool) -> Policy:

@@ -264,6 +264,25 @@ def test_a_life_that_goes_back_shares_nothing_with_what_it_has_given_up(bench: B
     assert owners(forth) == [1, 2, 4]
 
 
+def test_a_rewind_that_took_a_lifes_number_while_storage_was_away_is_followed(bench: Bench) -> None:
+    bench.facts["keep_last"] = 9
+    first = bench.save()
+    second = bench.save()
+    rewound = Parent(incarnation=1, step=first.name.step, attempt=first.name.attempt)
+    bench.begin(rewound, reason="rewind")
+    # Meanwhile a life of this number has gone on from memory, and its agent has seen nothing of the rewind.
+    bench.lives[-1] = replace(
+        bench.lives[-1], token="abcdef01", reason="recover", parent=Parent(incarnation=1, step=2, attempt=None)
+    )
+    bench.begin(Parent(incarnation=2, step=2, attempt=None))
+    bench.start_agent()
+
+    third = bench.save()
+
+    assert owners(third) == [1, 3], "what the rewind has given up is no part of it"
+    assert second.name.step == 2
+
+
 def test_a_life_without_parent_begins_with_a_whole_checkpoint(bench: Bench) -> None:
     bench.save()
     bench.save()
@@ -296,7 +315,7 @@ def test_a_base_that_cannot_be_read_makes_a_whole_checkpoint(
     assert outcome.error is None
     third = bench.repository.read_manifest(outcome.name)
     assert per_layer(bench, third) == [4, 4]
-    assert ("whole, because none can grow from" in caplog.text) == (not is_gone), "one that is not listed is no base"
+    assert ("made whole, because" in caplog.text) == (not is_gone), "one that is not listed is no base"
     forth = bench.advance()
     assert bench.offer(bench.seals()).name.step == forth
     assert bench.offer(bench.seals()).error is None, "once more is the same checkpoint"

@@ -173,8 +173,9 @@ MUTATIONS = (
     Mutation(
         name="a-rewound-life-grows-from-what-was-given-up",
         file="moc/agent/composer.py",
-        old="            if name.run == life.run and is_on_chain(links, name.incarnation, name.step, name.attempt)\n",
-        new="            if name.run == life.run\n",
+        old="            if name.run == self._life.run "
+        "and is_on_chain(links, name.incarnation, name.step, name.attempt)\n",
+        new="            if name.run == self._life.run\n",
         tests=(
             "tests/core/test_partial_saves.py::test_a_life_that_goes_back_shares_nothing_with_what_it_has_given_up",
         ),
