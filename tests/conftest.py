@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.s3_server import S3Server
+
+# How long an example takes on a busy machine says nothing about the property that is tested.
+settings.register_profile("moc", deadline=None)
+settings.load_profile("moc")
 
 
 @pytest.fixture(scope="session")

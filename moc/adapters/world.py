@@ -89,7 +89,7 @@ class TorchWorld:
     def sum_up(self, values: array[int]) -> array[int]:
         """Return the element-wise sum over the ranks. Blocks: until all ranks have called, at most the timeout."""
         group = self._open_group()
-        total = torch.tensor(values, dtype=torch.int64)
+        total = torch.frombuffer(values, dtype=torch.int64).clone()
         self._translated("all_reduce", lambda: dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group))
         return array("q", total.numpy().tobytes())
 

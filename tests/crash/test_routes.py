@@ -26,7 +26,7 @@ KS = ((1, 1), (2, 1), (4, 1), (3, 2), (1, 1), (4, 2))  # experts per snapshot an
 FULL = tuple((None, None) for _ in KS)
 
 
-@pytest.mark.parametrize("mode", ["partial", "partial_by_load", "full"])
+@pytest.mark.parametrize("mode", ["partial", "partial_by_load", pytest.param("full", marks=pytest.mark.slow)])
 def test_lost_tokens_equal_a_log_of_every_route_over_five_faults(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     chance = random.Random(f"{mode} {SEED}")
     with capsys.disabled():
