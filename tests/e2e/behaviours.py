@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.sharded_moe import MOELayer
 
+from moc import Config
 from moc.errors import (
     ClosedError,
     MismatchError,
@@ -22,6 +24,8 @@ from moc.errors import (
     TopologyError,
     UsageError,
 )
+from moc.repository import Repository
+from moc.store.open import open_store
 from tests.adapters.cases import assembled, gathered, snapshot
 from tests.adapters.cases import attach as capture_state
 from tests.adapters.refusals import expect, plain
@@ -319,6 +323,29 @@ def failed_save(place: Place, _: Note) -> None:
     assert training.losses == undisturbed.losses
 
 
+def counted_routes(place: Place, _: Note) -> None:
+    """In a partial mode DeepSpeed's own layers are counted without a line of the user's, as long as moc is attached."""
+    training = Training(NATIVE, seed=1)
+    manager = place.attach(training, config=Config(mode="partial", k_persist=1, timeout_s=60.0))
+    training.run(3, manager.step)
+    expect(UsageError, "by itself: layer=0", lambda: manager.register_routing(0, [1, 1, 1, 1]))
+    assert manager.status().plt == 0.0
+    layers = [module for module in training.engine.module.modules() if isinstance(module, MOELayer)]
+    per_forward = [int(layer.exp_counts.sum()) for layer in layers]
+    manager.detach()
+    assert not any(layer._forward_hooks for layer in layers)
+    assert place.committed() == [3]
+    repository = Repository(open_store(str(place.storage)))
+    (checkpoint,) = repository.checkpoints()
+    routing = repository.read_manifest(checkpoint.name).routing
+    repository.close()
+    forwards = 3 * NATIVE.accumulation * NATIVE.ranks
+    assert routing is not None
+    assert routing.basis == "routed, before drops"
+    assert [sum(row) for row in routing.routed] == [forwards * tokens for tokens in per_forward]
+    assert routing.learned == routing.routed
+
+
 def destroyed_engine(place: Place, _: Note) -> None:
     """Destroying the engine detaches first, so that its last step is durable."""
     training = Training(DENSE, seed=1)
@@ -382,6 +409,7 @@ BEHAVIOURS: dict[str, Callable[[Place, Note], None]] = {
         bad_storage,
         one_bad_rank,
         failed_save,
+        counted_routes,
         destroyed_engine,
         resharded,
     )

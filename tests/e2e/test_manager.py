@@ -30,6 +30,7 @@ SHARED = (
     "bad_storage",
     "one_bad_rank",
     "failed_save",
+    "counted_routes",
     "destroyed_engine",
     "failed_hooking",
 )
