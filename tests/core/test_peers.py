@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moc.agent.peers.fellows import Fellows
 from moc.agent.peers.proof import (
     PROOF,
     Membership,
@@ -19,6 +21,7 @@ from moc.agent.peers.proof import (
     refuse_stranger,
     request_headers,
 )
+from moc.agent.peers.report import Verdict
 from moc.agent.peers.transport import CONTROL_LIMIT_BYTES, Routes, Transport
 from moc.errors import CoordinationError, MocError, StoreUnavailableError, UsageError
 from moc.host import SystemHost
@@ -134,6 +137,37 @@ def test_a_successor_is_found_at_the_same_place_and_takes_another_where_that_is_
         with transport(member(0), port=port) as first:
             assert first.url == url
             assert ask(second, url, "/echo", {})["node"] == 1
+
+
+def test_a_life_ends_at_once_although_there_is_news_at_the_same_moment() -> None:
+    heard = threading.Event()
+    agents = [Fellows(host=SystemHost(), wake=heard.set) for _ in range(2)]
+    try:
+        for turn in range(1, 40):
+            urls = []
+            for node, agent in enumerate(agents):
+                membership = Membership(run="run", incarnation=turn, node=node, nodes=2, secret="a secret")
+                urls.append(agent.begin(membership, [(0,), (1,)], address="127.0.0.1", port=0))
+            heard.clear()
+            for agent in agents:
+                agent.meet(urls)
+                _publish(agent, committed=0)
+            assert heard.wait(TIMEOUT_S), "agents hear of each other"
+            for step in (1, 2, 3):
+                _publish(agents[0], committed=step)
+            ending = threading.Thread(target=agents[0].end, args=("over",), daemon=True)
+            ending.start()
+            ending.join(TIMEOUT_S)
+            assert not ending.is_alive(), f"the life of turn {turn} does not end"
+    finally:
+        for agent in agents:
+            threading.Thread(target=agent.close, daemon=True).start()  # one that hangs must not hang the test
+
+
+def _publish(agent: Fellows, *, committed: int) -> None:
+    assert agent.council is not None
+    verdicts = [Verdict(moment=(committed, "00000000"), size_bytes=1, error=None)]
+    agent.publish(agent.council.report(agent.url, {}, {}, ended=(), wishes=(), verdicts=verdicts))
 
 
 def test_streams_are_served_to_members_only() -> None:

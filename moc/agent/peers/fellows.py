@@ -133,7 +133,7 @@ class Fellows:
     async def _exchange(self, council: Council, node: int) -> None:
         """Tell one node and hear it, for as long as the life lasts."""
         failures = 0
-        while True:
+        while self.council is council:  # a cancellation may be lost: `wait_for` drops one that comes with its event
             self._dirty[node].clear()
             told = self._told
             if told is not None:
