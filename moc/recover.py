@@ -96,15 +96,17 @@ class Source(Protocol):
 
 
 class MemorySource:
-    """A snapshot in the arena of this node."""
+    """A snapshot in the arena of this node: what ranks of other nodes have sealed is not in it."""
 
     def __init__(self, arena: Arena, records: Mapping[int, SealRecord]) -> None:
-        """`records` holds the seal of every rank of the life that took the snapshot, by rank."""
+        """`records` holds the seals of this node's ranks of the life that took the snapshot, by rank."""
         self._arena, self._records = arena, dict(sorted(records.items()))
 
     @property
     def world_size(self) -> int:
-        return len(self._records)
+        topology = self._arena.descriptor["topology"]  # the arena holds the ranks of one node
+        assert isinstance(topology, dict), "the descriptor was written by describe_life"
+        return int(topology["world_size"])
 
     @property
     def software(self) -> Mapping[str, object]:
@@ -146,7 +148,7 @@ class MemorySource:
         return self._arena.view(row.position, row.shard.size_bytes)
 
     def state(self, rank: int) -> tuple[object, bool]:
-        holder = rank if rank in self._records else rank % len(self._records)
+        holder = rank if rank in self._records else list(self._records)[rank % len(self._records)]
         record = self._records[holder]
         view = self._arena.view(self._arena.state_offset(holder, record.slots), record.state_bytes)
         blob = bytes(view)

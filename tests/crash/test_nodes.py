@@ -286,6 +286,23 @@ def test_the_agent_of_a_node_that_only_one_life_had_is_no_part_of_the_next() -> 
         job.sound()
 
 
+def test_ranks_that_have_changed_places_go_on_from_storage() -> None:
+    with Job(size=4, nodes=2, run_id=RUN) as job:
+        first = job.start()
+        first.event("committed", step=5)
+        first.kill()
+        job.roots.reverse()  # ranks 0 and 1 are now where the memory of 2 and 3 is, and the other way round
+        second = job.start(steps=first.newest_step("step") + 6)
+        attached = second.attached()
+        assert attached["source"] == "storage"
+        assert attached["step"] >= first.newest_step("committed")
+        assert all(row.startswith("memory") for row in attached["rejected"]), attached["rejected"]
+        assert attached["rejected"]
+        second.finished()
+        second.exact()
+        job.sound()
+
+
 def test_one_node_listens_to_nobody() -> None:
     with Job(size=2) as job:
         life = job.start()
