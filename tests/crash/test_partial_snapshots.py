@@ -70,6 +70,15 @@ def versions_of(job: Job, records: list[SealRecord], step: int) -> dict[Expert, 
     return found
 
 
+def leaves_out(job: Job) -> bool:
+    """Return whether a sealed record of a living job holds older experts; one that is owed many soon holds all."""
+    _, descriptors = job.ask_agent("arena")
+    arena = Arena.attach(descriptors[0])
+    found = [record for layout in arena.layout.ranks for record in arena.seals(layout.rank).values()]
+    arena.close()
+    return any(min(record.steps) < record.step for record in found)
+
+
 def newest_global(records: list[SealRecord], size: int) -> int:
     steps = [record.step for record in records]
     return max(step for step in steps if steps.count(step) == size)
@@ -80,8 +89,10 @@ def test_every_version_is_that_of_the_step_its_seal_says_also_after_the_agents_d
     with Job(size=2, persist_every=0, versions=versions, step_s=0.002, **PARTIAL) as job:
         life = job.start(only={1: {"defect_at": 9}})
         life.event("global", step=12)
+        life.until(lambda: leaves_out(job), "a snapshot that leaves experts out")
         job.kill_agent()
         life.event("global", step=life.newest_step("step") + 3)  # by the agent that has adopted the arena
+        life.until(lambda: leaves_out(job), "a snapshot that leaves experts out")
         life.kill()
 
         records = sealed(job, life)
@@ -89,7 +100,6 @@ def test_every_version_is_that_of_the_step_its_seal_says_also_after_the_agents_d
         versions_held = versions_of(job, records, step)
         assert len(versions_held) == 2 * EXPERTS
         assert all(len(steps) == 1 for steps in versions_held.values()), "slices of different steps"
-        assert {min(steps) for steps in versions_held.values()} > {step}, "nothing was left out"
 
 
 def test_ranks_that_skip_different_steps_come_to_global_snapshots_of_one_version_of_each_expert() -> None:
