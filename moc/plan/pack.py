@@ -7,7 +7,7 @@ pack the slots of one rank into P bins so that no column of a bin is above a siz
 kind, of which there are few, so a search over how many of each kind a bin has finds what single swaps do not, such as
 the four quarters that make a whole.
 
-Pure and deterministic; bounded by the number of bins that the search looks at.
+Pure and deterministic; bounded by the number of decisions that the search makes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from moc.plan.ownership import Ints
 __all__ = ["packed_phases"]
 
 KIND_LIMIT = 16
-BIN_LIMIT = 20_000  # bins that the search may look at for one size: a fraction of a second
+PHASE_LIMIT = 512  # the search goes as deep
+NODE_LIMIT = 20_000  # decisions on how many of a kind go into a bin, for one size: a fraction of a second
 STEPS = (0, 256, 32, 8, 2)  # sizes tried: the goal, then a 256th of what the best so far is above it, and so on
 
 Counts = tuple[int, ...]
@@ -31,20 +32,23 @@ def packed_phases(slices: Ints, ep: int, phases: int, *, goal: int, worst: int) 
     """Return an assignment of every expert to one of `phases` whose fullest column carries less than `worst`.
 
     `slices` is by profile, layer and local expert, the result by layer and global expert. None if `phases` does not
-    divide the ranks, there are too many kinds of experts, or nothing was found; tried are sizes from `goal` on.
+    divide the ranks, there are too many of them or of kinds of experts, or nothing was found; tried are sizes from
+    `goal` on.
     """
     profiles, layers, local = slices.shape
     flat = slices.reshape(profiles, layers * local).T
     kinds, kind_of_slot = np.unique(flat, axis=0, return_inverse=True)
-    if ep % phases or len(kinds) > KIND_LIMIT:
+    if ep % phases or phases > PHASE_LIMIT or len(kinds) > KIND_LIMIT:
         return None
     counts = np.bincount(kind_of_slot.ravel(), minlength=len(kinds))
     # What is cut comes first, because little else goes with it.
     order = sorted(range(len(kinds)), key=lambda kind: (-int((kinds[kind] > 0).sum()), int(counts[kind]), kind))
     for share in STEPS:
         size = goal + (worst - goal) // share if share else goal
+        if size >= worst:
+            continue
         bins = _Search(kinds[order], size).fill(tuple(int(counts[kind]) for kind in order), phases)
-        if size < worst and bins is not None:
+        if bins is not None:
             by_slot = _assigned(bins, order, kind_of_slot.ravel(), ep, phases).reshape(layers, local, ep)
             return np.asarray(by_slot.transpose(0, 2, 1).reshape(layers, ep * local), dtype=np.int64)
     return None
@@ -65,7 +69,7 @@ class _Search:
         self._kinds = [tuple(int(n) for n in row) for row in kinds]
         self._columns = range(kinds.shape[1])
         self._size = size
-        self._left = BIN_LIMIT
+        self._left = NODE_LIMIT
 
     def fill(self, counts: Counts, bins: int) -> list[Counts] | None:
         """Return what each bin has of each kind, None if nothing was found."""
@@ -74,9 +78,6 @@ class _Search:
         totals = [sum(n * kind[c] for n, kind in zip(counts, self._kinds, strict=True)) for c in self._columns]
         least = [total - (bins - 1) * self._size for total in totals]
         for taken in self._bins(counts, (), [0 for _ in self._columns], least):
-            self._left -= 1
-            if self._left < 0:
-                return None
             rest = self.fill(tuple(n - m for n, m in zip(counts, taken, strict=True)), bins - 1)
             if rest is not None:
                 return [taken, *rest]
@@ -85,6 +86,9 @@ class _Search:
     def _bins(self, counts: Counts, taken: Counts, sums: list[int], least: list[int]) -> Iterator[Counts]:
         """Yield the bins that keep to the size and leave no more than the others can hold, the fullest first."""
         number = len(taken)
+        self._left -= 1
+        if self._left < 0:
+            return
         if number == len(counts):
             if all(have >= need for have, need in zip(sums, least, strict=True)):
                 yield taken

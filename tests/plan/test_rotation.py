@@ -161,3 +161,14 @@ def test_packed_blocks_hold_every_expert_once_and_keep_what_they_promise(data: s
     counts = [np.bincount(row, minlength=phases).tolist() for row in found]
     assert counts == [[own.experts // phases] * phases] * layers
     assert max(int(own.selected_elements(found == number).max()) for number in range(phases)) < limit
+
+
+def test_packing_gives_up_where_it_would_take_long() -> None:
+    chance = np.random.default_rng(3)
+    alike = np.ones((2, 64, 16), dtype=np.int64)
+    uneven = chance.integers(1, 1000, size=(2, 3, 5)).repeat(8, axis=2)
+
+    assert packed_phases(alike, 1024, 1024, goal=1, worst=2) is None  # too many checkpoints in a turn
+    assert packed_phases(chance.integers(1, 99, size=(2, 8, 8)), 8, 8, goal=1, worst=1000) is None  # too many kinds
+    total = int(uneven.sum(axis=(1, 2)).max())
+    assert packed_phases(uneven, 64, 64, goal=total // 64, worst=total // 64 + 1) is None  # nothing that even is there
