@@ -15,7 +15,7 @@ from typing import Any
 from moc.agent.client import AgentClient
 from moc.agent.runtime import remembered_run, runtime_folder
 from moc.config import Config
-from moc.errors import IntegrityError, MismatchError, StoreUnavailableError, UsageError
+from moc.errors import IntegrityError, MismatchError, NoCheckpointError, StoreUnavailableError, UsageError
 from moc.format.keys import CheckpointName, check_run_id
 from moc.format.manifest import Incarnation, decode_incarnation, encode_incarnation
 from moc.host import Host
@@ -168,6 +168,12 @@ def survey(request: Request, stored: Stored, held: Holdings, *, host: Host, trac
             "the lineage is broken, and nothing on its readable part can be restored: "
             f"missing_incarnation={links[-1].incarnation} "
             f"storage={request.place} allowed=restore='never' for a fresh start, or a repaired record; notes={notes}"
+        )
+    if newest and merged[newest].reason == "rewind" and not admissible and request.restore != "never":
+        # Retention may have dropped it while the rewind was written. To begin from nothing must be asked for.
+        raise NoCheckpointError(
+            f"the job was rewound to a checkpoint that is gone: incarnation={newest} parent={merged[newest].parent} "
+            f"storage={request.place} allowed=`moc rewind` to one that `moc ls` shows, or restore='never'"
         )
     return Origin(
         run=stored.run,

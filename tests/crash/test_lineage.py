@@ -114,6 +114,24 @@ def test_a_rewind_outranks_memory_and_survives_failed_starts() -> None:
             life.exact()
 
 
+def test_a_rewind_to_what_is_gone_meanwhile_begins_nothing_unasked() -> None:
+    with Job(size=1, persist_every=5, keep_last=50) as job:
+        first = job.start()
+        first.event("committed", step=10)
+        first.kill()
+        target = job.committed_steps()[0]
+        _rewind(job, target)
+        repository = job.repository()
+        (gone,) = (c.name for c in repository.checkpoints() if c.name.step == target)
+        repository.delete_manifest(gone)  # as a round of retention may while the rewind is written
+        repository.close()
+
+        assert "rewound to a checkpoint that is gone" in job.start().refused("NoCheckpointError")
+        second = job.start(restore="never", steps=3)
+        assert second.attached()["source"] is None
+        second.finished()
+
+
 def test_a_rewind_during_training_fences_the_saves_of_the_life_that_goes_on() -> None:
     with Job(size=1, persist_every=5, keep_last=50) as job:
         first = job.start(step_s=0.002)
