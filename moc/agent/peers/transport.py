@@ -40,6 +40,7 @@ CONTROL_LIMIT_BYTES = 16 << 20  # of one control message; receipts of a thousand
 CONNECT_TIMEOUT_S = 5.0
 BODY_TIMEOUT_S = 30.0  # to receive a control message whole
 START_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 2.0  # for requests under way when this agent stops to listen
 CONNECTIONS_PER_PEER = 4
 
 Answer = Callable[[int, dict[str, Any]], Mapping[str, object]]
@@ -163,7 +164,7 @@ class Transport:
             application.router.add_post(path, self._message_handler(answer))
         for method, path, serve in self._routes.streams:
             application.router.add_route(method, path, self._stream_handler(serve))
-        runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=CLOSE_TIMEOUT_S)
         await runner.setup()
         self._session = ClientSession(
             connector=TCPConnector(limit_per_host=CONNECTIONS_PER_PEER), trust_env=False, auto_decompress=False
