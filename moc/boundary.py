@@ -9,6 +9,9 @@ What one rank has missed is *owed*: a flagged snapshot makes the next one flagge
 by all ranks, since otherwise their slices would be of different steps. Where the ranks may differ in more than one
 snapshot (a copy failed, a base was lost), and in a life's first snapshot, all experts are owed. Once the ranks do not
 agree any more, every snapshot holds all.
+
+Where snapshots have replicas, one is flagged to be replicated as soon as no node has anything left of the one before:
+so all nodes replicate the same ones, as many as they can.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 
 from moc.errors import CoordinationError
 from moc.plan.turns import Chosen, Turns
-from moc.snapshot.seal import PERSIST
+from moc.snapshot.seal import PERSIST, REPLICATE
 from moc.snapshot.snapshotter import Begun, Setbacks
 from moc.training import World
 
@@ -26,7 +29,7 @@ __all__ = ["Boundaries", "Choice"]
 
 log = logging.getLogger(__name__)
 
-TERMINATE, MISSED_SAVE, MISSED, UNEVEN = range(4)  # indices in the vector that ranks agree on at every boundary
+TERMINATE, MISSED_SAVE, MISSED, UNEVEN, REPLICATING = range(5)  # indices in what ranks agree on at every boundary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +50,9 @@ class Boundaries:
     All ranks call the methods in the same order, `learn`, `choose`, `tell`; nothing here raises or waits for long.
     """
 
-    def __init__(self, world: World, turns: Turns, *, persist_every: int) -> None:
+    def __init__(self, world: World, turns: Turns, *, persist_every: int, has_replicas: bool = False) -> None:
         """`turns` has the interval of the snapshots; `persist_every` is a multiple of it, 0 for never."""
+        self._has_replicas = has_replicas
         self._world, self._turns, self._persist_every = world, turns, persist_every
         self._agrees, self._owes_save, self._ended_step = True, False, -1
         self._chosen = turns.nothing()  # by the newest snapshot
@@ -58,6 +62,7 @@ class Boundaries:
         """Forget what was of the former life: its copies, and the counts of its snapshotter."""
         self._owed = self._turns.everything()
         self._seen = Setbacks()
+        self._may_replicate, self._replicated_step = False, -1
         self._is_uneven = False
 
     def learn(self) -> bool:
@@ -76,6 +81,7 @@ class Boundaries:
             self._owed |= self._chosen
         if agreed[UNEVEN]:
             self._owed[:] = True
+        self._may_replicate = self._has_replicas and not agreed[REPLICATING]
         return agreed[TERMINATE] > 0
 
     def choose(self, step: int) -> Choice | None:
@@ -86,10 +92,23 @@ class Boundaries:
         is_due = self._persist_every > 0 and step % self._persist_every == 0
         is_persisted = (is_due or self._owes_save) and not is_repeat
         self._owes_save &= is_repeat
-        return Choice(flags=PERSIST if is_persisted else 0, experts=self._experts(step, is_repeat), is_repeat=is_repeat)
+        flags = PERSIST if is_persisted else 0
+        if self._may_replicate and not is_repeat:
+            flags, self._replicated_step, self._may_replicate = flags | REPLICATE, step, False
+        return Choice(flags=flags, experts=self._experts(step, is_repeat), is_repeat=is_repeat)
 
-    def tell(self, choice: Choice | None, begun: Begun, setbacks: Setbacks, *, is_asked_to_terminate: bool) -> None:
-        """Begin the agreement on what this rank says; `begun` is what became of the choice."""
+    def tell(
+        self,
+        choice: Choice | None,
+        begun: Begun,
+        setbacks: Setbacks,
+        *,
+        is_asked_to_terminate: bool,
+        settled_step: int | None = None,
+    ) -> None:
+        """Begin the agreement on what this rank says; `begun` is what became of the choice, and up to `settled_step`
+        nothing is left to replicate on this node.
+        """
         if not self._agrees:
             return
         is_missed = choice is not None and begun is not Begun.STARTED and not choice.is_repeat
@@ -99,6 +118,7 @@ class Boundaries:
             MISSED_SAVE: is_save or setbacks.lost_saves > self._seen.lost_saves,
             MISSED: is_missed,
             UNEVEN: self._is_uneven or (setbacks.failed, setbacks.widened) != (self._seen.failed, self._seen.widened),
+            REPLICATING: self._replicated_step > (-1 if settled_step is None else settled_step),
         }
         try:
             self._world.start_max([int(values[index]) for index in sorted(values)])
@@ -120,5 +140,5 @@ class Boundaries:
 
     def _give_up(self, error: CoordinationError) -> None:
         # A rank was away for longer than the timeout. Snapshots need no agreement.
-        log.warning("ranks do not agree on SIGTERM and missed snapshots any more: %s", error)
-        self._agrees = False
+        log.warning("ranks do not agree on SIGTERM, missed snapshots and replicas any more: %s", error)
+        self._agrees = self._may_replicate = False

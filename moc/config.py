@@ -73,7 +73,7 @@ class Config:
         self._check(self.mode in MODES, "mode", ", ".join(map(repr, MODES)))
         self._check_k()
         self._check(2 <= self.versions <= 8, "versions", "2..8")
-        self._check(self.replicas == 0, "replicas", "0 on one node")
+        self._check(self.replicas >= 0, "replicas", ">= 0")
         self._check(self.keep_last >= 1, "keep_last", ">= 1")
         self._check(self.keep_every >= 0, "keep_every", ">= 0")
         self._check(
@@ -84,8 +84,10 @@ class Config:
 
     @property
     def arena_versions(self) -> int:
-        """The versions of an arena: one more while something is persisted, so that a save costs no snapshots."""
-        return self.versions + (1 if self.persist_every else 0)
+        """The versions of an arena: one more while something is persisted, so that a save costs no snapshots, and one
+        more for the newest snapshot that has replicas, which is older than the newest.
+        """
+        return self.versions + (1 if self.persist_every else 0) + (1 if self.replicas else 0)
 
     def _check_k(self) -> None:
         if self.mode == "full":

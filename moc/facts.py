@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moc.agent.guests import GUEST_VERSIONS
 from moc.agent.runtime import node_identity, own_address
 from moc.agreement import agree, exchange
 from moc.config import Config
@@ -14,6 +15,7 @@ from moc.format.manifest import Incarnation, encode_lineage
 from moc.host import Host
 from moc.plan.layout import arrange_arena
 from moc.plan.lineage import Candidate
+from moc.plan.placement import check_replicas, guests_of, hosts_of
 from moc.plan.rotation import expert_counts, rotation_of
 from moc.plan.turns import Turns, check_k
 from moc.state import RankCatalog, catalog_digest, check_coverage
@@ -101,8 +103,9 @@ def gather_facts(
         turns=_take_turns(catalogs, topology, request.config),
         addresses=addresses,
     )
+    check_replicas(request.config.replicas, nodes=topology.node_count)
     for node in range(topology.node_count):
-        _refuse_over_budget(facts.catalogs_of(node), request.config)
+        _refuse_over_budget(facts, node, request.config)
     return facts
 
 
@@ -115,12 +118,17 @@ def _take_turns(catalogs: tuple[RankCatalog, ...], topology: Topology, config: C
     return Turns(rotation_of(counts, topology.ep_sizes), k=config.k_snapshot, every=config.snapshot_every)
 
 
-def _refuse_over_budget(catalogs: tuple[RankCatalog, ...], config: Config) -> None:
+def _refuse_over_budget(facts: Facts, node: int, config: Config) -> None:
     """Raise UsageError, on all ranks and before anything is created, if the slots alone are larger than the budget."""
-    arena = arrange_arena(catalogs, versions=config.arena_versions, descriptor_bytes=0)
+    own = arrange_arena(facts.catalogs_of(node), versions=config.arena_versions, descriptor_bytes=0).size_bytes
+    guests = sum(
+        arrange_arena(facts.catalogs_of(guest), versions=GUEST_VERSIONS, descriptor_bytes=0).size_bytes
+        for guest in guests_of(node, nodes=facts.topology.node_count, replicas=config.replicas)
+    )
     budget = config.memory_budget_bytes
-    if budget is not None and arena.size_bytes > budget:
-        raise UsageError(f"snapshots do not fit: arena_bytes={arena.size_bytes} allowed=memory_budget_bytes={budget}")
+    if budget is not None and own + guests > budget:
+        sizes = f"arena_bytes={own}" + (f" replica_bytes={guests}" if guests else "")
+        raise UsageError(f"snapshots do not fit: {sizes} allowed=memory_budget_bytes={budget}")
 
 
 def describe_life(
@@ -162,4 +170,19 @@ def describe_life(
     if secret is not None:
         address = facts.addresses[node]
         descriptor["fellows"] = {"node": node, "secret": secret, "address": address, "urls": []}
+        descriptor |= _hosting(facts, node, config)
     return descriptor
+
+
+def _hosting(facts: Facts, node: int, config: Config) -> dict[str, object]:
+    """Return which nodes hold replicas of this node's snapshots, and what this one holds of others."""
+    if not config.replicas:
+        return {}
+    nodes = facts.topology.node_count
+    guests = guests_of(node, nodes=nodes, replicas=config.replicas)
+    return {
+        "hosts": list(hosts_of(node, nodes=nodes, replicas=config.replicas)),
+        "guests": [
+            {"node": guest, "catalogs": [catalog.to_json() for catalog in facts.catalogs_of(guest)]} for guest in guests
+        ],
+    }

@@ -16,7 +16,7 @@ from moc.errors import IntegrityError, MocError, RankFailedError, StoreUnavailab
 from moc.facts import Facts
 from moc.format.manifest import Incarnation, decode_lineage
 from moc.host import Host
-from moc.plan.lineage import MEMORY, Candidate
+from moc.plan.lineage import MEMORY, PEERS, Candidate
 from moc.survey import Holdings, Request
 from moc.trace import Trace
 from moc.training import World
@@ -147,15 +147,48 @@ def _merge(run: str, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Holdings:
         for key, held in sorted(holders.items())
         if held != worlds[key]
     ]
-    whole = [key for key, held in sorted(holders.items()) if held == worlds[key]]
+    replicas = _replicas(rows)
+    covered = {key: set(held) for key, held in holders.items()}
+    for *key, rank, _, _ in replicas.get("places", ()):
+        covered.get((key[0], key[1], key[2]), set()).add(rank)
+    sources = {MEMORY: holders, PEERS: {key: held for key, held in covered.items() if _has_replica(replicas, key)}}
     return Holdings(
         lives=tuple(life for _, life in sorted(lives.items())),
         snapshots=tuple(
-            Candidate(source=MEMORY, run=run, incarnation=number, step=step, attempt=attempt)
-            for number, step, attempt in whole
+            Candidate(source=source, run=run, incarnation=key[0], step=key[1], attempt=key[2])
+            for source, found in sources.items()
+            for key, held in sorted(found.items())
+            if held == worlds[key]
         ),
         notes=tuple(notes),
+        replicas=replicas,
     )
+
+
+def _replicas(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return where replicas are, and the life that an agent must be of to fetch them: the newest that any is of. Pure.
+
+    Empty if there are none.
+    """
+    members = [row for _, row in rows if row.get("replicas")]
+    life = max((row["peer"]["incarnation"] for row in members), default=0)
+    present = [row for row in members if row["peer"]["incarnation"] == life]
+    if not present:
+        return {}
+    peer = present[0]["peer"]
+    return {
+        "run": peer["run"],
+        "life": life,
+        "nodes": peer["nodes"],
+        "secret": peer["secret"],
+        "places": [
+            [*replica, row["peer"]["node"], row["peer"]["url"]] for row in present for replica in row["replicas"]
+        ],
+    }
+
+
+def _has_replica(replicas: Mapping[str, Any], key: tuple[int, int, str]) -> bool:
+    return any(tuple(place[:3]) == key for place in replicas.get("places", ()))
 
 
 def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) -> list[int]:

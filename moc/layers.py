@@ -18,7 +18,7 @@ from moc.errors import (
     StorageError,
     StoreUnavailableError,
 )
-from moc.plan.lineage import MEMORY, Candidate
+from moc.plan.lineage import MEMORY, STORAGE, Candidate
 from moc.plan.versions import Choice, Inventory, Version, choose, consistent
 from moc.recover import Source
 from moc.state import Expert
@@ -120,7 +120,7 @@ class Layers:
         first, following = self.candidates[0], self.candidates[len(self.inventories)]
         # A rotation leaves experts behind: no checkpoint before this one has them any newer, nor has a snapshot before
         # this one. But memory may have what a checkpoint has not.
-        is_newer_level = first.source != MEMORY and following.source == MEMORY
+        is_newer_level = first.source == STORAGE and following.source == MEMORY
         return any(
             (layer or is_newer_level) and self.inventories[layer][expert].step < following.step
             for expert, layer in choice.layers.items()

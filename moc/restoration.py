@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,12 +30,13 @@ from moc.errors import (
     StorageError,
     StoreDeniedError,
     StoreUnavailableError,
+    WaitTimeoutError,
 )
 from moc.format.keys import CheckpointName
 from moc.format.tagged import decode_state, encode_state, expect_mapping
 from moc.host import Host
 from moc.layers import Layers, Open, WithheldError
-from moc.plan.lineage import STORAGE, Candidate
+from moc.plan.lineage import PEERS, STORAGE, Candidate
 from moc.plan.versions import older_layers
 from moc.recover import MemorySource, Source, StorageSource
 from moc.report import Rejection, StaleVersion, reasons_for_drift
@@ -324,6 +326,8 @@ def _open_source(
         except MocError:
             repository.close()
             raise
+    if candidate.source == PEERS:
+        _fetch_replicas(request, origin, candidate, rank, host=host)
     arena = map_arena(request, origin.run, "source", host=host)
     records: dict[int, SealRecord] = {}
     for holder in (catalog.rank for catalog in arena.catalogs):
@@ -339,6 +343,32 @@ def _open_source(
         arena.close()
         raise ShardCorruptError(f"seal is gone: candidate={candidate} ranks={missing}")
     return MemorySource(arena, records), arena.close
+
+
+def _fetch_replicas(request: Request, origin: Origin, candidate: Candidate, rank: int, *, host: Host) -> None:
+    """Have this node's agent fetch what the node lacks of a snapshot, or has rotten. Every rank of the node asks.
+
+    Blocks: until it has. Raises: ShardCorruptError if it cannot be had.
+    """
+    snapshot = (candidate.incarnation, candidate.step, candidate.attempt)
+    places: Any = origin.replicas["places"]
+    fields = {name: origin.replicas[name] for name in ("run", "life", "nodes", "secret")} | {
+        "incarnation": candidate.incarnation,
+        "step": candidate.step,
+        "attempt": candidate.attempt,
+        "rank": rank,
+        "budget": request.config.memory_budget_bytes,
+        "places": [place[3:] for place in places if tuple(place[:3]) == snapshot],
+    }
+    folder, timeout_s = runtime_folder(origin.run, request.runtime_root), request.config.timeout_s
+    with closing(AgentClient.connect(folder, timeout_s=timeout_s, host=host)) as client:
+        try:
+            reply, _ = client.request("restock", fields, timeout_s=timeout_s)
+        except WaitTimeoutError as error:
+            raise ShardCorruptError(f"replicas were not fetched in time: candidate={candidate} {timeout_s=}") from error
+    if "problem" in reply:
+        raise ShardCorruptError(f"replicas cannot be had: candidate={candidate} reason={reply['problem']}")
+    log.info("replicas fetched: candidate=%s rank=%d bytes=%s", candidate, rank, reply.get("bytes"))
 
 
 def _checkpoint_name(candidate: Candidate) -> CheckpointName:

@@ -90,7 +90,12 @@ class Session:
         self._passing_since_s: float | None = None
         self.boundary_name = "hook"
         self._facts = gather_facts(state, world, request, ep_sizes=ep_sizes, host=host)
-        self._boundaries = Boundaries(world, self._facts.turns, persist_every=request.config.persist_every)
+        self._boundaries = Boundaries(
+            world,
+            self._facts.turns,
+            persist_every=request.config.persist_every,
+            has_replicas=request.config.replicas > 0,
+        )
         self._is_leader = self._facts.is_leader(world.rank)
         self._recovered = recover_life(
             request, state, world, self._facts, software=self._software, host=host, trace=trace
@@ -174,7 +179,11 @@ class Session:
             )
             life.ledger.note(is_begun=begun is Begun.STARTED)
         self._boundaries.tell(
-            choice, begun, life.snapshotter.setbacks, is_asked_to_terminate=self._is_asked_to_terminate
+            choice,
+            begun,
+            life.snapshotter.setbacks,
+            is_asked_to_terminate=self._is_asked_to_terminate,
+            settled_step=life.arena.settled_step(),
         )
         if self._passing_since_s is None:
             self._passing_since_s = self._host.now_s()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class Origin:
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
     is_stored: bool
+    replicas: Mapping[str, object] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -99,6 +100,7 @@ class Origin:
             "candidates": [[c.source, c.run, c.incarnation, c.step, c.attempt] for c in self.candidates],
             "notes": list(self.notes),
             "is_stored": self.is_stored,
+            "replicas": dict(self.replicas),
         }
 
     @staticmethod
@@ -114,6 +116,7 @@ class Origin:
             ),
             notes=tuple(body["notes"]),
             is_stored=body["is_stored"],
+            replicas=body["replicas"],
         )
 
 
@@ -130,11 +133,15 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holdings:
-    """What the agents of all nodes hold: the lives they remember, and the snapshots that are whole."""
+    """What the agents of all nodes hold: the lives they remember, the snapshots that are whole, and where replicas are.
+
+    `replicas` are the fields that an agent needs to fetch them: see `moc.agent.restock`. They hold a secret.
+    """
 
     lives: tuple[Incarnation, ...]
     snapshots: tuple[Candidate, ...]
     notes: tuple[str, ...]
+    replicas: Mapping[str, object] = field(default_factory=dict, repr=False)
 
 
 def survey(request: Request, stored: Stored, held: Holdings, *, host: Host, trace: Trace) -> Origin:
@@ -184,6 +191,7 @@ def survey(request: Request, stored: Stored, held: Holdings, *, host: Host, trac
         candidates=admissible,
         notes=tuple(notes),
         is_stored=stored.is_stored,
+        replicas=held.replicas,
     )
 
 

@@ -8,24 +8,31 @@ Thread: the agent's main thread.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from moc.agent import wire
 from moc.agent.custody import Custody
+from moc.agent.guests import Guests
 from moc.agent.life import Life
 from moc.agent.peers.council import Council
 from moc.agent.peers.proof import Membership
+from moc.agent.replicas import Replicas
+from moc.agent.room import refuse_if_too_large
 from moc.agent.saves import Saves
 from moc.errors import UsageError
 from moc.host import Host
 from moc.topology import Topology
+from moc.trace import Trace
 
 if TYPE_CHECKING:
     from moc.agent.peers.fellows import Fellows
 
 __all__ = ["Company"]
+
+log = logging.getLogger(__name__)
 
 FLUSH_TIMEOUT_S = 2.0
 
@@ -33,10 +40,13 @@ FLUSH_TIMEOUT_S = 2.0
 class Company:
     """The agents of the other nodes, as far as the server has to do with them."""
 
-    def __init__(self, *, host: Host, wake: Callable[[], None]) -> None:
+    def __init__(self, *, host: Host, trace: Trace, wake: Callable[[], None]) -> None:
         self._host, self._wake = host, wake
+        self._guests = Guests()
+        self._replicas = Replicas(self._guests, host=host, trace=trace, wake=wake)
         self._fellows: Fellows | None = None
         self._remembered: list[str] = []
+        self._member: Membership | None = None
 
     @property
     def council(self) -> Council | None:
@@ -48,8 +58,36 @@ class Company:
         if "fellows" in descriptor and importlib.util.find_spec("aiohttp") is None:
             raise UsageError("several nodes need aiohttp: install moc[nodes]")
 
+    def refuse_too_large(self, descriptor: Mapping[str, Any], custody: Custody | None) -> None:
+        """Raise UsageError if a life does not fit into memory, with the replicas of other nodes' snapshots."""
+        replica_bytes = self._guests.missing_bytes(descriptor)
+        if custody is None or not custody.fits(descriptor):
+            Custody.refuse_too_large(descriptor, earlier=custody, replica_bytes=replica_bytes)
+        elif replica_bytes:
+            refuse_if_too_large(0, None, replica_bytes=replica_bytes)
+
+    def replicas_held(self, custody: Custody) -> dict[str, object]:
+        """Return what a recovery must know to have replicas fetched from here: which there are, and of which life this
+        agent is a member.
+        """
+        member = self._member
+        if self._fellows is None or member is None or "fellows" not in custody.life.descriptor:
+            return {}
+        return {
+            "replicas": self._guests.inventory(),
+            "peer": {
+                "run": member.run,
+                "incarnation": member.incarnation,
+                "node": member.node,
+                "nodes": member.nodes,
+                "secret": member.secret,
+                "url": self._fellows.url,
+            },
+        }
+
     def begin(self, life: Life) -> str | None:
         """Enter a life; return this agent's URL, None on one node. Blocks: until it listens. Raises: UsageError."""
+        self._replicas.end_life()  # before any arena that it reads from is given up
         if "fellows" not in life.descriptor:
             self.close()
             return None
@@ -66,7 +104,20 @@ class Company:
         ranks_of = [topology.ranks_of(other) for other in range(topology.node_count)]
         port = (urlsplit(urls[node]).port or 0) if urls else 0
         self._remembered = list(urls)
+        self._member = member
         return self._open().begin(member, ranks_of, address=wire.text(fellows, "address"), port=port)
+
+    def replicate(self, custody: Custody) -> None:
+        """Make room for replicas of other nodes' snapshots, and begin to send this node's. Blocks: 0.7 s per GB.
+
+        Where there is no memory for them this node refuses what others send: they see it as away.
+        """
+        life = custody.life
+        try:
+            self._guests.begin_life(life.record, life.descriptor)
+        except OSError as error:
+            log.error("there is no memory for replicas of other nodes: reason=%s", error)
+        self._replicas.begin_life(custody, None if self._fellows is None else self._member)
 
     def meet(self, custody: Custody, urls: list[str]) -> None:
         """Learn where the others are, and begin to talk to them. Raises: UsageError."""
@@ -78,6 +129,7 @@ class Company:
     def adopt(self, custody: Custody) -> None:
         """Take the place of an agent that died, in the life of the arena that was its own."""
         self.begin(custody.life)
+        self.replicate(custody)
         urls = self._remembered
         if self._fellows is not None and urls:  # else it died before the life had begun everywhere: attach fails
             self._fellows.meet(urls)
@@ -86,10 +138,13 @@ class Company:
     def tell(self, custody: Custody, saves: Saves, *, ended: set[int]) -> None:
         """Have the others told what is new here; called by every turn of the loop."""
         council, number = self.council, custody.life.record.number
+        if custody.stable is not None:
+            self._guests.note_global(custody.stable)
         if self._fellows is None or council is None or council.incarnation != number:
             return
         if self._fellows.urls() != self._remembered:
             self._remember(custody)
+        self._replicas.look(custody, self._remembered)
         report = council.report(
             self._fellows.url,
             custody.held,
@@ -97,6 +152,7 @@ class Company:
             ended=ended,
             wishes=saves.wishes,
             verdicts=saves.verdicts(number),
+            done=custody.done,
         )
         self._fellows.publish(report)
 
@@ -110,6 +166,11 @@ class Company:
         if self._fellows is not None:
             self._fellows.flush(FLUSH_TIMEOUT_S)
 
+    def leave(self) -> None:
+        """Leave the company for good, and give the memory of replicas back."""
+        self.close()
+        self._replicas.close()
+
     def close(self) -> None:
         """Leave the company, and stop listening."""
         if self._fellows is not None:
@@ -121,13 +182,16 @@ class Company:
         if self._fellows is None or self.council is None:
             return None
         silent = list(self.council.others().silent)
-        return {"node": self.council.node, "urls": self._fellows.urls(), "silent": silent}
+        facts: dict[str, object] = {"node": self.council.node, "urls": self._fellows.urls(), "silent": silent}
+        return facts | ({"replication": self._replicas.status()} if self._replicas.is_active else {})
 
     def _open(self) -> Fellows:
         if self._fellows is None:
             from moc.agent.peers.fellows import Fellows  # aiohttp takes a while, and one node does not need it
+            from moc.agent.peers.reception import Reception
 
             self._fellows = Fellows(host=self._host, wake=self._wake)
+            Reception(self._guests).add_to(self._fellows.routes)
         return self._fellows
 
     def _remember(self, custody: Custody) -> None:

@@ -6,15 +6,13 @@ Thread: the agent's main thread, except `pin` and `unpin`.
 from __future__ import annotations
 
 import logging
-import resource
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from moc.agent.life import Life
-from moc.agent.memory import available_memory
 from moc.agent.peers.report import NOBODY, Others
-from moc.errors import UsageError
+from moc.agent.room import refuse_if_too_large
 from moc.format.manifest import Parent
 from moc.plan.composition import steps_of_experts
 from moc.plan.freeing import (
@@ -28,8 +26,9 @@ from moc.plan.freeing import (
     newest_moments,
 )
 from moc.plan.layout import ArenaLayout, arrange_arena
+from moc.plan.replication import global_moment
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
-from moc.snapshot.seal import PERSIST, SealRecord
+from moc.snapshot.seal import PERSIST, REPLICATE, SealRecord
 from moc.state import Expert, catalogs_from_json
 
 __all__ = ["Custody"]
@@ -38,7 +37,6 @@ log = logging.getLogger(__name__)
 
 NEVER: Moment = (1 << 64, "")  # after every moment
 SUPPLEMENTED_VERSIONS = 3  # the newest snapshot, one that has what it lacks, and room for the next
-RESERVE_BYTES = 512 << 20  # left to everything else on the node when an arena is created
 
 
 class Custody:
@@ -72,15 +70,19 @@ class Custody:
             raise
 
     @staticmethod
-    def refuse_too_large(descriptor: Mapping[str, Any], *, earlier: Custody | None) -> ArenaLayout:
-        """Return the layout of a new arena; raises UsageError if it does not fit into memory."""
+    def refuse_too_large(
+        descriptor: Mapping[str, Any], *, earlier: Custody | None, replica_bytes: int = 0
+    ) -> ArenaLayout:
+        """Return the layout of a new arena; raises UsageError if it does not fit into memory with these replicas."""
         layout = arrange_arena(
             catalogs_from_json(descriptor["catalogs"]),
             versions=descriptor["versions"],
             descriptor_bytes=descriptor_room(descriptor),
         )
         held_bytes = 0 if earlier is None else earlier.arena.size_bytes
-        _refuse_if_too_large(layout.size_bytes, descriptor["memory_budget_bytes"], held_bytes)
+        refuse_if_too_large(
+            layout.size_bytes, descriptor["memory_budget_bytes"], held_bytes=held_bytes, replica_bytes=replica_bytes
+        )
         return layout
 
     def fits(self, descriptor: Mapping[str, Any]) -> bool:
@@ -118,6 +120,15 @@ class Custody:
         self.life = Life.of(self.arena.descriptor)
         self._settled: set[Moment] = set()
         self.newest: Moment | None = None
+        """The newest moment of this life that every rank has sealed."""
+        self.complete: tuple[Moment, ...] = ()
+        self.stable: Moment | None = None
+        """The newest global moment of this life: the newest complete one, or where there are replicas, the newest of
+        which every node has done its duty."""
+        self.done: tuple[Moment, ...] = ()
+        """The newest moments to which this node has done its duty."""
+        self.begun: Moment | None = None
+        """The newest moment whose replication has begun; no older one ever will."""
         self.hopeless: dict[Moment, tuple[int, ...]] = {}
         self.holders: dict[Moment, set[int]] = {}
         """The moments of this life that anybody holds, as of the last look, and which ranks do."""
@@ -129,8 +140,22 @@ class Custody:
 
     @property
     def global_step(self) -> int | None:
-        """The newest step that every rank has sealed in this life."""
-        return None if self.newest is None else self.newest[0]
+        """The newest step of this life that is global."""
+        return None if self.stable is None else self.stable[0]
+
+    def unreplicated(self) -> list[Moment]:
+        """Return the moments held here that are to be replicated, and are neither global nor passed over, ascending."""
+        number = self.life.record.number
+        flagged = {
+            (r.step, r.attempt) for r in self._records.values() if r.incarnation == number and r.flags & REPLICATE
+        }
+        return sorted(
+            moment
+            for moment in flagged
+            if moment not in self.hopeless
+            and (self.begun is None or moment >= self.begun)
+            and (self.stable is None or moment > self.stable)
+        )
 
     def pin(self, incarnation: int, moment: Moment) -> None:
         """Keep the seals of a moment until `unpin`. Thread: any."""
@@ -175,20 +200,32 @@ class Custody:
         self.hopeless = hopeless_moments(seals, ranks, incarnation, passed={**others.passed, **passed})
         self.holders = holders_of(seals, incarnation)
         self.wishes = {moment for moment in others.wishes if self.holds(moment)} - self._settled
-        complete = complete_moments(seals, ranks, incarnation)
+        self.complete = complete = complete_moments(seals, ranks, incarnation)
         if complete and complete[-1] != self.newest:
             self.newest = complete[-1]
-        if self.newest is not None:
+        self._note_global(others)
+        if self.stable is not None:
             self._is_source_earlier = False
         if self.earlier is not None and not self._is_source_earlier and not self.earlier.is_pinned():
             self.earlier.close()
             self.earlier = None
         # With a global step the new life stands on its own.
-        source = None if self.newest is not None else self._whole_snapshot(self.life.record.parent)
+        source = None if self.stable is not None else self._whole_snapshot(self.life.record.parent)
         wanted = self.unfinished_saves() | self.wishes
         pinned = self.pinned() | {(incarnation, moment) for moment in wanted} | self._supplement(complete)
+        if self.life.hosts:
+            kept = [*self.unreplicated(), *([] if self.stable is None else [self.stable])]
+            pinned |= {(incarnation, moment) for moment in kept}
         here = set(self.life.ranks)
-        for seal in freeable(seals, ranks, incarnation, pinned=pinned, source=source, hopeless=self.hopeless):
+        for seal in freeable(
+            seals,
+            ranks,
+            incarnation,
+            pinned=pinned,
+            source=source,
+            hopeless=self.hopeless,
+            has_global=self.stable is not None,
+        ):
             if seal.rank in here:
                 self._free(seal.rank, seal.record)
         return [moment for moment in complete if moment in wanted]
@@ -217,6 +254,15 @@ class Custody:
             if unit.expert is not None
         )
         return frozenset(expert for expert, step in steps_of_experts(slices).items() if step is None)
+
+    def _note_global(self, others: Others) -> None:
+        if not self.life.hosts:
+            self.stable = self.newest
+            return
+        done = {**others.done, self.life.node: self.done}
+        found = global_moment(self.complete, done, nodes=range(self.life.nodes), away=others.silent)
+        if found is not None and (self.stable is None or found > self.stable):
+            self.stable = found
 
     def _read_passed(self) -> dict[int, Moment]:
         """Return how far each rank has come: what it has sealed by the last look, or what it says it has skipped."""
@@ -317,6 +363,10 @@ class Custody:
             "corrupt": [[c.rank, c.record] for rank in life.ranks for c in arena.corrupt_seals(rank)],
         }
 
+    def look_again(self) -> None:
+        """Read all records anew at the next look: somebody else of this agent has freed and sealed some."""
+        self._records.clear()
+
     def close(self) -> None:
         """Give the memory back."""
         if self.earlier is not None:
@@ -346,26 +396,3 @@ class Custody:
     def _free(self, rank: int, index: int) -> None:
         self.arena.free(rank, index)
         self._records.pop((rank, index), None)
-
-
-def _refuse_if_too_large(size_bytes: int, budget_bytes: int | None, held_bytes: int) -> None:
-    if budget_bytes is not None and size_bytes > budget_bytes:
-        raise UsageError(f"snapshots do not fit: arena_bytes={size_bytes} allowed=memory_budget_bytes={budget_bytes}")
-    file_bytes = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if size_bytes > file_bytes != resource.RLIM_INFINITY:
-        raise UsageError(
-            f"snapshots do not fit: arena_bytes={size_bytes} allowed={file_bytes} (the agent's RLIMIT_FSIZE, "
-            "`ulimit -f` where it was started; `moc agent stop` ends it)"
-        )
-    room = available_memory()
-    free = max(room.size_bytes - RESERVE_BYTES, 0)
-    if size_bytes > free:
-        hint = (
-            f"; {held_bytes} bytes are held for the earlier life, `moc agent stop` persists and frees them"
-            if held_bytes
-            else ""
-        )
-        raise UsageError(
-            f"snapshots do not fit: arena_bytes={size_bytes} allowed={free} ({room.limit}, less a reserve of "
-            f"{RESERVE_BYTES}); fewer versions or ranks per node make it smaller{hint}"
-        )

@@ -37,8 +37,14 @@ def guest_layouts(descriptor: Mapping[str, Any]) -> list[tuple[dict[str, Any], A
     """Return the descriptor and the layout of every guest's arena that a life declares."""
     found = []
     for guest in descriptor.get("guests", ()):
-        own = {name: value for name, value in descriptor.items() if name != "guests"}
-        described = own | {"catalogs": guest["catalogs"], "versions": GUEST_VERSIONS, "node": guest["node"]}
+        # As the guest's own arena is described, but for what only its agent needs to know of other nodes.
+        common = {name: value for name, value in descriptor.items() if name not in ("guests", "hosts")}
+        described = common | {
+            "catalogs": guest["catalogs"],
+            "versions": GUEST_VERSIONS,
+            "own_versions": descriptor["versions"],
+            "fellows": {"node": guest["node"], "secret": "", "address": "", "urls": []},
+        }
         layout = arrange_arena(
             catalogs_from_json(guest["catalogs"]),
             versions=GUEST_VERSIONS,
@@ -118,10 +124,10 @@ class Guests:
             arena = None if found is not None else Arena.create(described, layout, name=f"{life.run}-guest")
             with self._lock:
                 if arena is not None:
-                    self._guests.append(_Guest(arena=arena, node=described["node"]))
+                    self._guests.append(_Guest(arena=arena, node=described["fellows"]["node"]))
                 elif found is not None:
                     found.arena.describe(described)
-                    found.node, found.is_present = described["node"], True
+                    found.node, found.is_present = described["fellows"]["node"], True
 
     def note_global(self, moment: Moment) -> None:
         """Free what a newer global moment of the present life makes needless."""
@@ -241,6 +247,15 @@ class Guests:
                 if not guest.pins[snapshot]:
                     del guest.pins[snapshot]
             self._release(guest)
+
+    def describe(self, rank: int) -> dict[str, Any]:
+        """Return the descriptor of the arena of which a guest is the replica. Raises: UsageError if there is none."""
+        with self._lock:
+            for guest in self._guests:
+                if rank in guest.ranks:
+                    described = dict(guest.arena.descriptor)
+                    return described | {"versions": described["own_versions"]}
+        raise UsageError(f"there is no such guest: rank={rank}")
 
     # Inside, under the lock
 

@@ -23,6 +23,9 @@ class Life:
     lineage: tuple[Incarnation, ...]
     ranks: tuple[int, ...]
     world: tuple[int, ...]
+    node: int
+    nodes: int
+    hosts: tuple[int, ...]
     descriptor: Mapping[str, Any]
     layers: frozenset[tuple[int, Moment]] = frozenset()
     """Snapshots of earlier lives that this one was recovered from beside its parent."""
@@ -48,11 +51,15 @@ class Life:
             raise UsageError("the descriptor names no life")
         ranks = tuple(sorted(row["rank"] for row in descriptor["catalogs"]))
         is_alone = "fellows" not in descriptor
+        topology = None if is_alone else Topology.from_json(descriptor["topology"])
         return Life(
             record=records[-1],
             lineage=tuple(records),
             ranks=ranks,
-            world=ranks if is_alone else tuple(range(Topology.from_json(descriptor["topology"]).world_size)),
+            world=ranks if topology is None else tuple(range(topology.world_size)),
+            node=0 if topology is None else wire.integer(wire.mapping(descriptor, "fellows"), "node"),
+            nodes=1 if topology is None else topology.node_count,
+            hosts=tuple(wire.integers(descriptor, "hosts")) if "hosts" in descriptor else (),
             descriptor=descriptor,
             layers=_layers(descriptor.get("layers", [])),
         )

@@ -19,16 +19,16 @@ from moc.agent import wire
 from moc.agent.adviser import Adviser
 from moc.agent.company import Company
 from moc.agent.custody import Custody
-from moc.agent.diagnosis import diagnose
+from moc.agent.diagnosis import diagnose, status_of, with_ages
 from moc.agent.door import Door
 from moc.agent.life import Life
 from moc.agent.losses import Losses
+from moc.agent.restock import Restock, errand_from
 from moc.agent.runtime import LOCK_NAME, SOCKET_NAME
 from moc.agent.saves import Saves, Waiter
 from moc.agent.trainers import Trainer, Trainers
-from moc.errors import MocError, UsageError
+from moc.errors import CoordinationError, MocError, UsageError
 from moc.host import Host
-from moc.store.redact import redact_url
 from moc.trace import RingSink, Trace
 
 __all__ = ["Agent"]
@@ -56,7 +56,8 @@ class Agent:
         self._spans = RingSink(SPAN_LIMIT, now_s=host.now_s)
         trace = trace.joined_by(self._spans)
         self._trace = trace
-        self._company = Company(host=host, wake=self._wake)
+        self._company = Company(host=host, trace=trace, wake=self._wake)
+        self._restock = Restock(host=host, trace=trace, wake=self._wake)
         self._adviser = Adviser()
         self._saves = Saves(host=host, trace=trace, reply=self._reply, wake_fd=self._wake_send)
         self._drainers: list[socket.socket] = []
@@ -74,6 +75,7 @@ class Agent:
             "adopt": self._adopt,
             "arena": self._arena,
             "source": self._source_arena,
+            "restock": self._fetch_replicas,
             "bell": self._bell,
             "wait": self._wait,
             "skip": self._skip,
@@ -115,6 +117,7 @@ class Agent:
         self._door.look()
         self._saves.collect(self._custody)
         self._adviser.look(self._custody, self._saves)
+        self._collect_replicas()
         is_idle = not self._trainers.living() and self._host.now_s() - self._active_s > self._idle_s
         if (is_idle or self._is_asked_to_leave) and not self._is_leaving:
             log.info("leaving: idle=%s asked=%s", is_idle, self._is_asked_to_leave)
@@ -160,7 +163,7 @@ class Agent:
         self._tell()
         self._saves.answer_waiters(None if self._custody is None else self._custody.life.record.number)
         self._company.flush()
-        self._company.close()
+        self._company.leave()
         (self._folder / SOCKET_NAME).unlink(missing_ok=True)
         self._door.close()
         reply = {"last_committed_step": self._saves.last_committed_step, "last_error": self._saves.last_error}
@@ -237,7 +240,8 @@ class Agent:
         if self._custody is None:
             self._reply(connection, {"has_arena": False, "live": live})
             return
-        self._reply(connection, {"has_arena": True, "live": live, **self._custody.inventory()})
+        held = {**self._custody.inventory(), **self._company.replicas_held(self._custody)}
+        self._reply(connection, {"has_arena": True, "live": live, **held})
 
     def _fence(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Kill and reap trainers of earlier lives, or none if one lives that the caller has not looked at.
@@ -260,8 +264,7 @@ class Agent:
             raise UsageError("the agent is leaving: attach again")
         descriptor = wire.mapping(message, "descriptor")
         self._company.check(descriptor)
-        if self._custody is None or not self._custody.fits(descriptor):
-            Custody.refuse_too_large(descriptor, earlier=self._custody)
+        self._company.refuse_too_large(descriptor, self._custody)
         self._reply(connection, {})
 
     def _begin(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
@@ -272,6 +275,8 @@ class Agent:
         life = Life.of(descriptor)  # before anything is given up for it
         if self._is_leaving:
             raise UsageError("the agent is leaving: attach again")
+        if self._restock.is_busy:
+            raise CoordinationError("replicas are being fetched for an attach that has ended: attach again")
         url = self._company.begin(life)
         incarnation = wire.integer(message, "incarnation")
         zombies = self._trainers.zombies(incarnation)
@@ -284,6 +289,8 @@ class Agent:
                     held.arena.close()  # no life on it came to a global snapshot
                     self._custody = source
                 self._custody = Custody.create(descriptor, earlier=source)
+            assert self._custody is not None, "renewed or created"
+            self._company.replicate(self._custody)
         self._saves.begin_life()
         self._adviser.begin_life()
         self._saves.enter(self._company.council)
@@ -332,6 +339,25 @@ class Agent:
             raise UsageError("there is no arena yet")
         self._reply(connection, {}, [self._custody.source().arena.fd])
 
+    def _fetch_replicas(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
+        """Fetch what this node lacks of a snapshot, or has rotten, from replicas; the reply comes when that is done."""
+        if self._trainers.living():
+            raise UsageError("trainers of an earlier life may still write to this memory")
+        self._restock.want(connection, errand_from(message))
+
+    def _collect_replicas(self) -> None:
+        """Take notice of replicas that were fetched, answer who asked, and begin to fetch what is wanted next."""
+        made, replies = self._restock.collect()
+        if made is not None and self._custody is not None:
+            made.close()  # somebody else has handed over an arena meanwhile: what is asked for next goes there
+        elif made is not None:
+            self._custody = Custody(made)
+        if replies and self._custody is not None:
+            self._custody.source().look_again()
+        for connection, reply in replies:
+            self._reply(connection, reply)
+        self._restock.start_next(self._custody)
+
     def _bell(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Nothing to do: the loop looks at the arena after every event."""
 
@@ -350,38 +376,16 @@ class Agent:
         self._reply(connection, {})
 
     def _status(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        custody, saves = self._custody, self._saves
-        now_ns = int(self._host.now_s() * 1e9)
-        ranks = self._trainers.rows(None if custody is None else custody.arena)
-        for row in ranks:
-            beat_ns = row.get("beat_ns")
-            row["beat_age_s"] = (now_ns - beat_ns) / 1e9 if isinstance(beat_ns, int) and beat_ns else None
-        facts = {
-            "run": self._run,
-            "pid": self._host.pid,
-            "version": moc.__version__,
-            "leaving": self._is_leaving,
-            "ranks": ranks,
-        }
-        life = {
-            "incarnation": None if custody is None else custody.life.record.number,
-            "storage": None if custody is None else redact_url(str(custody.life.descriptor["storage"])),
-            "global_step": None if custody is None else custody.global_step,
-            "arena_bytes": 0 if custody is None else custody.arena.size_bytes,
-            "versions": None if custody is None else custody.life.descriptor["versions"],
-            "routing": None if custody is None else self._losses.facts(custody.life, custody.arena),
-        }
-        saved: dict[str, object] = {
-            "last_committed_step": saves.last_committed_step,
-            "persisting": saves.is_busy,
-            "counters": saves.counters(),
-            "last_error": saves.last_error,
-            "advice": None if self._adviser.newest is None else self._adviser.newest.to_json(),
-        }
+        custody = self._custody
+        rows = self._trainers.rows(None if custody is None else custody.arena)
+        facts = {"run": self._run, "pid": self._host.pid, "version": moc.__version__, "leaving": self._is_leaving}
+        saved = facts | {"ranks": with_ages(rows, self._host.now_s())} | status_of(custody, self._saves)
+        saved["advice"] = None if self._adviser.newest is None else self._adviser.newest.to_json()
+        saved["routing"] = None if custody is None else self._losses.facts(custody.life, custody.arena)
         company = self._company.facts()
         if company is not None:
             saved["company"] = company
-        self._reply(connection, {**facts, **life, **saved})
+        self._reply(connection, saved)
 
     def _diagnose(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Everything else that helps to judge a job from afar."""

@@ -41,6 +41,13 @@ OF_SAVES = (
     ("moc_saves_failed", "saves that have failed since the agent began", "failed"),
 )
 
+OF_REPLICAS = (
+    ("moc_replicated_step", "newest step of this node's snapshots that all its hosts hold", "replicated_step"),
+    ("moc_replica_sent_bytes", "bytes sent to other nodes since the agent began", "sent_bytes"),
+    ("moc_replica_failures", "snapshots that a host has not taken since the agent began", "failures"),
+    ("moc_guest_bytes", "memory that holds other nodes' replicas", "guest_bytes"),
+)
+
 
 def render_metrics(statuses: Statuses) -> str:
     """Return the exposition; what an agent does not know yet has no sample. Raises: UsageError without the library."""
@@ -84,6 +91,7 @@ def _families(statuses: Statuses) -> Iterable[Metric]:
     for _, status in statuses:
         failed.add_metric([status["run"]], float(bool(status.get("last_error"))))
     yield failed
+    yield from _replicas(statuses)
     for name, text, field in OF_RANK:
         gauge = GaugeMetricFamily(name, text, labels=["run", "rank"])
         for _, status in statuses:
@@ -108,3 +116,22 @@ def _lost_tokens(statuses: Statuses) -> Iterable[Metric]:
             for layer, routes in enumerate(routing[field]):
                 gauge.add_metric([run, str(layer)], float(routes))
         yield gauge
+
+
+def _replicas(statuses: Statuses) -> Iterable[Metric]:
+    """Yield what is known of replicas; nothing where there are none."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    rows = [(status["run"], status.get("company", {}).get("replication")) for _, status in statuses]
+    found = [(run, row) for run, row in rows if row is not None]
+    for name, text, field in OF_REPLICAS if found else ():
+        gauge = GaugeMetricFamily(name, text, labels=["run"])
+        for run, row in found:
+            if row.get(field) is not None:
+                gauge.add_metric([run], float(row[field]))
+        yield gauge
+    if found:
+        away = GaugeMetricFamily("moc_hosts_away", "nodes that do not take this node's replicas", labels=["run"])
+        for run, row in found:
+            away.add_metric([run], float(len(row["away"])))
+        yield away

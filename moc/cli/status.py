@@ -9,8 +9,11 @@ JSON: {"agents": [{"folder": path, "run", "pid", "version", "incarnation",
 "advice": {"experts", "present": {"k_snapshot", "k_persist", "snapshot_every",
 "persist_every"}, "advised": the same, "present_cost_s", "advised_cost_s",
 "present_stall_s", "advised_stall_s", "plt", "full_copy_s", "pass_s",
-"storage_rate", "faults", "steps"}}]}; null stands for what is not
-known yet. The counters begin with the agent.
+"storage_rate", "faults", "steps"}}]}; null stands for what is not known yet.
+The counters begin with the agent. With several nodes there is "company":
+{"node", "urls", "silent"}, and where snapshots have replicas in it
+"replication": {"replicas", "away", "replicated_step", "sent_bytes",
+"failures", "guest_bytes", "last_error"}.
 
 --prometheus prints the same as metrics moc_*, for a textfile collector; it
 needs the extra 'metrics'. Without an agent moc_agents is 0.
@@ -84,6 +87,9 @@ def _facts(folder: Path, status: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("lost tokens", _describe_losses(status["routing"])))
     if status.get("advice"):
         facts += [("advice" if not index else "", line) for index, line in enumerate(describe_tuning(status["advice"]))]
+    replication = status.get("company", {}).get("replication")
+    if replication is not None:
+        facts.append(("replicas", _describe_replication(replication)))
     if status.get("last_error"):
         facts.append(("last error", str(status["last_error"])))
     facts += [(f"rank {row['rank']}", _describe_rank(row)) for row in status.get("ranks", [])]
@@ -93,6 +99,14 @@ def _facts(folder: Path, status: dict[str, Any]) -> list[tuple[str, str]]:
 def _describe_losses(routing: dict[str, Any]) -> str:
     text = f"{routing['plt']:.3%} of those {routing['basis']}, allowed {routing['plt_limit']:.3%}"
     return f"{text}: TOO MANY" if routing["plt"] > routing["plt_limit"] else text
+
+
+def _describe_replication(row: dict[str, Any]) -> str:
+    text = f"{_known(row.get('replicas'))}, newest {_step(row.get('replicated_step'))}"
+    if row.get("away"):
+        nodes = ", ".join(map(str, row["away"]))
+        text += f"; NODE {nodes} DOES NOT TAKE THEM: memory may be lost with this node"
+    return text
 
 
 def _describe_rank(row: dict[str, Any]) -> str:

@@ -113,20 +113,23 @@ def freeable(
     pinned: Iterable[tuple[int, Moment]],
     source: tuple[int, Moment] | None,
     hopeless: Iterable[Moment] = (),
+    has_global: bool | None = None,
 ) -> tuple[Seal, ...]:
     """Return the seals that nothing needs any more.
 
     A seal is free when a newer moment is global, or its own moment never will be, and nothing pins it: `pinned` holds
     (incarnation, moment) of saves under way, `source` the one that the present life was recovered from.
-    Seals of earlier lives stay until this one has a global moment. Without the `hopeless`, ranks that skip different
+    Seals of earlier lives stay until this one has a global moment: a complete one, unless `has_global` says otherwise.
+    Without the `hopeless`, ranks that skip different
     steps would fill their records for good.
     """
     complete = complete_moments(seals, ranks, incarnation)
+    stands_alone = bool(complete) if has_global is None else has_global
     held, lost = set(pinned), set(hopeless)
 
     def is_needless(seal: Seal) -> bool:
         if seal.incarnation < incarnation:
-            return bool(complete)
+            return stands_alone
         return seal.moment in lost or (bool(complete) and seal.moment < complete[-1])
 
     return tuple(

@@ -15,7 +15,10 @@ from moc.format.manifest import Incarnation, Parent
 __all__ = ["Candidate", "Link", "candidates", "chain", "is_on_chain", "merge_incarnations", "tip"]
 
 MEMORY = "memory"
+PEERS = "peer memory"
+"""A snapshot in memory of which some ranks' parts are fetched from replicas at other nodes, where they are wanted."""
 STORAGE = "storage"
+SOURCES = (MEMORY, PEERS, STORAGE)  # the nearest first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +101,15 @@ def is_on_chain(links: Sequence[Link], incarnation: int, step: int, attempt: str
 
 
 def candidates(links: Sequence[Link], known: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Return the admissible candidates in the order of preference: nearest link, newest step, latest attempt, memory
-    before storage.
+    """Return the admissible candidates in the order of preference: nearest link, newest step, latest attempt, own
+    memory before that of peers before storage.
     """
 
-    def preference(candidate: Candidate) -> tuple[int, int, bool]:
+    def preference(candidate: Candidate) -> tuple[int, int, int]:
         depth = next(
             i for i, link in enumerate(links) if link.admits(candidate.incarnation, candidate.step, candidate.attempt)
         )
-        return (depth, -candidate.step, candidate.source != MEMORY)
+        return (depth, -candidate.step, SOURCES.index(candidate.source))
 
     admitted = [c for c in known if is_on_chain(links, c.incarnation, c.step, c.attempt)]
     latest_first = sorted(admitted, key=lambda c: c.attempt, reverse=True)

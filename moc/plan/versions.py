@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moc.plan.lineage import MEMORY, Candidate
+from moc.plan.lineage import MEMORY, PEERS, STORAGE, Candidate
 from moc.state import Expert
 
 __all__ = ["Choice", "Inventory", "Version", "choose", "consistent", "older_layers"]
@@ -86,6 +86,13 @@ def older_layers(candidate: Candidate, known: Sequence[Candidate], *, snapshots:
     a snapshot of its own, which needs room.
     """
     older = [other for other in known if other != candidate and other.step <= candidate.step]
-    in_memory = [other for other in older if other.source == MEMORY]
-    stored = [other for other in older if other.source != MEMORY]
+    in_memory = [other for other in older if other.source == MEMORY and not _is_same(other, candidate)]
+    stored = [other for other in older if other.source == STORAGE]
     return (*in_memory[:snapshots], *stored[:STORED_LAYERS])
+
+
+def _is_same(other: Candidate, candidate: Candidate) -> bool:
+    """Return whether both are one snapshot, of which parts of the candidate come from other nodes."""
+    return (
+        candidate.source == PEERS and other.as_parent() == candidate.as_parent() and other.attempt == candidate.attempt
+    )

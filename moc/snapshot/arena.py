@@ -33,7 +33,7 @@ _MAGIC = b"mocarena"
 _VERSION = 1
 _PROLOGUE = struct.Struct("<8sQQQ")  # magic, version, room of one descriptor area, arena size
 _SELECTOR = 64  # offset of the word that names the valid descriptor area
-_GLOBAL_STEP, _COMMITTED_STEP = 128, 192  # offsets of the agent's words; 0 means none, else step + 1
+_GLOBAL_STEP, _COMMITTED_STEP, _SETTLED_STEP = 128, 192, 256  # offsets of the agent's words; 0: none, else step + 1
 _AREA = struct.Struct("<QI")  # length, crc32c; in front of each descriptor
 _SEALED_STEP, _BEAT_STEP, _BEAT_NS, _BEAT_INTERVAL_NS, _BEAT_INCARNATION, _SKIPPED, _COPY_RATE, _PASS_NS = range(8)
 _WORDS = 8
@@ -200,6 +200,15 @@ class Arena:
         """Return the newest global and the newest committed step of this life."""
         raw = [load_acquire_u64(self.address + offset) for offset in (_GLOBAL_STEP, _COMMITTED_STEP)]
         return (raw[0] - 1 if raw[0] else None, raw[1] - 1 if raw[1] else None)
+
+    def publish_settled(self, step: int | None) -> None:
+        """Tell the trainers up to which step nothing is left to replicate. Agent only."""
+        store_release_u64(self.address + _SETTLED_STEP, 0 if step is None else step + 1)
+
+    def settled_step(self) -> int | None:
+        """Return the step up to which this node has nothing left to replicate."""
+        raw = load_acquire_u64(self.address + _SETTLED_STEP)
+        return raw - 1 if raw else None
 
     def words(self, rank: int) -> RankWords:
         """Return a rank's words."""

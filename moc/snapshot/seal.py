@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from moc._native import crc32c
 from moc.plan.layout import RECORD_FIXED_BYTES
 
-__all__ = ["EXPLICIT", "FREE", "PERSIST", "SEALED", "SealRecord", "decode_seal", "encode_seal"]
+__all__ = ["EXPLICIT", "FREE", "PERSIST", "REPLICATE", "SEALED", "SealRecord", "decode_seal", "encode_seal"]
 
 FREE = 0
 SEALED = 1
@@ -21,6 +21,8 @@ PERSIST = 1
 """Flag: the agent persists this snapshot."""
 EXPLICIT = 2
 """Flag: somebody waits for this save, so it is queued and not skipped when another one is under way."""
+REPLICATE = 4
+"""Flag: the agents of other nodes get replicas of this snapshot."""
 
 _FIXED = struct.Struct("<8x4sI32sQQII8s16sQIII")  # 8x: the state word
 _MAGIC = b"seal"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moc.agent.custody import RESERVE_BYTES
+from moc.agent.room import RESERVE_BYTES
 from tests.support.cgroup import MemoryCgroup
 from tests.support.job import Job, start_agent, wait_killed
 

@@ -51,6 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--persist-every", type=int, default=5)
+    parser.add_argument("--replicas", type=int, default=0)
     parser.add_argument("--snapshot-every", type=int, default=1)
     parser.add_argument("--mode", default="full")
     parser.add_argument("--k-snapshot", type=int, default=None)
@@ -260,6 +261,7 @@ def _request(options: argparse.Namespace, state: PlainState) -> Request:
         memory_budget_bytes=options.budget_bytes,
         timeout_s=options.timeout_s,
         plt_limit=options.plt_limit,
+        replicas=options.replicas,
     )
     return Request(
         storage=options.storage,

@@ -50,20 +50,27 @@ def descriptor(node: int, *, life: Incarnation = LIFE, has_guests: bool = True) 
 
 
 class Sender:
-    """The arena of node 1, filled by hand."""
+    """The arena of node 1, filled by hand; by default one of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena | None = None) -> None:
+        if arena is not None:
+            self.arena = arena
+            return
         described = descriptor(SENDER)
         layout = arrange_arena(CATALOGS[2:], versions=4, descriptor_bytes=descriptor_room(described))
         self.arena = Arena.create(described, layout, name="sender")
 
-    def seal(self, step: int, *, record: int, fresh: Iterable[int] | None = None, base: int | None = None) -> Moment:
+    def seal(
+        self, step: int, *, record: int, fresh: Iterable[int] | None = None, base: int | None = None, flags: int = 0
+    ) -> Moment:
         """Seal a snapshot of both ranks in slots of this number; all units but `fresh` stay those of record `base`."""
         for rank in (2, 3):
-            self._seal(rank, step, record, fresh, base)
+            self._seal(rank, step, record, fresh, base, flags)
         return (step, f"00{step:06d}")
 
-    def _seal(self, rank: int, step: int, index: int, fresh: Iterable[int] | None, base: int | None) -> None:
+    def _seal(
+        self, rank: int, step: int, index: int, fresh: Iterable[int] | None, base: int | None, flags: int
+    ) -> None:
         layout, shards = self.arena.rank_layout(rank), self.arena.catalog(rank).shards
         units = range(len(layout.units)) if fresh is None else sorted(fresh)
         held = None if base is None else self.arena.seals(rank)[base]
@@ -88,7 +95,7 @@ class Sender:
             incarnation=LIFE.number,
             step=step,
             rank=rank,
-            flags=0,
+            flags=flags,
             attempt=f"00{step:06d}",
             digest=DIGEST,
             state_bytes=len(state),

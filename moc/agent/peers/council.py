@@ -76,6 +76,7 @@ class Council:
         ended: Iterable[int],
         wishes: Iterable[Moment],
         verdicts: Sequence[Verdict],
+        done: Sequence[Moment] = (),
     ) -> Report | None:
         """Return what to tell the others, None if that is what they were told last."""
         with self._lock:
@@ -92,6 +93,7 @@ class Council:
             wishes=tuple(sorted(wishes)),
             contributions=contributions,
             verdicts=tuple(verdicts),
+            done=tuple(done),
         )
         if report == self._told:
             return None
@@ -116,6 +118,7 @@ class Council:
             ended=frozenset(rank for report in reports for rank in report.ended),
             wishes=frozenset(moment for report in reports for moment in report.wishes),
             verdicts=tuple(verdict for report in reports for verdict in report.verdicts),
+            done={report.node: report.done for report in reports},
             silent=silent,
         )
 

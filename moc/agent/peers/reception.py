@@ -4,6 +4,7 @@
     PUT  /replica/data?rank=&step=&attempt=                the units' bytes, checked against the seal on arrival
     POST /replica/seal    {rank, step, attempt}            -> {held}: it is a replica from now on
     POST /replica/find    {rank, incarnation, step, attempt}  -> {seal}
+    POST /replica/describe {rank}                          -> {descriptor}: of the lost arena that the rank was in
     GET  /replica/data?rank=&incarnation=&step=&attempt=   all bytes of a replica
 
 Thread: the peers' event loop; checksums are computed beside it.
@@ -41,6 +42,7 @@ class Reception:
         routes.message("/replica/offer", self._offer)
         routes.message("/replica/seal", self._seal)
         routes.message("/replica/find", self._find)
+        routes.message("/replica/describe", self._describe)
         routes.stream("PUT", "/replica/data", self._receive)
         routes.stream("GET", "/replica/data", self._send)
 
@@ -87,6 +89,9 @@ class Reception:
         snapshot = (incarnation, step, wire.text(body, "attempt"))
         with self._guests.open(snapshot, wire.integer(body, "rank")) as (_, record):
             return {"seal": write_seal(record)}
+
+    def _describe(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
+        return {"descriptor": self._guests.describe(wire.integer(body, "rank"))}
 
     async def _send(self, node: int, request: web.Request) -> web.StreamResponse:
         query = request.query

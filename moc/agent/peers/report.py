@@ -51,7 +51,7 @@ class Report:
 
     held: the moments in its memory, and which of its ranks hold them. passed: how far each rank has come; what it has
     passed and does not hold, it never will. ended: ranks whose trainer is dead. wishes: moments whose save has not
-    ended here.
+    ended here. done: the newest moments of which every host of this node that is not away holds a replica.
     """
 
     node: int
@@ -63,6 +63,7 @@ class Report:
     wishes: tuple[Moment, ...]
     contributions: tuple[Contribution, ...]
     verdicts: tuple[Verdict, ...]
+    done: tuple[Moment, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -75,6 +76,7 @@ class Report:
             "wishes": [list(moment) for moment in self.wishes],
             "contributions": [_contribution_to_json(part) for part in self.contributions],
             "verdicts": [[*v.moment, v.size_bytes, v.error] for v in self.verdicts],
+            "done": [list(moment) for moment in self.done],
         }
 
 
@@ -90,6 +92,7 @@ class Others:
     ended: frozenset[int] = frozenset()
     wishes: frozenset[Moment] = frozenset()
     verdicts: tuple[Verdict, ...] = ()
+    done: Mapping[int, tuple[Moment, ...]] = field(default_factory=dict)
     silent: tuple[int, ...] = ()
 
 
@@ -112,6 +115,7 @@ def report_from_json(body: Mapping[str, Any], *, node: int, ranks: tuple[int, ..
                 Verdict(moment=_moment(row[:2]), size_bytes=_count(row[2]), error=_maybe(_text, row[3]))
                 for row in body["verdicts"]
             ),
+            done=tuple(map(_moment, body["done"])),
         )
     except (LookupError, TypeError, ValueError, AttributeError, MocError) as error:
         raise UsageError(f"report is not readable: node={node} reason={type(error).__name__}: {error}") from error
