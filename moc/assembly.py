@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from moc.agreement import agree, exchange
@@ -92,7 +91,7 @@ def assemble(
     for _ in range(len(layers.candidates) + 1):
         choice = work.choose()
         stale = _stale(layers, choice)
-        routing = agree(world, partial(_lose, layers, choice, stale, counted))
+        routing = _lose(layers, choice, stale, counted)
         reason = _too_stale(layers.candidates[0], stale, routing, terms, world)
         if reason is not None:
             return TooStale(reason=reason)
@@ -232,13 +231,10 @@ def _stale(layers: Layers, choice: Choice) -> tuple[StaleVersion, ...]:
 
 
 def _lose(layers: Layers, choice: Choice, stale: Sequence[StaleVersion], counted: Routing | None) -> Routing | None:
-    """Return the routing with what the stale experts have not learned; raises ShardCorruptError where it cannot be."""
+    """Return the routing with what the stale experts have not learned."""
     if counted is None:
         return None
-    try:
-        return lose(counted, {row.expert: layers.version(choice, row.expert).learned for row in stale})
-    except (TypeError, ValueError) as error:
-        raise ShardCorruptError(f"routes do not fit: candidate={layers.candidates[0]} reason={error}") from error
+    return lose(counted, {row.expert: layers.version(choice, row.expert).learned for row in stale})
 
 
 def _too_stale(

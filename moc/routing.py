@@ -150,13 +150,15 @@ def lose(routing: Routing, lost_at: Mapping[Expert, int]) -> Routing:
     """Return the routing after a recovery that took these experts from older versions.
 
     `lost_at` is, by expert, what the version has learned: `Capture.captured` of its snapshot, or the count in its
-    checkpoint's row of a stale expert. Raises ValueError for what cannot be.
+    checkpoint's row of a stale expert. A number that cannot be costs nobody a state: more than was routed is of another
+    count, which ended before this one began, so of this one the version has learned nothing; an expert without a count
+    loses nothing.
     """
     rows = [list(row) for row in routing.learned]
     for expert, learned in sorted(lost_at.items()):
-        if not (0 <= expert.layer < len(rows) and 0 <= expert.index < len(rows[expert.layer])):
-            raise ValueError(f"no such expert: {expert} allowed={list(routing.shape)} experts by layer")
-        rows[expert.layer][expert.index] = learned
+        if expert.layer < len(rows) and expert.index < len(rows[expert.layer]):
+            is_possible = learned <= routing.routed[expert.layer][expert.index]
+            rows[expert.layer][expert.index] = learned if is_possible else 0
     return replace(routing, learned=tuple(tuple(row) for row in rows))
 
 

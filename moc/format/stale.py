@@ -27,8 +27,8 @@ class StaleExpert:
     """Where the bytes of one expert are that a checkpoint has not written at its own step.
 
     `step` is the step of the bytes, below the checkpoint's. `source` is the attempt whose objects hold them; it may be
-    the checkpoint itself. `routed` counts the tokens that these bytes have learned from since the run began, 0 where
-    nothing counts them.
+    the checkpoint itself. `routed` counts the tokens that these bytes have learned from since counting began, 0 where
+    nothing counts them or counting began later.
     """
 
     expert: Expert

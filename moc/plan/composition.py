@@ -12,7 +12,7 @@ written all the same: a manifest names experts of other attempts only where they
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from moc.errors import InternalError, PlanDivergedError
@@ -111,7 +111,8 @@ def compose(sealed: Sealed, base: Base | None, terms: Terms | None, *, kept_limi
     name, steps = sealed.name, sealed.steps
     if base is not None and base.manifest.catalog_digest != sealed.digest:
         base = None
-    held = {} if base is None else _held(base.manifest, steps)
+    present = sealed.captures[0].routing if sealed.captures else None
+    held = {} if base is None else _held(base.manifest, steps, present)
     fit = {e for e, step in steps.items() if step is not None and (e not in held or step > held[e].step)}
     due = [expert for expert in steps if expert not in held or held[expert].step >= name.step]
     _refuse_unfit(sealed, due, held)
@@ -128,7 +129,7 @@ def compose(sealed: Sealed, base: Base | None, terms: Terms | None, *, kept_limi
         written=tuple(sorted(written)),
         stale=tuple(_stale_rows(sealed, held, written)),
         kept=kept,
-        routing=sealed.captures[0].routing if sealed.captures else None,
+        routing=present,
         finite=frozenset() if base is None else base.finite & sources,
     )
 
@@ -141,20 +142,29 @@ def next_base(manifest: Manifest, composition: Composition, *, is_written_finite
 
 def is_newer(steps: Mapping[Expert, int | None], base: Base) -> bool:
     """Return whether a snapshot has any expert newer than the base."""
-    held = _held(base.manifest, steps)
+    held = _held(base.manifest, steps, None)
     return any(step is not None and step > held[expert].step for expert, step in steps.items())
 
 
-def _held(manifest: Manifest, experts: Collection[Expert]) -> Held:
-    """Return what the checkpoint has of each expert."""
+def _held(manifest: Manifest, experts: Collection[Expert], present: Routing | None) -> Held:
+    """Return what the checkpoint has of each expert, which has learned 0 of a count that began after it."""
     stale, routing = {row.expert: row for row in manifest.stale_experts}, manifest.routing
-    is_counted = routing is not None and routing.shape == expert_counts(experts)
+    is_counted = _is_counted_on(routing, present) and present is not None and present.shape == expert_counts(experts)
 
-    def fresh(expert: Expert) -> StaleExpert:
+    def row_of(expert: Expert) -> StaleExpert:
+        if expert in stale:
+            return stale[expert] if is_counted else replace(stale[expert], routed=0)
         learned = routing.learned[expert.layer][expert.index] if routing is not None and is_counted else 0
         return StaleExpert(expert=expert, step=manifest.name.step, source=manifest.name, routed=learned)
 
-    return {expert: stale.get(expert) or fresh(expert) for expert in sorted(experts)}
+    return {expert: row_of(expert) for expert in sorted(experts)}
+
+
+def _is_counted_on(before: Routing | None, present: Routing | None) -> bool:
+    """Return whether the present count goes on from the one before: what began anew is smaller, or of another kind."""
+    if before is None or present is None or (before.basis, before.shape) != (present.basis, present.shape):
+        return False
+    return all(n <= m for rows in zip(before.routed, present.routed, strict=True) for n, m in zip(*rows, strict=True))
 
 
 def _refuse_unfit(sealed: Sealed, due: Iterable[Expert], held: Held) -> None:

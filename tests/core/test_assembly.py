@@ -366,6 +366,26 @@ def test_without_counts_nothing_is_said_of_losses() -> None:
     history.close()
 
 
+def test_a_checkpoint_is_restored_whatever_it_says_of_what_was_counted_before_counting_began_anew(
+    history: History,
+) -> None:
+    history.seal(6)
+    history.store_checkpoint(6)
+    history.counted_from = 7
+    history.seal(9)
+    stored = history.store_checkpoint(9, base=6, written=[C])  # its rows of stale experts have the former counts
+
+    outcome = good(history, [stored], FULL)
+
+    assert {row.expert for row in outcome.assembled[0].stale} == {e for e in GRID if e != C}
+    routing = outcome.assembled[0].routing
+    assert routing is not None
+    assert routing.learned == tuple(
+        tuple(2 * 12 if Expert(layer=layer, index=index) == C else 0 for index in range(EXPERTS))
+        for layer in range(LAYERS)
+    )
+
+
 def test_a_layer_that_cannot_be_opened_by_one_rank_is_none_for_all(history: History) -> None:
     history.seal(3)
     oldest = history.store_checkpoint(3)

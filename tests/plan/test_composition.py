@@ -15,7 +15,7 @@ from moc.format.manifest import Manifest, ObjectRow, decode_manifest, encode_man
 from moc.plan.composition import Base, Composition, Sealed, Terms, compose, is_newer, next_base, steps_of_experts
 from moc.plan.rotation import even_rotation, expert_counts, rotation_of
 from moc.plan.select import DynamicK, LoadAware, Policy, Sequential
-from moc.routing import KEPT, Capture, Routing
+from moc.routing import BEFORE_DROPS, KEPT, Capture, Routing, lose
 from moc.state import Expert
 
 DIGEST, FINGERPRINT = "0" * 16, {"model": "plain"}
@@ -219,6 +219,24 @@ def test_loads_are_what_was_learned_since_the_base_has_an_expert() -> None:
     assert composition.routing == second
 
 
+@pytest.mark.parametrize("is_counted_between", [True, False])
+def test_what_a_base_says_of_another_count_is_not_carried_on(*, is_counted_between: bool) -> None:
+    terms, grid = terms_of((4,), LoadAware(1)), experts_of((4,))
+    base = _counted(5, _even(1_000_000), None, None)
+    if not is_counted_between:
+        base = committed(10, dict.fromkeys(grid, 10), base, terms_of((4,), Sequential(1)))
+
+    for step, learned in ((15, 0), (20, 10)):
+        base = _counted(step, _even(learned + 10), base, terms)
+        counts = {row.expert: row.routed for row in base.manifest.stale_experts}
+        assert sorted(counts.values()) == [0] * (3 - learned // 10) + [10] * (learned // 10)
+        assert lose(_even(learned + 10), counts).lost[0] == sum(learned + 10 - count for count in counts.values())
+
+    others = Routing(basis=BEFORE_DROPS, routed=((2_000_000,) * 4,), learned=((2_000_000,) * 4,))
+    base = _counted(25, others, base, terms)
+    assert {row.routed for row in base.manifest.stale_experts} == {0}
+
+
 def test_a_written_expert_of_an_older_step_says_what_its_bytes_have_learned() -> None:
     grid = experts_of((2,))
     routing = Routing(basis=KEPT, routed=((30, 20),), learned=((30, 20),))
@@ -321,6 +339,10 @@ def test_a_snapshot_is_newer_if_any_of_its_experts_is() -> None:
     assert not is_newer({first: 5, second: 4}, base)
     assert not is_newer({first: 5, second: None}, base)
     assert is_newer({first: 5, second: 5}, base)
+
+
+def _even(count: int) -> Routing:
+    return Routing(basis=KEPT, routed=((count,) * 4,), learned=((count,) * 4,))
 
 
 def _counted(step: int, routing: Routing, base: Base | None, terms: Terms | None) -> Base:

@@ -78,6 +78,8 @@ class History:
 
     size: int
     is_counted: bool = True
+    counted_from: int = 0
+    """The step at which counting began anew."""
     store: MemoryStore = field(default_factory=MemoryStore)
     undisturbed: Undisturbed = field(init=False)
     repository: Repository = field(init=False)
@@ -229,14 +231,20 @@ class History:
                 for la in range(LAYERS)
             )
             captured = tuple(
-                tuple(routes(Expert(layer=la, index=i), steps[la][i]) for i in range(EXPERTS)) for la in range(LAYERS)
+                tuple(self._counted(Expert(layer=la, index=i), steps[la][i]) for i in range(EXPERTS))
+                for la in range(LAYERS)
             )
             tree["routing"] = Capture(routing=self._routing(step), captured=captured, steps=steps).to_tree()
         return tree
 
     def _routing(self, step: int) -> Routing:
-        counts = tuple(tuple(routes(Expert(layer=la, index=i), step) for i in range(EXPERTS)) for la in range(LAYERS))
+        counts = tuple(
+            tuple(self._counted(Expert(layer=la, index=i), step) for i in range(EXPERTS)) for la in range(LAYERS)
+        )
         return Routing(basis="kept", routed=counts, learned=counts)
+
+    def _counted(self, expert: Expert, step: int) -> int:
+        return max(0, routes(expert, step) - routes(expert, self.counted_from))
 
     def _stale(
         self, name: CheckpointName, base: int | None, written: Sequence[Expert] | None
