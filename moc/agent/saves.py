@@ -186,8 +186,7 @@ class Saves:
         life = custody.life.record
         if custody.newest is not None:
             moment, records = custody.newest, custody.records_of(life.number, custody.newest)
-            is_committed = self.last_committed_step is not None and self.last_committed_step >= moment[0]
-            is_made = is_committed or custody.is_saving(moment)
+            is_made = self._is_committed(custody, moment) or custody.is_saving(moment)
             if not is_made or not _is_whole(custody, records):  # else its checkpoint may lack what has no turn yet
                 self.wishes = {moment}
                 self._offer(custody, moment, is_last=True)
@@ -266,6 +265,16 @@ class Saves:
         """Finish what is queued and stop the persist thread."""
         self._persister.close()
 
+    def _is_committed(self, custody: Custody, moment: Moment) -> bool:
+        """Return whether all that a moment of the present life asks for is committed.
+
+        In mode full all snapshots of one step are equal; else an earlier one of the step may have stored less.
+        """
+        if _is_full(custody):
+            return self.last_committed_step is not None and self.last_committed_step >= moment[0]
+        outcome = self._outcomes.get((custody.life.record.number, moment))
+        return outcome is not None and outcome.error is None
+
     def _is_under_way(self, custody: Custody, moment: Moment) -> bool:
         """Return whether a save of the present life waits, is made, or has ended and is not collected yet."""
         if custody.is_saving(moment):  # first: the persist thread notes the end before it unpins
@@ -330,8 +339,11 @@ class Saves:
 
 def _is_whole(custody: Custody, records: Mapping[int, SealRecord]) -> bool:
     """Return whether the checkpoint that a moment asks for has all experts that memory has newer than storage."""
-    is_full = custody.life.descriptor["config"]["mode"] == FULL
-    return is_full or any(record.flags & EXPLICIT for record in records.values())
+    return _is_full(custody) or any(record.flags & EXPLICIT for record in records.values())
+
+
+def _is_full(custody: Custody) -> bool:
+    return str(custody.life.descriptor["config"]["mode"]) == FULL
 
 
 def _once_more(records: Mapping[int, SealRecord]) -> dict[int, SealRecord]:

@@ -57,13 +57,13 @@ class Desk:
         self.saves.collect(self.custody)
         self.saves.look(self.custody, ended=set(), may_start=may_start)
 
-    def look_until(self, is_true: Callable[[], bool]) -> None:
+    def look_until(self, is_true: Callable[[], bool], *, may_start: bool = True) -> None:
         """Look whenever the persist thread says that something has ended."""
-        self.look()
+        self.look(may_start=may_start)
         while not is_true():
             assert self.host.wait_readable(self.woken, PATIENCE_S), self.saves.outcomes()
             os.read(self.woken, 4096)
-            self.look()
+            self.look(may_start=may_start)
 
     def manifests(self) -> list[Manifest]:
         repository = Repository(open_store(str(self.custody.life.descriptor["storage"])))
@@ -72,10 +72,10 @@ class Desk:
     def leave(self) -> None:
         """Store what an agent stores before it leaves."""
         self.saves.persist_newest(self.custody)
-        self.look_until(lambda: not self.saves.is_busy)
+        self.look_until(lambda: not self.saves.is_busy, may_start=False)
 
-    def seal(self, step: int, *, record: int, flags: int) -> Moment:
-        moment = (step, f"00{step:06x}")
+    def seal(self, step: int, *, record: int, flags: int, ordinal: int = 0) -> Moment:
+        moment = (step, f"{ordinal:02x}{step:06x}")
         for catalog in CATALOGS:
             units = len(self.custody.arena.rank_layout(catalog.rank).units)
             slots = array("I", [record] * units)
@@ -222,3 +222,37 @@ def test_an_agent_that_leaves_stores_nothing_twice(partial_desk: Desk) -> None:
     assert awaited[0].stale_experts == ()
     desk.leave()
     assert desk.manifests() == awaited, "an awaited one too"
+
+
+def test_a_whole_snapshot_of_a_step_that_is_stored_in_part_is_stored_before_the_agent_leaves(
+    partial_desk: Desk,
+) -> None:
+    desk = partial_desk
+    desk.host.answers.set()
+    for record, step in enumerate((6, 7)):
+        desk.seal(step, record=record, flags=PERSIST)
+        desk.look_until(lambda step=step: desk.saves.last_committed_step == step)
+    desk.seal(7, record=2, flags=PERSIST | EXPLICIT, ordinal=1)
+
+    desk.leave()
+
+    (last,) = desk.manifests()
+    assert (last.name.step, last.name.attempt[:2]) == (7, "01")
+    assert last.stale_experts == ()
+    assert desk.saves.counters() == {"saves": 3, "failed": 0}
+
+
+def test_a_whole_snapshot_whose_save_failed_is_tried_again_before_the_agent_leaves(partial_desk: Desk) -> None:
+    desk = partial_desk
+    desk.host.answers.set()
+    for record, step in enumerate((6, 7)):
+        desk.seal(step, record=record, flags=PERSIST)
+        desk.look_until(lambda step=step: desk.saves.last_committed_step == step)
+    moment = desk.seal(7, record=2, flags=PERSIST | EXPLICIT, ordinal=1)
+    desk.custody.scan()
+    desk.saves.give_up(desk.custody, moment, "too many saves wait")
+
+    desk.leave()
+
+    (last,) = desk.manifests()
+    assert (last.name.step, last.name.attempt[:2]) == (7, "01")
