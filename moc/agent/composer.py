@@ -1,10 +1,11 @@
 """What the saves of one life are composed of: the policy that its settings name, and the checkpoint that a save grows
 from.
 
-In mode `full` a checkpoint is its snapshot, all of one step, and nothing is looked up. Else it grows from the newest
-one on the lineage up to the fork, then from what this life has committed. Ranks are told nothing: the base alone says
-whose turn it is (docs/decisions/0020-the-agent-decides-what-to-persist.md). One that cannot be read makes the next
-checkpoint a whole one.
+In mode `full` a checkpoint is its snapshot, all of one step, and nothing is looked up. Else, and for a snapshot that
+the life has inherited from one in another mode, it grows from the newest one on the lineage up to the fork, then from
+what this life has committed. Ranks are told nothing: the base alone says whose turn it is
+(docs/decisions/0020-the-agent-decides-what-to-persist.md). One that cannot be read makes the next checkpoint a whole
+one.
 """
 
 from __future__ import annotations
@@ -61,8 +62,11 @@ class Composer:
         descriptor: Mapping[str, Any],
         *,
         is_whole: bool,
+        is_inherited: bool,
     ) -> Composition:
         """Return what the checkpoint of this name writes of the snapshot, and what it keeps.
+
+        One that `is_inherited` from an earlier life may be of several steps whatever the mode is now.
 
         Raises: PlanDivergedError for what cannot be a checkpoint, ShardCorruptError for a state that has changed.
         """
@@ -74,7 +78,8 @@ class Composer:
             fingerprint=descriptor["fingerprint"],
             captures=_captures(arena, records, steps),
         )
-        if descriptor["config"]["mode"] != FULL:
+        is_of_earlier_mode = is_inherited and any(step != name.step for step in steps.values())
+        if descriptor["config"]["mode"] != FULL or is_of_earlier_mode:
             return compose(sealed, self._base_of(name), None if is_whole else self._terms(descriptor, sealed))
         composition = compose(sealed, None, None)
         if composition.stale:
@@ -129,7 +134,6 @@ class Composer:
             policy=self._policy(descriptor["config"], is_counted=bool(sealed.captures)),
             rotation=rotation_of(expert_counts(sealed.steps), topology.ep_sizes),
             interval=max(1, descriptor["config"]["persist_every"]),
-            lives=len(self._lineage),
         )
 
     def _policy(self, config: Mapping[str, Any], *, is_counted: bool) -> Policy:

@@ -70,6 +70,11 @@ class SaveJob:
         """The moment of the seals: the checkpoint's, but for one that is made of a moment a second time."""
         return (self.name.step, self.name.attempt) if self.pinned is None else self.pinned[1]
 
+    @property
+    def is_inherited(self) -> bool:
+        """Return whether the seals are an earlier life's: what the job's life was recovered from."""
+        return self.pinned is not None and self.pinned[0] != self.life.number
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -169,7 +174,9 @@ class Persister:
             stored = self._composer.stored(job.name, job.moment, records, job.arena)
             if stored is not None:
                 return stored.name, stored.written_bytes
-        composition = self._composer.compose(job.name, records, job.arena, job.descriptor, is_whole=job.is_whole)
+        composition = self._composer.compose(
+            job.name, records, job.arena, job.descriptor, is_whole=job.is_whole, is_inherited=job.is_inherited
+        )
         experts, began_s = frozenset(composition.written), self._host.now_s()
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
             receipts = self._host.map(

@@ -203,7 +203,7 @@ class Saves:
         own = {rank: replace(record, incarnation=life.number) for rank, record in records.items()}
         job = SaveJob(
             arena=source.arena,
-            records=own if _is_whole(source, own) else _once_more(own),
+            records=own if _is_whole(source, own) and _is_of_one_step(own) else _once_more(own),
             life=life,
             descriptor=source.life.descriptor,
             pinned=key,
@@ -344,6 +344,10 @@ def _is_whole(custody: Custody, records: Mapping[int, SealRecord]) -> bool:
 
 def _is_full(custody: Custody) -> bool:
     return str(custody.life.descriptor["config"]["mode"]) == FULL
+
+
+def _is_of_one_step(records: Mapping[int, SealRecord]) -> bool:
+    return all(step == record.step for record in records.values() for step in record.steps)
 
 
 def _once_more(records: Mapping[int, SealRecord]) -> dict[int, SealRecord]:

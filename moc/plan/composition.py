@@ -66,12 +66,11 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """How experts take turns. `interval` is the number of steps between two commits, `lives` that of the job so far."""
+    """How experts take turns. `interval` is the number of steps between two commits."""
 
     policy: Policy
     rotation: Rotation
     interval: int
-    lives: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,9 +190,9 @@ def _chosen(sealed: Sealed, base: Base, held: Held, fit: Collection[Expert], ter
     if routing is not None and routing.shape != shape:
         raise InternalError(f"routes belong to another model: experts={routing.shape} expected={shape}")
     step = sealed.name.step
-    # Nobody knows how long the run will be, so it is judged as if it ended here.
+    # Nobody knows how long the run will be, so it is judged as if it ended here, and no faults are to come.
     plt = 0.0 if routing is None else routing.plt
-    budget = Budget(plt=plt, faults=terms.lives - 1, step=step, steps=step, interval=terms.interval)
+    budget = Budget(plt=plt, faults=0, step=step, steps=step, interval=terms.interval)
     chosen: set[Expert] = set()
     for layer, order in enumerate(terms.rotation.orders):
         experts = [Expert(layer=layer, index=index) for index in range(len(order))]

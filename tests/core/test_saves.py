@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -15,12 +16,13 @@ from moc._native import crc32c
 from moc.agent.custody import Custody
 from moc.agent.saves import Saves
 from moc.config import Config
-from moc.format.manifest import Manifest
+from moc.format.manifest import Manifest, Parent, encode_incarnation
 from moc.format.tagged import encode_state
 from moc.host import SystemHost
 from moc.plan.freeing import Moment
 from moc.repository import Repository
 from moc.snapshot.seal import EXPLICIT, PERSIST, SealRecord
+from moc.state import Expert
 from moc.store.open import open_store
 from moc.store.port import Store
 from moc.trace import Trace
@@ -74,11 +76,28 @@ class Desk:
         self.saves.persist_newest(self.custody)
         self.look_until(lambda: not self.saves.is_busy, may_start=False)
 
-    def seal(self, step: int, *, record: int, flags: int, ordinal: int = 0) -> Moment:
+    def begin_in_mode_full(self, parent: Parent) -> None:
+        """Begin the next life on the same memory."""
+        record = replace(FIRST, number=2, token="1" * 8, reason="recover", parent=parent)
+        described = {**self.custody.life.descriptor, "config": asdict(Config())}
+        described["lineage"] = [encode_incarnation(life).decode() for life in (FIRST, record)]
+        self.custody.renew(described)
+        self.saves.begin_life()
+
+    def seal(
+        self,
+        step: int,
+        *,
+        record: int,
+        flags: int,
+        ordinal: int = 0,
+        older: Mapping[Expert, int] = MappingProxyType({}),
+    ) -> Moment:
+        """Seal a snapshot of all ranks; `older` are the steps of experts that it has not captured."""
         moment = (step, f"{ordinal:02x}{step:06x}")
         for catalog in CATALOGS:
-            units = len(self.custody.arena.rank_layout(catalog.rank).units)
-            slots = array("I", [record] * units)
+            units = self.custody.arena.rank_layout(catalog.rank).units
+            slots = array("I", [record] * len(units))
             with self.custody.arena.view(self.custody.arena.state_offset(catalog.rank, slots), len(BLOB)) as view:
                 view[:] = BLOB
             self.custody.arena.seal(
@@ -94,7 +113,7 @@ class Desk:
                     state_bytes=len(BLOB),
                     state_crc32c=crc32c(BLOB),
                     slots=slots,
-                    steps=array("Q", [step] * units),
+                    steps=array("Q", [step if u.expert is None else older.get(u.expert, step) for u in units]),
                     crcs=array("I", [crc32c(bytes(shard.size_bytes)) for shard in catalog.shards]),
                 ),
             )
@@ -256,3 +275,34 @@ def test_a_whole_snapshot_whose_save_failed_is_tried_again_before_the_agent_leav
 
     (last,) = desk.manifests()
     assert (last.name.step, last.name.attempt[:2]) == (7, "01")
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_life_in_mode_full_stores_the_partial_snapshot_that_it_was_recovered_from(
+    partial_desk: Desk, *, is_stored: bool
+) -> None:
+    desk, stale = partial_desk, Expert(layer=0, index=1)
+    desk.host.answers.set()
+    desk.seal(6, record=0, flags=PERSIST if is_stored else 0)
+    desk.look_until(lambda: not is_stored or desk.saves.last_committed_step == 6)
+    desk.seal(7, record=1, flags=0, older={stale: 6})
+    desk.look()
+    desk.begin_in_mode_full(Parent(incarnation=1, step=7, attempt=None))
+
+    desk.leave()
+
+    last = desk.manifests()[-1]
+    assert desk.saves.last_error is None
+    assert (last.name.incarnation, last.name.step) == (2, 7)
+    assert [(row.expert, row.step, row.source == last.name) for row in last.stale_experts] == [
+        (stale, 6, not is_stored)
+    ]
+    desk.leave()
+    assert desk.manifests()[-1] == last, "once more is the same checkpoint"
+
+
+def test_a_life_in_mode_full_stores_no_snapshot_of_its_own_of_several_steps(desk: Desk) -> None:
+    desk.host.answers.set()
+    desk.seal(7, record=0, flags=PERSIST, older={Expert(layer=0, index=1): 6})
+    desk.look_until(lambda: desk.saves.counters()["failed"] == 1)
+    assert "a checkpoint of mode full would be of several steps" in str(desk.saves.last_error)

@@ -30,8 +30,8 @@ def name_of(step: int, *, incarnation: int = 1, attempt: int = 0) -> CheckpointN
     return CheckpointName(run="run-7", incarnation=incarnation, step=step, attempt=f"{attempt:08x}")
 
 
-def terms_of(counts: Sequence[int], policy: Policy, *, lives: int = 1) -> Terms:
-    return Terms(policy=policy, rotation=rotation_of(counts, [("ep", 2)]), interval=INTERVAL, lives=lives)
+def terms_of(counts: Sequence[int], policy: Policy) -> Terms:
+    return Terms(policy=policy, rotation=rotation_of(counts, [("ep", 2)]), interval=INTERVAL)
 
 
 def sealed_of(name: CheckpointName, steps: Mapping[Expert, int | None], captures: Sequence[Capture] = ()) -> Sealed:
@@ -94,7 +94,7 @@ class Job:
         torn = {e for e in self.experts if self.base is not None and data.draw(st.integers(0, 9)) == 0}
         steps = {e: None if e in torn else self.memory[e] for e in self.experts}
         k = data.draw(st.integers(1, min(self.counts)))
-        terms = None if data.draw(st.integers(0, 7)) == 0 else terms_of(self.counts, Sequential(k), lives=self.lives)
+        terms = None if data.draw(st.integers(0, 7)) == 0 else terms_of(self.counts, Sequential(k))
         name = name_of(step, incarnation=self.lives)
         sealed = sealed_of(name, steps)
 
@@ -256,7 +256,7 @@ def test_k_grows_when_too_many_tokens_are_lost(lost: int, written: int) -> None:
     base = committed(5, dict.fromkeys(grid, 5), None, None)
     routing = Routing(basis=KEPT, routed=((25, 25, 25, 25),), learned=((25 - lost, 25, 25, 25),))
     capture = Capture(routing=routing, captured=routing.learned, steps=((10,) * 4,))
-    terms = terms_of((4,), DynamicK(1, plt_limit=0.0375), lives=2)
+    terms = terms_of((4,), DynamicK(1, plt_limit=0.0375))
 
     composition = compose(sealed_of(name_of(10), dict.fromkeys(grid, 10), [capture]), base, terms)
 
@@ -320,7 +320,7 @@ def test_layers_with_other_numbers_of_experts_take_turns_alone() -> None:
     assert rotation_of((), []).orders == ()
 
     grid, base = experts_of(counts), None
-    terms = Terms(policy=Sequential(2), rotation=rotation, interval=1, lives=1)
+    terms = Terms(policy=Sequential(2), rotation=rotation, interval=1)
     for step in (1, 2, 3):
         base = committed(step, dict.fromkeys(grid, step), base, terms)
     assert {e for e in grid if base.manifest.version(e)[1] == 1} == set(), "all 4 experts within 2 commits of 2"
