@@ -61,7 +61,8 @@ class Ledger:
         self._learned = np.zeros_like(self._pending) if usable is None else _flat(usable.learned)
         self._is_restored = usable is not None
         self._captured, self._steps = self._learned.copy(), np.full_like(self._pending, step)
-        self._offered = self._captured, self._steps
+        self._offered = self._former = self._captured, self._steps
+        self._failed = 0
 
     @property
     def plt(self) -> float | None:
@@ -92,12 +93,18 @@ class Ledger:
         row += checked
         self._has_registered = True
 
-    def settle(self, step: int, chosen: npt.NDArray[np.bool_] | None = None) -> Mapping[str, object]:
+    def settle(
+        self, step: int, chosen: npt.NDArray[np.bool_] | None = None, *, failed: int = 0
+    ) -> Mapping[str, object]:
         """Sum what was registered over the ranks; return what a snapshot with these experts (None: all) adds to its
         state.
 
-        Collective, and never raises. Blocks: until all ranks are here.
+        `failed` counts the copies of this life that have failed: after one more, the snapshot that was begun last has
+        captured nothing. Collective, and never raises. Blocks: until all ranks are here.
         """
+        if failed > self._failed:
+            self._failed = failed
+            self._captured, self._steps = self._former
         if self._is_counting or (self._is_counting is None and step != self._first_step):
             self._sum_up()
         if not self._is_known:
@@ -111,8 +118,9 @@ class Ledger:
         return {ROUTING_KEY: capture_tree(self._basis, self._experts, packed)}
 
     def note(self, *, is_begun: bool) -> None:
-        """Say whether the snapshot of the last settlement was begun: then its experts are captured."""
+        """Say whether the snapshot of the last settlement was begun: then its experts are captured, unless it fails."""
         if is_begun:
+            self._former = self._captured, self._steps
             self._captured, self._steps = self._offered
 
     # Inside

@@ -173,7 +173,8 @@ class Session:
         choice = None if is_terminating else self._boundaries.choose(step)
         begun = Begun.NO_SLOT
         if choice is not None:
-            attempt, extra = self._next_attempt(step), life.ledger.settle(step, choice.experts)
+            attempt = self._next_attempt(step)
+            extra = life.ledger.settle(step, choice.experts, failed=life.snapshotter.setbacks.failed)
             begun = life.snapshotter.begin(
                 step, flags=choice.flags, attempt=attempt, experts=choice.experts, extra=extra
             )
@@ -317,9 +318,11 @@ class Session:
 
     def _begin_awaited(self, step: int, attempt: str) -> str | None:
         """Begin a snapshot that somebody waits for; return why it could not be had. Collective."""
-        snapshotter, extra = self._life.snapshotter, self._life.ledger.settle(step)
-        deadline_s = self._host.now_s() + self._request.config.timeout_s
+        snapshotter, timeout_s = self._life.snapshotter, self._request.config.timeout_s
+        deadline_s = self._host.now_s() + timeout_s
+        snapshotter.wait_finished(timeout_s)  # its fate belongs into the ledger
         failed = snapshotter.counters.failed
+        extra = self._life.ledger.settle(step, failed=failed)
         while True:
             snapshotter.wait_finished(max(deadline_s - self._host.now_s(), 0.0))
             outcome = snapshotter.begin(step, flags=PERSIST | EXPLICIT, attempt=attempt, extra=extra)
