@@ -37,8 +37,8 @@ class Facts:
     catalogs: tuple[RankCatalog, ...]
     tensors: int
     turns: Turns
-    addresses: tuple[str | None, ...] = ()
-    """By node: where agents of other nodes reach this one's."""
+    addresses: tuple[str, ...] = ()
+    """By node: where agents of other nodes reach this one's; empty on one node."""
 
     def node_of(self, rank: int) -> int:
         return self.topology.node_of_rank[rank]
@@ -72,7 +72,6 @@ def gather_facts(
             "pid": host.pid,
             "catalog": state.catalog.to_json(),
             "fingerprint": dict(request.fingerprint),
-            "address": request.node_address or own_address(),
         },
     )
     rows: list[dict[str, Any]] = exchange(world, mine)  # type: ignore[assignment]  # our own dicts come back
@@ -85,11 +84,6 @@ def gather_facts(
             f"experts take turns on one node only: mode={request.config.mode} nodes={topology.node_count} "
             "allowed=mode='full'"
         )
-    addresses = tuple(next(row["address"] for row in rows if row["node"] == node) for node in nodes)
-    if len(nodes) > 1 and None in addresses:
-        raise TopologyError(
-            f"no address is known at which the agent of a node is reached: node={addresses.index(None)}"
-        )
     differing = [rank for rank, row in enumerate(rows) if row["fingerprint"] != rows[0]["fingerprint"]]
     if differing:
         raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
@@ -101,12 +95,25 @@ def gather_facts(
         catalogs=catalogs,
         tensors=tensors,
         turns=_take_turns(catalogs, topology, request.config),
-        addresses=addresses,
+        addresses=_gather_addresses(topology, world, request),
     )
     check_replicas(request.config.replicas, nodes=topology.node_count)
     for node in range(topology.node_count):
         _refuse_over_budget(facts, node, request.config)
     return facts
+
+
+def _gather_addresses(topology: Topology, world: World, request: Request) -> tuple[str, ...]:
+    """Return where each node's agent is reached, nothing on one node, where no name is looked up either. Collective."""
+    if topology.node_count == 1:
+        return ()
+    found = exchange(world, agree(world, lambda: request.node_address or own_address()))
+    addresses = [found[topology.ranks_of(node)[0]] for node in range(topology.node_count)]
+    if None in addresses:
+        raise TopologyError(
+            f"no address is known at which the agent of a node is reached: node={addresses.index(None)}"
+        )
+    return tuple(map(str, addresses))
 
 
 def _take_turns(catalogs: tuple[RankCatalog, ...], topology: Topology, config: Config) -> Turns:

@@ -95,7 +95,7 @@ def own_address() -> str | None:
     host = os.environ.get("MASTER_ADDR", socket.gethostname())
     try:
         found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)  # any port: a datagram socket has no connection
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for what cannot be a name
         return None
     for family, kind, protocol, _, place in found:
         with socket.socket(family, kind, protocol) as probe:
