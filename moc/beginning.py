@@ -46,8 +46,11 @@ class Beginning:
         Collective.
         """
         self._folder, self._request, self._facts, self._world = folder, request, facts, world
-        self._lineage, self._layers, self._software, self._host = lineage, layers, software, host
-        self._secret = self._make_secret() if facts.topology.node_count > 1 else None
+        self._lineage, self._layers, self._host = lineage, layers, host
+        self._software = software
+        self._secret: str | None = None
+        if facts.topology.node_count > 1:
+            self._software, self._secret = self._share(software)
 
     def check(self, record: Incarnation) -> None:
         """Raise what the node's agent has against the life, before anything is written. Not collective."""
@@ -92,9 +95,16 @@ class Beginning:
             timeout_s = self._request.config.timeout_s
             return at_node(self._facts, rank, lambda: client.request(verb, fields, timeout_s=timeout_s)[0])
 
-    def _make_secret(self) -> str:
-        made = decide(self._world, lambda: {"secret": "".join(self._host.token() for _ in range(SECRET_TOKENS))})
-        return str(made["secret"])
+    def _share(self, software: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
+        """Return rank 0's versions, which go into manifests whatever node puts them, and the life's secret."""
+        made: Mapping[str, Any] = decide(
+            self._world,
+            lambda: {
+                "software": dict(software),
+                "secret": "".join(self._host.token() for _ in range(SECRET_TOKENS)),
+            },
+        )
+        return made["software"], str(made["secret"])
 
     def _connect(self) -> AgentClient:
         return AgentClient.connect(self._folder, timeout_s=self._request.config.timeout_s, host=self._host)

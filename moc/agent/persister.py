@@ -198,6 +198,9 @@ class Persister:
         manifest = build_manifest(plan, job.name, parent, receipts, composition=composition)
         commit(repository, manifest, trace=self._trace)
         self._commits.append(job.name)
+        if job.council is not None:  # before retention: another node waits a while only until it commits itself
+            moment = (job.name.step, job.name.attempt)
+            job.council.announce(Verdict(moment=moment, size_bytes=manifest.written_bytes, error=None))
         self._composer.note_commit(manifest, composition, receipts)
         log.info("committed: name=%s bytes=%d kept=%d", job.name, manifest.written_bytes, len(composition.kept))
         self._retain(job)

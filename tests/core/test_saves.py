@@ -26,7 +26,7 @@ from moc.state import Expert
 from moc.store.open import open_store
 from moc.store.port import Store
 from moc.trace import Trace
-from tests.core.test_custody import CATALOGS, FIRST, _descriptor
+from tests.core.test_custody import FIRST, _descriptor
 
 PATIENCE_S = 30.0
 VERSIONS = 5
@@ -93,9 +93,9 @@ class Desk:
         ordinal: int = 0,
         older: Mapping[Expert, int] = MappingProxyType({}),
     ) -> Moment:
-        """Seal a snapshot of all ranks; `older` are the steps of experts that it has not captured."""
+        """Seal a snapshot of all ranks here; `older` are the steps of experts that it has not captured."""
         moment = (step, f"{ordinal:02x}{step:06x}")
-        for catalog in CATALOGS:
+        for catalog in self.custody.arena.catalogs:
             units = self.custody.arena.rank_layout(catalog.rank).units
             slots = array("I", [record] * len(units))
             with self.custody.arena.view(self.custody.arena.state_offset(catalog.rank, slots), len(BLOB)) as view:

@@ -3,7 +3,7 @@
 A save is made where every node has contributed its receipts. The lowest node puts the manifest; another one does after
 a while, with the same bytes, because the manifest follows from the contributions alone. A save that fails at one node
 fails at all with that node's words; one that is committed is committed, whatever was said before.
-Thread: `hear` on the transport's, `gather` on the persist thread, the rest on the agent's main thread.
+Thread: `hear` on the transport's, `gather` and `announce` on the persist thread, the rest on the agent's main thread.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Council:
         self._reports: dict[int, Report] = {}
         self._heard_s = dict.fromkeys((n for n in range(len(ranks_of)) if n != node), host.now_s())
         self._contributions: dict[Moment, Contribution] = {}
-        self._verdicts: tuple[Verdict, ...] = ()
+        self._announced: Verdict | None = None
         self._changed = host.event()
         self._end: str | None = None
         self._is_hurried = False
@@ -80,8 +80,9 @@ class Council:
     ) -> Report | None:
         """Return what to tell the others, None if that is what they were told last."""
         with self._lock:
-            self._verdicts = tuple(verdicts)
-            contributions = tuple(self._contributions.values())
+            announced, contributions = self._announced, tuple(self._contributions.values())
+        if announced is not None:
+            verdicts = [*(verdict for verdict in verdicts if verdict.moment != announced.moment), announced]
         order = (self._born_ns, self._sequence)
         report = Report(
             node=self.node,
@@ -175,6 +176,12 @@ class Council:
                         f"waited_s={now_s - began_s:.1f} timeout_s={timeout_s}"
                     )
             changed.wait(min(left_s, LOOK_S))
+
+    def announce(self, verdict: Verdict) -> None:
+        """Have the others told that this node has committed a save, before its own job is done with it."""
+        with self._lock:
+            self._announced = verdict
+        self._wake()
 
     def verdict(self, moment: Moment) -> Verdict | None:
         """Return how the others say that a save has ended; that it is committed, if one of them says so."""
