@@ -104,7 +104,8 @@ class Persister:
         self._repository: Repository | None = None
         self._retention: Retention | None = None
         self._composer: Composer | None = None
-        self._prepared: tuple[str, int, str] | None = None
+        self._prepared: tuple[str, int, str, int] | None = None
+        self._commits_elsewhere = 0
         self._commits: list[CheckpointName] = []
         self.written: Written | None = None
         """By the newest save. Thread: any."""
@@ -116,6 +117,10 @@ class Persister:
             return False
         self._put(job)
         return True
+
+    def list_again(self) -> None:
+        """Have the next save look up what is committed: another node has committed what this one has not saved."""
+        self._commits_elsewhere += 1
 
     def close(self) -> None:
         """Finish what is queued and stop. Blocks: for those saves."""
@@ -244,7 +249,7 @@ class Persister:
 
     def _prepare(self, job: SaveJob) -> Repository:
         """Open the repository for this life, once; write what a recovery without storage could not write."""
-        key = (str(job.descriptor["storage"]), job.life.number, job.life.token)
+        key = (str(job.descriptor["storage"]), job.life.number, job.life.token, self._commits_elsewhere)
         if self._prepared == key and self._repository is not None:
             return self._repository
         if self._repository is not None:

@@ -157,6 +157,7 @@ class Saves:
             name = CheckpointName(run=life.run, incarnation=life.number, step=step, attempt=attempt)
             if verdict.error is None:
                 self.last_committed_step = max(step, self.last_committed_step or 0)
+                self._persister.list_again()
             self._remember(Outcome(name=name, size_bytes=verdict.size_bytes, seconds=0.0, error=verdict.error))
 
     def verdicts(self, incarnation: int) -> list[Verdict]:

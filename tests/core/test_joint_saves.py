@@ -9,7 +9,7 @@ import os
 import select
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from moc.agent.peers.council import Council
 from moc.agent.peers.report import report_from_json
 from moc.agent.saves import Saves
 from moc.config import Config
+from moc.format.manifest import Manifest, Parent
 from moc.host import SystemHost
 from moc.repository import Repository
-from moc.snapshot.seal import PERSIST
+from moc.snapshot.seal import EXPLICIT, PERSIST
 from moc.store.open import open_store
 from moc.trace import RingSink, Trace
 from tests.core.test_custody import CATALOGS, FIRST, _descriptor
@@ -65,6 +66,13 @@ def storage(tmp_path: Path) -> str:
     repository.put_incarnation(FIRST)
     repository.close()
     return str(tmp_path / "storage")
+
+
+@pytest.fixture
+def pair(storage: str) -> Iterator[Pair]:
+    """Two agents of a job of two nodes with a rank each."""
+    with ExitStack() as stack:
+        yield stack.enter_context(_node(0, storage)), stack.enter_context(_node(1, storage))
 
 
 @contextmanager
@@ -118,6 +126,11 @@ def _talk_until(pair: Pair, is_true: Callable[[], bool], *, may_start: bool) -> 
             os.read(bell, 4096)
 
 
+def _manifests(storage: str) -> list[Manifest]:
+    repository = Repository(open_store(storage))
+    return [repository.read_manifest(stored.name) for stored in repository.checkpoints()]
+
+
 def test_a_commit_is_told_before_its_node_does_a_round_of_retention(storage: str) -> None:
     """Else the next node, which waits a while only, would commit too."""
     is_heard = threading.Event()
@@ -136,3 +149,27 @@ def test_a_commit_is_told_before_its_node_does_a_round_of_retention(storage: str
 
     assert "save.gather" in {row["span"] for row in spans.rows()}
     assert "commit.put" not in {row["span"] for row in spans.rows()}
+
+
+def test_a_save_follows_a_commit_that_was_heard_of_only(pair: Pair, storage: str) -> None:
+    first, second = pair
+    first.saves.recall(first.custody)  # its predecessor has died: it looks up what is committed, nothing yet
+    first.look_until(lambda: not first.saves.is_busy)
+    with _node(None, storage) as other:
+        other.seal(7, record=0, flags=PERSIST)
+        other.look_until(lambda: other.saves.last_committed_step == 7)
+    second.saves.recall(second.custody)
+    _talk_until(pair, lambda: all(node.saves.last_committed_step == 7 for node in pair), may_start=True)
+
+    for node in pair:
+        node.seal(8, record=0, flags=PERSIST | EXPLICIT)
+    _talk_until(pair, lambda: all((8, "00000008") in _moments(node) for node in pair), may_start=True)
+
+    assert [node.saves.last_error for node in pair] == [None, None]
+    assert [manifest.parent for manifest in _manifests(storage)] == [
+        Parent(incarnation=FIRST.number, step=7, attempt="00000007")
+    ]
+
+
+def _moments(node: Node) -> set[tuple[int, str]]:
+    return {verdict.moment for verdict in node.saves.verdicts(FIRST.number)}
