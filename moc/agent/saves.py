@@ -121,14 +121,18 @@ class Saves:
     def look(self, custody: Custody, *, ended: set[int], may_start: bool) -> None:
         """Start what is complete, give up what cannot become complete; `ended` are this node's ranks that seal no more.
 
-        Unless it `may_start`, only what other nodes want is started.
+        Unless it `may_start`, only what other nodes want is started, and what is older than the newest is given up:
+        they may have started it, and would start nothing newer before they have this node's part.
         """
         others = NOBODY if self.council is None else self.council.others()
         self._hear(custody, others)
         complete = custody.scan(ended=ended, others=others)
         for moment in complete:
-            if may_start or moment in custody.wishes:
+            is_late = any(moment < wish for wish in self.wishes)  # what this agent leaves with is offered already
+            if not is_late and (may_start or moment in custody.wishes):
                 self._start(custody, moment)
+            elif self.council is not None and moment != custody.newest and not self._is_under_way(custody, moment):
+                self.give_up(custody, moment, "a newer one is saved before the agent leaves")
         timeout_s = float(custody.life.descriptor["timeout_s"])
         unfinished = custody.unfinished_saves() | custody.wishes
         self._first_seen_s = {moment: seen for moment, seen in self._first_seen_s.items() if moment in unfinished}

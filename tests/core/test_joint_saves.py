@@ -131,6 +131,28 @@ def _manifests(storage: str) -> list[Manifest]:
     return [repository.read_manifest(stored.name) for stored in repository.checkpoints()]
 
 
+def test_nodes_that_leave_while_one_of_them_has_begun_a_save_store_the_newest_moment_at_once(
+    pair: Pair, storage: str
+) -> None:
+    first, second = pair
+    for node in pair:
+        node.seal(7, record=0, flags=PERSIST)
+        node.seal(8, record=1, flags=0)
+    first.look(may_start=False)  # it has been asked to leave, and has not heard of the other node yet
+    first.tell(second)
+    second.look()
+    assert second.custody.is_saving((7, "00000007")), "complete as far as this one knows"
+    second.tell(first)
+
+    first.look(may_start=False)
+    for node in pair:
+        node.saves.persist_newest(node.custody)
+    _talk_until(pair, lambda: all(node.saves.last_committed_step == 8 for node in pair), may_start=False)
+
+    assert [manifest.name.step for manifest in _manifests(storage)] == [8]
+    assert all(node.saves.last_error is None for node in pair)
+
+
 def test_a_commit_is_told_before_its_node_does_a_round_of_retention(storage: str) -> None:
     """Else the next node, which waits a while only, would commit too."""
     is_heard = threading.Event()
