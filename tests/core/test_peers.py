@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -122,6 +123,37 @@ def test_agents_of_one_life_talk_and_others_are_refused() -> None:
 def test_a_message_that_is_too_long_is_refused() -> None:
     with transport(member(0)) as first, transport(member(1)) as second, pytest.raises(MocError):
         ask(second, first.url, "/echo", {"x": "y" * CONTROL_LIMIT_BYTES})
+
+
+@contextmanager
+def call(of: Transport) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", of.port), timeout=TIMEOUT_S) as connection:
+        yield connection
+
+
+def say(connection: socket.socket, method: str, path: str, headers: dict[str, str]) -> bytes:
+    """Send a request without its body and return the first line of the answer."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in headers.items())]
+    connection.sendall("".join(f"{line}\r\n" for line in (*lines, "")).encode())
+    return connection.recv(4096).split(b"\r\n")[0]
+
+
+async def _nothing() -> None:
+    """Whoever has run this on a loop knows that what came before has been looked at."""
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_message_is_heard_in_no_other_life_than_its_own(is_over: bool) -> None:
+    body = b'{"x": 1}'
+    headers = request_headers(member(1), "POST", "/echo", body_digest(body))
+    headers |= {"Content-Length": str(len(body)), "Expect": "100-continue"}
+    with transport(member(0)) as first, call(first) as connection:
+        assert say(connection, "POST", "/echo", headers) == b"HTTP/1.1 100 Continue"
+        first.submit(_nothing()).result(TIMEOUT_S)
+        if is_over:
+            first.enter(member(0, incarnation=2))
+        connection.sendall(body)
+        assert connection.recv(4096).split(b" ")[1] == (b"403" if is_over else b"200")
 
 
 def test_a_successor_is_found_at_the_same_place_and_takes_another_where_that_is_taken() -> None:

@@ -200,6 +200,8 @@ class Transport:
             text = await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
             if body_digest(text) != request.headers[BODY]:
                 return _refuse(request, UsageError("body is not what was proved"))
+            if self._member is not member:  # a report of that life must not be heard in this one
+                return _refuse(request, UsageError("another life has begun while the body came"))
             try:
                 found: Mapping[str, object] = answer(node, _parse(text))
             except MocError as error:
