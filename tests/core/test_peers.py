@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from moc.agent.peers.fellows import Fellows
 from moc.agent.peers.proof import (
     PROOF,
+    STREAM,
     Membership,
     answer_proof,
     body_digest,
@@ -23,7 +24,7 @@ from moc.agent.peers.proof import (
     request_headers,
 )
 from moc.agent.peers.report import Verdict
-from moc.agent.peers.transport import CONTROL_LIMIT_BYTES, Routes, Transport
+from moc.agent.peers.transport import CONTROL_LIMIT_BYTES, STRANGER_LIMIT, Routes, Transport
 from moc.errors import CoordinationError, MocError, StoreUnavailableError, UsageError
 from moc.host import SystemHost
 
@@ -154,6 +155,20 @@ def test_a_message_is_heard_in_no_other_life_than_its_own(is_over: bool) -> None
             first.enter(member(0, incarnation=2))
         connection.sendall(body)
         assert connection.recv(4096).split(b" ")[1] == (b"403" if is_over else b"200")
+
+
+def test_strangers_can_neither_open_any_number_of_connections_nor_keep_members_out() -> None:
+    with transport(member(0)) as first, transport(member(1)) as second, ExitStack() as stack:
+        headers = request_headers(member(1), "GET", "/stream?part=7", STREAM)
+        members_own = stack.enter_context(call(first))
+        assert say(members_own, "GET", "/stream?part=7", headers) == b"HTTP/1.1 200 OK"
+        strangers = []
+        for _ in range(STRANGER_LIMIT + 8):
+            strangers.append(stack.enter_context(call(first)))
+            assert say(strangers[-1], "GET", "/stream?part=7", {}) == b"HTTP/1.1 403 Forbidden"
+        assert all(stranger.recv(4096) == b"" for stranger in strangers[:8]), "closed"
+        assert ask(second, first.url, "/echo", {})["node"] == 1
+        assert say(members_own, "GET", "/stream?part=7", headers) == b"HTTP/1.1 200 OK"
 
 
 def test_a_successor_is_found_at_the_same_place_and_takes_another_where_that_is_taken() -> None:

@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import json
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -42,6 +43,8 @@ BODY_TIMEOUT_S = 30.0  # to receive a control message whole
 START_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 2.0  # for requests under way when this agent stops to listen
 CONNECTIONS_PER_PEER = 4
+IDLE_TIMEOUT_S = 30.0  # members talk every second, or open a connection for each request
+STRANGER_LIMIT = 128  # open connections on which nothing has been proved yet
 
 Answer = Callable[[int, dict[str, Any]], Mapping[str, object]]
 Stream = Callable[[int, web.Request], Awaitable[web.StreamResponse]]
@@ -76,6 +79,7 @@ class Transport:
         """
         self._routes, self._address, self._wanted_port, self._host = routes, address, port, host
         self._member: Membership | None = None
+        self._members_connections: set[web.RequestHandler] = set()
         self._loop = asyncio.new_event_loop()
         self._started: Future[int] = Future()
         self._closing = asyncio.Event()
@@ -164,37 +168,74 @@ class Transport:
             application.router.add_post(path, self._message_handler(answer))
         for method, path, serve in self._routes.streams:
             application.router.add_route(method, path, self._stream_handler(serve))
-        runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=CLOSE_TIMEOUT_S)
+        runner = web.AppRunner(
+            application,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=CLOSE_TIMEOUT_S,
+            keepalive_timeout=IDLE_TIMEOUT_S,
+        )
         await runner.setup()
+        server = runner.server
+        assert server is not None, "it is set up"
+        listener: asyncio.Server | None = None
         self._session = ClientSession(
             connector=TCPConnector(limit_per_host=CONNECTIONS_PER_PEER), trust_env=False, auto_decompress=False
         )
         try:
-            site = await self._listen(runner)
-            self._started.set_result(site)
+            listener = await self._listen(server)
+            self._started.set_result(int(listener.sockets[0].getsockname()[1]))
             await self._closing.wait()
         finally:
+            if listener is not None:
+                listener.close()
             await self._session.close()
             await runner.cleanup()
 
-    async def _listen(self, runner: web.AppRunner) -> int:
-        """Return the port: the wanted one, so that others find a successor where its predecessor was, else any."""
+    async def _listen(self, server: web.Server) -> asyncio.Server:
+        """Listen on the wanted port, so that others find a successor where its predecessor was, else on any.
+
+        Of a name's addresses on the first one: on each of several any port would be another one.
+        """
+        try:
+            found = await self._loop.getaddrinfo(self._address, None, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise OSError(f"not a name: {error}") from error
+        family, _, _, _, place = found[0]
         for port in (self._wanted_port, 0):
+            listener = socket.socket(family, socket.SOCK_STREAM)
             try:
-                await web.TCPSite(runner, self._address, port, reuse_address=True).start()
-                break
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((place[0], port, *place[2:]))
+                return await self._loop.create_server(lambda: self._let_in(server), sock=listener)
             except OSError:
+                listener.close()
                 if port == 0:
                     raise
                 log.warning("port is taken, using another one: address=%s port=%d", self._address, port)
-        return int(runner.addresses[0][1])
+        raise AssertionError("the last port was any")
+
+    def _let_in(self, server: web.Server) -> web.RequestHandler:
+        """Serve a new connection; of too many that have proved nothing the oldest is closed, a member's never is."""
+        opened = server.connections
+        self._members_connections &= set(opened)
+        strangers = [each for each in opened if each not in self._members_connections]
+        for stranger in strangers[: max(0, len(strangers) + 1 - STRANGER_LIMIT)]:
+            stranger.force_close()
+        return server()
+
+    def _admit(self, request: web.Request) -> tuple[Membership, int]:
+        """Return the present life and the node that asks; raises UsageError for a stranger."""
+        member = self._member
+        node = refuse_stranger(member, request.method, request.raw_path, request.headers)
+        assert member is not None, "who is in no life refuses everybody"
+        self._members_connections.add(request.protocol)
+        return member, node
 
     def _message_handler(self, answer: Answer) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(request: web.Request) -> web.Response:
-            member = self._member
             try:
-                node = refuse_stranger(member, request.method, request.raw_path, request.headers)
-                assert member is not None, "who is in no life refuses everybody"
+                member, node = self._admit(request)
             except UsageError as error:
                 return _refuse(request, error)
             text = await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
@@ -215,7 +256,7 @@ class Transport:
     def _stream_handler(self, serve: Stream) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             try:
-                node = refuse_stranger(self._member, request.method, request.raw_path, request.headers)
+                _, node = self._admit(request)
             except UsageError as error:
                 return _refuse(request, error)
             return await serve(node, request)
