@@ -132,7 +132,7 @@ class Saves:
             if not is_late and (may_start or moment in custody.wishes):
                 self._start(custody, moment)
             elif self.council is not None and moment != custody.newest and not self._is_under_way(custody, moment):
-                self.give_up(custody, moment, "a newer one is saved before the agent leaves")
+                self.give_up(custody, moment, "the agent is leaving, and has a newer one")
         timeout_s = float(custody.life.descriptor["timeout_s"])
         unfinished = custody.unfinished_saves() | custody.wishes
         self._first_seen_s = {moment: seen for moment, seen in self._first_seen_s.items() if moment in unfinished}
