@@ -260,7 +260,7 @@ class Custody:
             self.stable = self.newest
             return
         done = {**others.done, self.life.node: self.done}
-        found = global_moment(self.complete, done, nodes=range(self.life.nodes), away=others.silent)
+        found = global_moment(self.complete, done, nodes=range(self.life.nodes))
         if found is not None and (self.stable is None or found > self.stable):
             self.stable = found
 

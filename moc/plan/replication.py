@@ -2,7 +2,8 @@
 
 Only some moments are replicated: those that every rank has flagged, one at a time, so that all nodes replicate the same
 ones. A node's *duty* to a moment is done when each of its hosts holds whole replicas of all its ranks, or is counted as
-away. A moment is *global* when every rank has sealed it and every node that is not away has done its duty.
+away. A moment is *global* when every rank has sealed it and every node has done its duty, those that are not heard of
+any more included: their memory may be lost, and what is freed for a global moment must not be all that is left.
 """
 
 from __future__ import annotations
@@ -32,14 +33,13 @@ class Holding:
 
 
 def global_moment(
-    complete: Iterable[Moment], done: Mapping[int, Collection[Moment]], *, nodes: Collection[int], away: Collection[int]
+    complete: Iterable[Moment], done: Mapping[int, Collection[Moment]], *, nodes: Collection[int]
 ) -> Moment | None:
     """Return the newest complete moment to which every node has done its duty, None before the first.
 
-    `done[n]` are the moments that node n says it has done its duty to; a node that is away is not waited for, but the
-    node that asks never counts itself as away.
+    `done[n]` are the moments that node n says it has done its duty to.
     """
-    duties = [frozenset(done.get(node, ())) for node in sorted(nodes) if node not in away]
+    duties = [frozenset(done.get(node, ())) for node in sorted(nodes)]
     return max((moment for moment in complete if all(moment in held for held in duties)), default=None)
 
 

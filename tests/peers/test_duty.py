@@ -54,14 +54,15 @@ class Node:
         self.held.append(moment)
         return moment
 
-    def look(self, url: str, *, done: tuple[Moment, ...] = ()) -> None:
-        """Do one turn of the agent's loop; `done` is what node 0 has replicated."""
+    def look(self, url: str, *, done: tuple[Moment, ...] = (), is_silent: bool = False) -> None:
+        """Do one turn of the agent's loop; `done` is what node 0 has replicated, by its last report."""
         seals = [
             Seal(incarnation=LIFE.number, step=step, attempt=attempt, rank=rank, record=0)
             for step, attempt in self.held
             for rank in (0, 1)
         ]
-        self.custody.scan(others=Others(seals=tuple(seals), done={HOST: done}))
+        silent = (HOST,) if is_silent else ()
+        self.custody.scan(others=Others(seals=tuple(seals), done={HOST: done}, silent=silent))
         self.replicas.look(self.custody, [url, ""])
 
     def wait_delivered(self) -> None:
@@ -131,6 +132,27 @@ def test_a_dead_host_is_told_and_holds_nothing_up(node: Node) -> None:
         assert node.replicas.away == []
         assert node.replicas.status()["replicated_step"] == 8
         assert node.replicas.status()["last_error"] is None
+
+
+def test_a_lost_node_does_not_make_global_what_it_has_not_replicated(node: Node) -> None:
+    """What it has sealed and not sent is gone: the older moment is the only one that every rank's part is left of."""
+    five = node.seal(5, record=0, flags=REPLICATE)
+    with host() as url:
+        node.look(url, done=(five,))
+        node.wait_delivered()
+        node.look(url, done=(five,))
+        node.look(url, done=(five,))
+    assert node.custody.global_step == 5
+
+    eight = node.seal(8, record=1, flags=REPLICATE)
+    node.look(NOWHERE, done=(five,))
+    node.wait_delivered()
+    for _ in range(3):
+        node.look(NOWHERE, done=(five,), is_silent=True)
+    assert node.custody.done[-1] == eight, "the lost node is counted as away by this one"
+    assert node.custody.global_step == 5
+    assert node.steps() == [5, 8]
+    assert node.custody.arena.settled_step() == 7, "nothing newer is flagged while nobody knows what is left"
 
 
 def test_what_is_under_way_and_what_is_global_stay_and_nothing_else_does(node: Node) -> None:
