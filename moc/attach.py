@@ -19,7 +19,7 @@ from moc.facts import Facts
 from moc.format.manifest import Incarnation, Parent
 from moc.holdings import gather_holdings
 from moc.host import Host
-from moc.plan.lineage import Candidate
+from moc.plan.lineage import STORAGE, Candidate
 from moc.report import RecoveryReport
 from moc.repository import Repository
 from moc.restoration import restore_best
@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 class Recovered:
     """The outcome of the choice: where the new life comes from, and the report (None for a fresh start).
 
-    `layers` are the snapshots in memory that some experts come from beside the parent's; they are needed until the life
-    has a global snapshot. `routing` is what the state says about routes, None where nothing counts them.
+    `layers` are the snapshots in memory that the state comes from, the parent's first, which names no attempt; they are
+    needed until the life has a global snapshot. `routing` is what the state says about routes, None where nothing
+    counts them.
     """
 
     origin: Origin
@@ -95,12 +96,13 @@ def recover_life(
             log.warning("%s", line)
     is_weights = request.restore == "weights"
     parent = None if is_weights else candidate.as_parent()
+    layers = restored.layers if candidate.source == STORAGE else (candidate, *restored.layers)
     return Recovered(
         origin=origin,
         parent=parent,
         reason="weights" if is_weights else "recover",
         report=report,
-        layers=() if is_weights else restored.layers,
+        layers=() if is_weights else layers,
         routing=restored.routing,
     )
 

@@ -41,7 +41,7 @@ class Beginning:
         software: Mapping[str, str],
         host: Host,
     ) -> None:
-        """`lineage` are the lives before, `layers` what this one's state was recovered from beside its parent.
+        """`lineage` are the lives before, `layers` the snapshots in memory that this one's state comes from.
 
         Collective.
         """

@@ -151,8 +151,8 @@ def describe_life(
     """Return the descriptor of one node's arena for the life that `lineage` ends with. Pure.
 
     It holds the catalogs of the node's own ranks; digest, tensors and topology are the whole life's. `secret` is what
-    the agents of several nodes know each other by, None on one node. `layers` are the snapshots in memory, beside its
-    parent, that the life's state was recovered from.
+    the agents of several nodes know each other by, None on one node. `layers` are the snapshots in memory that the
+    life's state was recovered from.
     """
     config = request.config
     descriptor: dict[str, object] = {

@@ -13,7 +13,6 @@ from typing import Any
 from moc.agent.life import Life
 from moc.agent.peers.report import NOBODY, Others
 from moc.agent.room import refuse_if_too_large
-from moc.format.manifest import Parent
 from moc.plan.composition import steps_of_experts
 from moc.plan.freeing import (
     Moment,
@@ -103,7 +102,7 @@ class Custody:
         # who cannot tell its slots, could never take a snapshot.
         self._records.clear()
         self._refresh()
-        source = self._whole_snapshot(self.life.record.parent)
+        source = self._whole_snapshot(self.life)
         for (rank, index), record in list(self._records.items()):
             key = (record.incarnation, (record.step, record.attempt))
             if key != source and key not in pinned:
@@ -210,7 +209,7 @@ class Custody:
             self.earlier.close()
             self.earlier = None
         # With a global step the new life stands on its own.
-        source = None if self.stable is not None else self._whole_snapshot(self.life.record.parent)
+        source = None if self.stable is not None else self._whole_snapshot(self.life)
         wanted = self.unfinished_saves() | self.wishes
         pinned = self.pinned() | {(incarnation, moment) for moment in wanted} | self._supplement(complete)
         if self.life.hosts:
@@ -297,20 +296,21 @@ class Custody:
             if record.incarnation == incarnation and (record.step, record.attempt) == moment
         }
 
-    def recovery_source(self, parent: Parent | None) -> dict[int, SealRecord]:
-        """Return the seals that the present life was recovered from, by rank.
+    def recovery_source(self, life: Life) -> dict[int, SealRecord]:
+        """Return the seals that a life, the present one, was recovered from, by rank.
 
         Empty if memory does not hold all of them.
         """
         self._refresh()
-        source = self._whole_snapshot(parent)
+        source = self._whole_snapshot(life)
         return {} if source is None else self.records_of(*source)
 
-    def _whole_snapshot(self, parent: Parent | None) -> tuple[int, Moment] | None:
-        """Return the latest attempt at the parent's step that every rank holds.
+    def _whole_snapshot(self, life: Life) -> tuple[int, Moment] | None:
+        """Return the attempt at the parent's step that the life was recovered from, else the latest that is whole here.
 
-        Only that one is kept for a recovery: with all of them a life might find no free record, ever.
+        Only that one is kept for a recovery, at all nodes: with more of them a life might find no free record, ever.
         """
+        parent = life.record.parent
         if parent is None:
             return None
         moments = {
@@ -320,7 +320,8 @@ class Custody:
         }
         ranks = set(self.life.ranks)
         whole = [moment for moment in moments if set(self.records_of(parent.incarnation, moment)) == ranks]
-        return (parent.incarnation, max(whole)) if whole else None
+        chosen = [moment for moment in whole if (parent.incarnation, moment) in life.layers]
+        return (parent.incarnation, max(chosen or whole)) if whole else None
 
     def settle(self, moment: Moment) -> None:
         """Say that the save of this moment has ended, well or badly, and holds its seals no longer."""

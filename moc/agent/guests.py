@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moc.agent.life import layers_of
 from moc.errors import FencedError, ShardCorruptError, UsageError
 from moc.format.manifest import Incarnation
 from moc.plan.freeing import Moment
@@ -115,7 +116,7 @@ class Guests:
             self._life, self._digest, self._global = life, str(descriptor["digest"]), None
             for guest in self._guests:
                 guest.is_present = False
-                _keep_source(guest, life)
+                _keep_source(guest, life, layers_of(descriptor))
             layouts = guest_layouts(descriptor)
             fitting = [self._fitting(described) for described, _ in layouts]
             self._retire([guest for guest in self._guests if guest not in fitting and not guest.seals()])
@@ -308,13 +309,16 @@ class Guests:
                 guest.arena.close()
 
 
-def _keep_source(guest: _Guest, life: Incarnation) -> None:
-    """Free all replicas but those of the state that a life was recovered from: of each rank the latest attempt."""
+def _keep_source(guest: _Guest, life: Incarnation, layers: Collection[tuple[int, Moment]]) -> None:
+    """Free all replicas but those of the state that a life was recovered from: of each rank the attempt that `layers`
+    name, else the latest.
+    """
     parent = None if life.parent is None else (life.parent.incarnation, life.parent.step)
-    sources: dict[int, tuple[str, int]] = {}
+    sources: dict[int, tuple[bool, str, int]] = {}
     for rank, index, record in guest.seals():
         if (record.incarnation, record.step) == parent:
-            sources[rank] = max(sources.get(rank, ("", -1)), (record.attempt, index))
+            is_chosen = (record.incarnation, (record.step, record.attempt)) in layers
+            sources[rank] = max(sources.get(rank, (False, "", -1)), (is_chosen, record.attempt, index))
     for rank, index, record in guest.seals():
-        if sources.get(rank) != (record.attempt, index):
+        if rank not in sources or sources[rank][2] != index:
             guest.free(rank, index, record)

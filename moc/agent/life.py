@@ -12,7 +12,7 @@ from moc.format.manifest import Incarnation, decode_lineage
 from moc.plan.freeing import Moment
 from moc.topology import Topology
 
-__all__ = ["Life"]
+__all__ = ["Life", "layers_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Life:
     hosts: tuple[int, ...]
     descriptor: Mapping[str, Any]
     layers: frozenset[tuple[int, Moment]] = frozenset()
-    """Snapshots of earlier lives that this one was recovered from beside its parent."""
+    """Snapshots of earlier lives in memory that this one was recovered from: its parent's, and older ones."""
 
     @staticmethod
     def of(descriptor: Mapping[str, Any]) -> Life:
@@ -61,12 +61,13 @@ class Life:
             nodes=1 if topology is None else topology.node_count,
             hosts=tuple(wire.integers(descriptor, "hosts")) if "hosts" in descriptor else (),
             descriptor=descriptor,
-            layers=_layers(descriptor.get("layers", [])),
+            layers=layers_of(descriptor),
         )
 
 
-def _layers(rows: object) -> frozenset[tuple[int, Moment]]:
+def layers_of(descriptor: Mapping[str, Any]) -> frozenset[tuple[int, Moment]]:
     """Return the moments of a descriptor's layers; raises UsageError for what no trainer has described."""
+    rows = descriptor.get("layers", [])
     if not isinstance(rows, list):
         raise UsageError(f"layers of a descriptor are wrong: type={type(rows).__name__} allowed=a list")
     for row in rows:

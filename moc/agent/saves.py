@@ -197,7 +197,7 @@ class Saves:
                 self._offer(custody, moment, is_last=True)
             return
         source = custody.source()
-        records = source.recovery_source(life.parent)
+        records = source.recovery_source(custody.life)
         if not records:
             return
         log.info(

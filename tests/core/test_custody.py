@@ -43,7 +43,9 @@ def _descriptor(*lives: Incarnation) -> dict[str, object]:
     }
 
 
-def _seal(custody: Custody, rank: int, step: int, record: int, *, experts_at: int | None = None) -> None:
+def _seal(
+    custody: Custody, rank: int, step: int, record: int, *, experts_at: int | None = None, attempt: str = "00abcdef"
+) -> None:
     units = len(custody.arena.rank_layout(rank).units)
     custody.arena.seal(
         record,
@@ -53,7 +55,7 @@ def _seal(custody: Custody, rank: int, step: int, record: int, *, experts_at: in
             step=step,
             rank=rank,
             flags=0,
-            attempt="00abcdef",
+            attempt=attempt,
             digest="0123456789abcdef",
             state_bytes=0,
             state_crc32c=0,
@@ -140,6 +142,22 @@ def test_layers_of_a_recovery_stay_until_the_new_life_has_a_global_snapshot() ->
         _seal(custody, rank, 6, 0)
     custody.scan()
     assert [custody.arena.is_free(0, record) for record in range(3)] == [False, True, True]
+    custody.close()
+
+
+def test_the_attempt_that_a_life_was_recovered_from_stays_whatever_else_this_node_has_sealed() -> None:
+    """Other nodes may not have the later attempt: if each kept its latest, nothing would be whole any more."""
+    custody = Custody.create(_descriptor(FIRST), earlier=None)
+    for rank in (0, 1):
+        _seal(custody, rank, 5, 0)
+        _seal(custody, rank, 5, 1, attempt="01abcdef")
+
+    custody.renew(_descriptor(FIRST, SECOND) | {"layers": [[1, 5, "00abcdef"]]})
+
+    for _ in range(2):
+        assert [custody.arena.is_free(0, record) for record in range(3)] == [False, True, True]
+        custody.scan()
+    assert {record.attempt for record in custody.recovery_source(custody.life).values()} == {"00abcdef"}
     custody.close()
 
 

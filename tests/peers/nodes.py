@@ -61,16 +61,25 @@ class Sender:
         self.arena = Arena.create(described, layout, name="sender")
 
     def seal(
-        self, step: int, *, record: int, fresh: Iterable[int] | None = None, base: int | None = None, flags: int = 0
+        self,
+        step: int,
+        *,
+        record: int,
+        fresh: Iterable[int] | None = None,
+        base: int | None = None,
+        flags: int = 0,
+        ordinal: int = 0,
     ) -> Moment:
         """Seal a snapshot of both ranks in slots of this number; all units but `fresh` stay those of record `base`."""
+        attempt = f"{ordinal:02x}{step:06d}"
         for rank in (2, 3):
-            self._seal(rank, step, record, fresh, base, flags)
-        return (step, f"00{step:06d}")
+            self._seal(rank, (step, attempt), record, fresh, base, flags)
+        return (step, attempt)
 
     def _seal(
-        self, rank: int, step: int, index: int, fresh: Iterable[int] | None, base: int | None, flags: int
+        self, rank: int, moment: Moment, index: int, fresh: Iterable[int] | None, base: int | None, flags: int
     ) -> None:
+        step, attempt = moment
         layout, shards = self.arena.rank_layout(rank), self.arena.catalog(rank).shards
         units = range(len(layout.units)) if fresh is None else sorted(fresh)
         held = None if base is None else self.arena.seals(rank)[base]
@@ -96,7 +105,7 @@ class Sender:
             step=step,
             rank=rank,
             flags=flags,
-            attempt=f"00{step:06d}",
+            attempt=attempt,
             digest=DIGEST,
             state_bytes=len(state),
             state_crc32c=crc32c(state),

@@ -207,6 +207,22 @@ def test_a_new_life_keeps_what_it_grew_from_until_it_is_global_itself(
     assert guests.size_bytes() == 0
 
 
+def test_the_attempt_that_a_life_grew_from_is_kept_though_a_later_one_is_here(
+    sender: Sender, guests: Guests, url: str, wire: Wire
+) -> None:
+    five = sender.seal(5, record=0)
+    again = sender.seal(5, record=1, ordinal=1)
+    wire.send(sender.parcel(five, url))
+    guests.note_global(five)
+    wire.send(sender.parcel(again, url, known=five))
+    assert {attempt for _, _, attempt, _ in guests.inventory()} == {five[1], again[1]}
+    child = replace(LIFE, number=3, token="1" * 8, parent=Parent(incarnation=2, step=5, attempt=None))
+
+    guests.begin_life(child, descriptor(HOST, life=child) | {"layers": [[2, *five]]})
+
+    assert [attempt for _, _, attempt, _ in guests.inventory()] == [five[1]] * 2
+
+
 def test_strangers_get_nothing_and_leave_nothing(sender: Sender, guests: Guests, url: str, wire: Wire) -> None:
     moment = sender.seal(5, record=0)
     stranger = Wire(secret="another secret")
