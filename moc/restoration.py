@@ -30,7 +30,6 @@ from moc.errors import (
     StorageError,
     StoreDeniedError,
     StoreUnavailableError,
-    WaitTimeoutError,
 )
 from moc.format.keys import CheckpointName
 from moc.format.tagged import decode_state, encode_state, expect_mapping
@@ -358,14 +357,15 @@ def _fetch_replicas(request: Request, origin: Origin, candidate: Candidate, rank
         "attempt": candidate.attempt,
         "rank": rank,
         "budget": request.config.memory_budget_bytes,
+        "storage": request.storage,
         "places": [place[3:] for place in places if tuple(place[:3]) == snapshot],
     }
     folder, timeout_s = runtime_folder(origin.run, request.runtime_root), request.config.timeout_s
-    with closing(AgentClient.connect(folder, timeout_s=timeout_s, host=host)) as client:
-        try:
+    try:
+        with closing(AgentClient.connect(folder, timeout_s=timeout_s, host=host)) as client:
             reply, _ = client.request("restock", fields, timeout_s=timeout_s)
-        except WaitTimeoutError as error:
-            raise ShardCorruptError(f"replicas were not fetched in time: candidate={candidate} {timeout_s=}") from error
+    except MocError as error:  # a refusal too: what this node cannot have is no reason not to try an older state
+        raise ShardCorruptError(f"replicas cannot be had: candidate={candidate} reason={error}") from error
     if "problem" in reply:
         raise ShardCorruptError(f"replicas cannot be had: candidate={candidate} reason={reply['problem']}")
     log.info("replicas fetched: candidate=%s rank=%d bytes=%s", candidate, rank, reply.get("bytes"))

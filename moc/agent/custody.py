@@ -53,15 +53,16 @@ class Custody:
     def create(cls, descriptor: Mapping[str, Any], *, earlier: Custody | None) -> Custody:
         """Create an arena for a life. Blocks: about 0.7 s per GB. Raises: UsageError if it does not fit."""
         layout = cls.refuse_too_large(descriptor, earlier=earlier)
-        return cls._of(Arena.create(descriptor, layout, name=str(descriptor["run"])), earlier)
+        return cls.of(Arena.create(descriptor, layout, name=str(descriptor["run"])), earlier)
 
     @classmethod
     def adopt(cls, fd: int) -> Custody:
         """Take over the arena of an agent that died. Owns `fd`. Raises: IntegrityError, UsageError if it is none."""
-        return cls._of(Arena.attach(fd), None)
+        return cls.of(Arena.attach(fd), None)
 
     @classmethod
-    def _of(cls, arena: Arena, earlier: Custody | None) -> Custody:
+    def of(cls, arena: Arena, earlier: Custody | None) -> Custody:
+        """Take an arena, which is closed if its descriptor is none. Raises: UsageError, IntegrityError, TypeError."""
         try:
             return cls(arena, earlier=earlier)
         except BaseException:

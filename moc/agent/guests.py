@@ -250,11 +250,13 @@ class Guests:
             self._release(guest)
 
     def describe(self, rank: int) -> dict[str, Any]:
-        """Return the descriptor of the arena of which a guest is the replica. Raises: UsageError if there is none."""
+        """Return the descriptor of the arena of which a guest is the replica, without where its storage is: a URL may
+        hold a password, and what asks for this goes over the network. Raises: UsageError if there is none.
+        """
         with self._lock:
             for guest in self._guests:
                 if rank in guest.ranks:
-                    described = dict(guest.arena.descriptor)
+                    described = {name: value for name, value in guest.arena.descriptor.items() if name != "storage"}
                     return described | {"versions": described["own_versions"]}
         raise UsageError(f"there is no such guest: rank={rank}")
 

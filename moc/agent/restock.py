@@ -11,7 +11,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from moc.agent import wire
@@ -48,7 +48,8 @@ class Place:
 class Errand:
     """A snapshot of which all ranks of this node are wanted; `rank` is one of them, `places` has those of all nodes.
 
-    `secret` is that of the life whose agents have the replicas, and `life` and `nodes` are that life's.
+    `secret` is that of the life whose agents have the replicas, and `life` and `nodes` are that life's. `storage` is
+    the job's own, which no other node is asked for.
     """
 
     snapshot: Snapshot
@@ -56,7 +57,8 @@ class Errand:
     run: str
     life: int
     nodes: int
-    secret: str
+    secret: str = field(repr=False)
+    storage: str = field(repr=False)
     memory_budget_bytes: int | None
     places: Mapping[int, Sequence[Place]]
 
@@ -78,6 +80,7 @@ def errand_from(message: wire.Message) -> Errand:
         life=wire.integer(message, "life"),
         nodes=wire.integer(message, "nodes"),
         secret=wire.text(message, "secret"),
+        storage=wire.text(message, "storage"),
         memory_budget_bytes=None if message.get("budget") is None else wire.integer(message, "budget"),
         places=places,
     )
@@ -92,7 +95,7 @@ class Restock:
         self._lock = threading.Lock()
         self._wanted: list[tuple[socket.socket, Errand]] = []
         self._errand: Errand | None = None
-        self._outcome: tuple[Arena | None, dict[str, object]] | None = None
+        self._outcome: tuple[Custody | None, dict[str, object]] | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -118,8 +121,10 @@ class Restock:
 
         self._host.spawn(run, name="moc-restock")
 
-    def collect(self) -> tuple[Arena | None, list[tuple[socket.socket, dict[str, object]]]]:
-        """Return the arena that an ended errand has made, if it made one, and the replies to those who wanted it."""
+    def collect(self) -> tuple[Custody | None, list[tuple[socket.socket, dict[str, object]]]]:
+        """Return the custody of the arena that an ended errand has made, if it made one, and the replies to those who
+        wanted it.
+        """
         with self._lock:
             outcome, self._outcome = self._outcome, None
         if outcome is None or self._errand is None:
@@ -131,13 +136,14 @@ class Restock:
 
     # The errand's thread
 
-    def _attempt(self, errand: Errand, arena: Arena | None) -> tuple[Arena | None, dict[str, object]]:
+    def _attempt(self, errand: Errand, arena: Arena | None) -> tuple[Custody | None, dict[str, object]]:
         """Do the errand and say how it went: the thread's top, nothing escapes."""
-        made: Arena | None = None
+        made: Custody | None = None
         try:
             with self._trace.span("replica.fetch", step=errand.snapshot[1]):
                 if arena is None:
-                    arena = made = self._make_arena(errand)
+                    made = self._make_arena(errand)
+                    arena = made.arena
                 fetched = [self._restore(errand, arena, catalog.rank) for catalog in arena.catalogs]
         except (MocError, OSError) as error:
             log.warning("replicas could not be fetched: snapshot=%s %s", errand.snapshot, error)
@@ -148,15 +154,16 @@ class Restock:
         log.info("fetched replicas: snapshot=%s bytes=%d", errand.snapshot, sum(fetched))
         return made, {"bytes": sum(fetched)}
 
-    def _make_arena(self, errand: Errand) -> Arena:
+    def _make_arena(self, errand: Errand) -> Custody:
         """Return an arena as the lost one was, as a host of this node's replicas describes it."""
-        described = self._first(errand, errand.rank, lambda client: _described(client, errand.rank))
+        given = self._first(errand, errand.rank, lambda client: _described(client, errand.rank))
+        described = {**given, "storage": errand.storage}
         catalogs = described["catalogs"]
         # A life on this arena describes the guests too.
         room = descriptor_room({**described, "guests": [catalogs for _ in range(errand.nodes - 1)]})
         layout = arrange_arena(catalogs_from_json(catalogs), versions=described["versions"], descriptor_bytes=room)
         refuse_if_too_large(layout.size_bytes, errand.memory_budget_bytes)
-        return Arena.create(described, layout, name=errand.run)
+        return Custody.of(Arena.create(described, layout, name=errand.run), None)
 
     def _restore(self, errand: Errand, arena: Arena, rank: int) -> int:
         """See that a rank's part of the snapshot is here and right; return the bytes fetched for it."""

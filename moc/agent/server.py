@@ -341,7 +341,7 @@ class Agent:
 
     def _fetch_replicas(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Fetch what this node lacks of a snapshot, or has rotten, from replicas; the reply comes when that is done."""
-        if self._trainers.living():
+        if self._trainers.strangers():
             raise UsageError("trainers of an earlier life may still write to this memory")
         self._restock.want(connection, errand_from(message))
 
@@ -351,7 +351,7 @@ class Agent:
         if made is not None and self._custody is not None:
             made.close()  # somebody else has handed over an arena meanwhile: what is asked for next goes there
         elif made is not None:
-            self._custody = Custody(made)
+            self._custody = made
         if replies and self._custody is not None:
             self._custody.source().look_again()
         for connection, reply in replies:

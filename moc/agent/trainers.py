@@ -42,6 +42,7 @@ class Trainers:
         self._selector, self._on_death, self._host = selector, on_death, host
         self._by_rank: dict[int, Trainer] = {}
         self._displaced: list[Trainer] = []
+        self._spared: frozenset[int] = frozenset()
 
     def enter(self, trainer: Trainer, *, newest_incarnation: int | None) -> None:
         """Register a trainer and own its pidfd; raises UsageError for one of an older life, or not to be watched."""
@@ -75,6 +76,13 @@ class Trainers:
         """Return all that are alive."""
         return [trainer for trainer in self._all() if trainer.is_alive]
 
+    def strangers(self) -> list[Trainer]:
+        """Return the living that the newest fence was to kill: they may still write to memory of their lives.
+
+        A process of the job that attaches may be known from an attach of its own that failed.
+        """
+        return [trainer for trainer in self.living() if trainer.pid not in self._spared]
+
     def ended(self, incarnation: int) -> set[int]:
         """Return the ranks whose trainer of this life has ended: they seal nothing any more."""
         return {t.rank for t in self._by_rank.values() if t.incarnation == incarnation and not t.is_alive}
@@ -88,6 +96,7 @@ class Trainers:
 
         Return the killed and those that would not die. Blocks: 10 s for each of those.
         """
+        self._spared = frozenset(spare_pids)
         killed, immortal = [], []
         for trainer in self.living():
             if trainer.pid not in spare_pids:

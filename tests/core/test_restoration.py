@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,7 @@ from moc.errors import NoCheckpointError
 from moc.format.keys import manifest_key
 from moc.format.manifest import Incarnation, Parent
 from moc.host import SystemHost
-from moc.plan.lineage import Candidate, Link
+from moc.plan.lineage import PEERS, Candidate, Link
 from moc.restoration import Restored, restore_best
 from moc.state import Expert
 from moc.store.port import Store
@@ -23,6 +23,7 @@ from tests.support.history import RUN, History, every_rank, plain
 from tests.support.plain import PlainState
 
 A = Expert(layer=0, index=0)
+REPLICAS = {"run": RUN, "life": 1, "nodes": 2, "secret": "", "places": []}  # of a run whose agent is not there
 START = Incarnation(run=RUN, number=1, token="0" * 8, parent=None, reason="start")
 
 
@@ -65,6 +66,7 @@ def recover(
     plt_limit: float = 0.0375,
     restore: str | int = "auto",
     lineage: Sequence[Incarnation] = (START,),
+    replicas: Mapping[str, object] | None = None,
 ) -> Restored | None:
     """Restore on all ranks; fails unless all restored the same, and the dense masters are of its step."""
     request = Request(
@@ -87,6 +89,7 @@ def recover(
         candidates=tuple(candidates),
         notes=(),
         is_stored=True,
+        replicas=replicas or {},
     )
     wanted = [c for c in candidates if not isinstance(restore, int) or c.step == restore]
 
@@ -144,6 +147,19 @@ def test_above_the_limit_the_newest_checkpoint_without_stale_experts_is_preferre
     assert [r.candidate.split()[1] for r in restored.rejected] == ["step=9", "step=6"]
     assert "plt_limit=0.0375" in restored.rejected[0].reason
     assert any("plt_limit" in note and "step=9" in note for note in restored.notes)
+
+
+def test_replicas_that_the_agent_does_not_fetch_are_passed_over_for_storage(history: History) -> None:
+    """Whatever its reason is: it refuses for as long as a trainer lives that cannot be killed."""
+    history.seal(2)
+    stored_one = history.store_checkpoint(2)
+    replicated = replace(stored_one, source=PEERS, step=4)
+
+    restored = recover(history, [replicated, stored_one], mode="full", replicas=REPLICAS)
+
+    assert restored is not None
+    assert restored.candidate == stored_one
+    assert "replicas cannot be had" in restored.rejected[0].reason
 
 
 def test_above_the_limit_the_newest_is_restored_where_nothing_whole_can_be(history: History) -> None:

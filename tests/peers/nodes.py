@@ -6,6 +6,7 @@ import queue
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import numpy as np
 
@@ -15,12 +16,14 @@ from moc.agent.peers.courier import Courier, Delivery, Parcel
 from moc.agent.peers.proof import Membership
 from moc.agent.peers.reception import Reception
 from moc.agent.peers.transport import Routes, Transport
+from moc.config import Config
 from moc.format.manifest import Incarnation, encode_incarnation
 from moc.host import SystemHost
 from moc.plan.freeing import Moment
 from moc.plan.layout import arrange_arena
 from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.seal import SealRecord
+from moc.topology import Topology
 from moc.trace import Trace
 from tests.support.repository import Model
 
@@ -46,6 +49,24 @@ def descriptor(node: int, *, life: Incarnation = LIFE, has_guests: bool = True) 
         "guests": guests,
         "digest": DIGEST,
         "lineage": [encode_incarnation(life).decode()],
+    }
+
+
+def whole_descriptor(node: int, *, storage: str = "unused") -> dict[str, object]:
+    """Return what node's agent is told, with all that a custody needs to know."""
+    return descriptor(node) | {
+        "hosts": [1 - node],
+        "fellows": {"node": node, "secret": "a secret", "address": "127.0.0.1", "urls": []},
+        "topology": Topology(world_size=4, node_of_rank=(0, 0, 1, 1)).to_json(),
+        "tensors": 1,
+        "fingerprint": {},
+        "software": {},
+        "storage": storage,
+        "keep_last": 1,
+        "keep_every": 0,
+        "timeout_s": 1.0,
+        "memory_budget_bytes": None,
+        "config": asdict(Config(persist_every=0)),
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import pytest
 
@@ -13,13 +12,11 @@ from moc.agent.custody import Custody
 from moc.agent.guests import Guests
 from moc.agent.peers.report import Others
 from moc.agent.replicas import Replicas
-from moc.config import Config
 from moc.host import SystemHost
 from moc.plan.freeing import Moment, Seal
 from moc.snapshot.seal import REPLICATE
-from moc.topology import Topology
 from moc.trace import Trace
-from tests.peers.nodes import DEADLINE_S, HOST, LIFE, SENDER, Sender, descriptor, listening, member
+from tests.peers.nodes import DEADLINE_S, HOST, LIFE, SENDER, Sender, descriptor, listening, member, whole_descriptor
 
 NOWHERE = "http://127.0.0.1:9"  # the port of a service that no machine offers any more
 
@@ -28,21 +25,7 @@ class Node:
     """Node 1 with its custody and its replicas; node 0 has sealed whatever it is said to have."""
 
     def __init__(self) -> None:
-        described = descriptor(SENDER) | {
-            "hosts": [HOST],
-            "fellows": {"node": SENDER, "secret": "a secret", "address": "127.0.0.1", "urls": []},
-            "topology": Topology(world_size=4, node_of_rank=(0, 0, 1, 1)).to_json(),
-            "tensors": 1,
-            "fingerprint": {},
-            "software": {},
-            "storage": "unused",
-            "keep_last": 1,
-            "keep_every": 0,
-            "timeout_s": 1.0,
-            "memory_budget_bytes": None,
-            "config": asdict(Config(persist_every=0)),
-        }
-        self.custody = Custody.create(described, earlier=None)
+        self.custody = Custody.create(whole_descriptor(SENDER), earlier=None)
         self.sender = Sender(self.custody.arena)
         self._woken = threading.Semaphore(0)
         self.replicas = Replicas(Guests(), host=SystemHost(), trace=Trace(), wake=self._woken.release)
