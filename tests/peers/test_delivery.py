@@ -256,6 +256,9 @@ class _Hostile(BaseHTTPRequestHandler):
 
     do_PUT = do_POST  # the name is http.server's
 
+    def do_GET(self) -> None:
+        self.server.act(self)  # type: ignore[attr-defined]
+
     def log_message(self, *args: object) -> None:
         pass
 
@@ -293,6 +296,15 @@ def _drip(peer: _Hostile) -> None:
     peer.send_response(200)
     peer.send_header("Content-Length", "1000")
     peer.end_headers()
+    _trickle(peer)
+
+
+def _drip_head(peer: _Hostile) -> None:
+    peer.wfile.write(b"HTTP/1.0 200 OK\r\nServer:")
+    _trickle(peer)
+
+
+def _trickle(peer: _Hostile) -> None:
     for _ in range(1000):
         if peer.server.released.wait(0.05):  # type: ignore[attr-defined]
             return
@@ -326,6 +338,7 @@ def hostile(act: Callable[[_Hostile], None]) -> Iterator[str]:
         (_nonsense, "not readable"),
         (_stall, "does not answer"),
         (_drip, "too slow"),
+        (_drip_head, "too slow"),
     ],
 )
 def test_a_host_that_lies_or_stalls_is_given_up_in_bounded_time(
@@ -342,6 +355,16 @@ def test_a_host_that_lies_or_stalls_is_given_up_in_bounded_time(
         again = impatient.send(sender.parcel(moment, url))
         assert again.error is not None
         assert again.seconds < delivery.seconds, "who is away is tried once"
+
+
+@pytest.mark.parametrize("act", [_drip, _drip_head])
+def test_a_replica_that_comes_drop_by_drop_is_given_up_at_its_deadline(act: Callable[[_Hostile], None]) -> None:
+    host = SystemHost()
+    received: list[bytes] = []
+    with hostile(act) as url:
+        client = PeerClient(member(SENDER), url, stall_s=5.0, host=host)
+        with pytest.raises(StoreUnavailableError, match="too slow"):
+            client.get("/replica/data", received.append, size_bytes=1000, deadline_s=host.now_s() + 0.5)
 
 
 def test_a_host_that_is_gone_is_back_with_the_next_moment(sender: Sender, guests: Guests, wire: Wire) -> None:

@@ -1,6 +1,7 @@
 """A blocking client for the agent of another node: for the threads that send replicas and fetch them.
 
-Every wait has a limit: `stall_s` for one operation on the socket, the caller's deadline for the whole. Whatever goes
+Every wait has a limit: `stall_s` for one operation on the socket, a deadline for the whole, which is looked at before
+every read: a peer that sends drop by drop, of an answer's head too, is late by at most one operation. Whatever goes
 wrong on the way, a peer that lies about its answer included, is a StoreUnavailableError or CoordinationError.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException, HTTPResponse
@@ -24,6 +26,31 @@ T = TypeVar("T")
 
 ANSWER_LIMIT_BYTES = 64 << 20  # of a control message: a seal record of a million shards, in base64
 READ_BYTES = 1 << 20
+
+
+class _Socket(socket.socket):
+    """A connection of which every read is judged first."""
+
+    judge: Callable[[], None]
+
+    def recv_into(self, *args: Any, **options: Any) -> int:
+        self.judge()
+        return super().recv_into(*args, **options)
+
+
+class _Connection(HTTPConnection):
+    """A connection to a peer; `judge` raises when it is too late to read on."""
+
+    def __init__(self, url: str, *, stall_s: float, judge: Callable[[], None]) -> None:
+        parts = urlsplit(url)
+        super().__init__(parts.hostname or "", parts.port, timeout=stall_s)
+        self._judge = judge
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = _Socket(fileno=self.sock.detach())
+        self.sock.judge = self._judge
+        self.sock.settimeout(self.timeout)
 
 
 class PeerClient:
@@ -45,7 +72,8 @@ class PeerClient:
             answer = connection.getresponse()
             return answer.status, answer.headers.get(PROOF, ""), self._read_whole(answer)
 
-        status, proof, content = self._talk(talk)
+        # To connect, to have the answer begin, and to have its body: stall_s each.
+        status, proof, content = self._talk(talk, deadline_s=self._host.now_s() + 3 * self._stall_s)
         expected = answer_proof(self._member, headers[PROOF], status, content)
         if not hmac.compare_digest(proof.encode("utf-8", "replace"), expected.encode()):
             raise CoordinationError(f"agent of another node refused: url={self.url} path={path} status={status}")
@@ -81,7 +109,8 @@ class PeerClient:
             answer = connection.getresponse()
             return answer.status, self._read_whole(answer)
 
-        status, content = self._talk(talk)
+        # What has arrived by the deadline is still to be checked there.
+        status, content = self._talk(talk, deadline_s=deadline_s + 2 * self._stall_s)
         if status != 200:
             words = content[:500].decode("utf-8", "replace")
             raise CoordinationError(f"agent of another node refused: url={self.url} status={status} reason={words}")
@@ -100,22 +129,23 @@ class PeerClient:
                 )
             received = 0
             while received < size_bytes and (data := answer.read(min(READ_BYTES, size_bytes - received))):
-                self._refuse_late(deadline_s, received)
                 take(data)
                 received += len(data)
             return received
 
-        received = self._talk(talk)
+        received = self._talk(talk, deadline_s=deadline_s)
         if received != size_bytes:
             raise StoreUnavailableError(
                 f"agent of another node sent half: url={self.url} bytes={received} expected={size_bytes}"
             )
 
-    def _talk(self, talk: Callable[[HTTPConnection], T]) -> T:
-        parts = urlsplit(self.url)
-        connection = HTTPConnection(parts.hostname or "", parts.port, timeout=self._stall_s)
+    def _talk(self, talk: Callable[[HTTPConnection], T], *, deadline_s: float) -> T:
+        def judge() -> None:
+            if self._host.now_s() > deadline_s:
+                raise StoreUnavailableError(f"agent of another node is too slow: url={self.url}")
+
         try:
-            with closing(connection):
+            with closing(_Connection(self.url, stall_s=self._stall_s, judge=judge)) as connection:
                 return talk(connection)
         except (OSError, HTTPException) as error:
             words = str(error) or type(error).__name__
