@@ -22,7 +22,8 @@ def test_a_checkpoint_that_one_rank_has_missed_is_made_at_the_next_snapshot(snap
 
         made = job.committed_steps()
         assert PERSIST_EVERY not in made
-        assert PERSIST_EVERY < made[0] <= PERSIST_EVERY + 2 * snapshot_every, made
+        # At the next snapshot that all ranks take: on a busy machine one of them may have no free slot yet.
+        assert PERSIST_EVERY < made[0] < 2 * PERSIST_EVERY, made
         # On a busy machine a save may still be under way at the next flagged step; the last one is SIGTERM's.
         assert made[1:-1], made
         assert all(step % PERSIST_EVERY == 0 for step in made[1:-1]), f"the rhythm stays: {made}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -311,4 +310,3 @@ def test_one_node_listens_to_nobody() -> None:
         assert "moc-peers" not in {path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm")}
         assert "aiohttp" not in Path(f"/proc/{pid}/maps").read_text()
         life.kill()
-        shutil.rmtree(job.storage)

@@ -28,7 +28,8 @@ STEPS_OF_A_LIFE = 12  # at most, before it is killed
 LONGEST_DELAY_S = 0.08  # more than a step takes
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 10])
 def test_a_job_killed_many_times_equals_the_undisturbed(
     kills: int, zygote: Zygote, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

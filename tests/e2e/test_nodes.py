@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.world, pytest.mark.timeout(600)]
 ENDLESS, PERSIST_EVERY, FURTHER_STEPS = 100_000, 4, 6
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_job_on_two_nodes_equals_the_undisturbed_after_a_kill_and_a_lost_node(
     ranks: int, zygote: Zygote, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.sim.simulation import simulate
 from tests.support.mutant import ROOT, Copy, Mutation
 
-SEEDS, CHUNK = 200, 25
+SEEDS, CHUNK = 150, 25
 PARTIAL_SEEDS = 50
 SEARCHED = "0..399"  # where a planted defect must show
 

@@ -107,7 +107,7 @@ SCENARIOS = (
             "model.ep_size=2",
             "model.moe_layers=odd",
             "checkpoint.enabled=true",
-            "checkpoint.storage=counted/checkpoints",
+            "checkpoint.storage=repository",
             "checkpoint.persist_every=1",
             "checkpoint.keep_last=6",
             "training.steps=6",
@@ -235,7 +235,7 @@ def test_all_ranks_log_the_same_losses_and_loads(worlds: Path) -> None:
 
 
 def test_the_counters_have_every_route_of_every_step(worlds: Path) -> None:
-    repository = Repository(open_store(str(worlds / "counted" / "checkpoints")))
+    repository = Repository(open_store(str(worlds / "counted" / "repository")))
     manifests = [repository.read_manifest(checkpoint.name) for checkpoint in repository.checkpoints()]
     repository.close()
 
