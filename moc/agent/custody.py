@@ -233,18 +233,18 @@ class Custody:
     def _supplement(self, complete: Sequence[Moment]) -> set[tuple[int, Moment]]:
         """Return the snapshot to keep beside the newest, because it has experts whole that the newest has not.
 
-        Those come from there if the job fails before it has made up for them. With two versions there is no room: what
-        would make up for them could not be taken.
+        Else those come from storage, if the job fails before it makes up for them, for which two versions have no room.
         """
-        if len(complete) < 2 or self.arena.layout.ranks[0].versions < SUPPLEMENTED_VERSIONS:
+        source = self._whole_snapshot(self.life)
+        known = [*([source] if source else []), *((self.life.record.number, moment) for moment in complete)]
+        if not complete or len(known) < 2 or self.arena.layout.ranks[0].versions < SUPPLEMENTED_VERSIONS:
             return set()
-        lacking = self._torn(complete[-1])
-        older = next((moment for moment in reversed(complete[:-1]) if lacking - self._torn(moment)), None)
-        return set() if older is None else {(self.life.record.number, older)}
+        lacking = self._torn(*known[-1])
+        return set([key for key in known[:-1] if lacking - self._torn(*key)][-1:])
 
-    def _torn(self, moment: Moment) -> frozenset[Expert]:
-        """Return the experts of which ranks hold different steps in a snapshot of this life."""
-        records = self.records_of(self.life.record.number, moment)
+    def _torn(self, incarnation: int, moment: Moment) -> frozenset[Expert]:
+        """Return the experts of which ranks hold different steps in a snapshot."""
+        records = self.records_of(incarnation, moment)
         if all(step == record.step for record in records.values() for step in record.steps):
             return frozenset()
         slices = (

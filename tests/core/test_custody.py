@@ -127,6 +127,26 @@ def test_a_snapshot_stays_while_the_newest_has_experts_in_pieces_that_it_has_who
     custody.close()
 
 
+def test_what_a_life_was_recovered_from_stays_while_its_first_snapshot_has_experts_in_pieces() -> None:
+    custody = Custody.create(_replicated(FIRST), earlier=None)
+    for rank in range(4):
+        _seal(custody, rank, 4, 0)
+        _seal(custody, rank, 5, 1)
+    custody.renew(_replicated(FIRST, SECOND, layers=[[1, 4, "00abcdef"]]))
+
+    for rank in range(4):
+        _seal(custody, rank, 7, 2, experts_at=5 if rank == 2 else 7)
+    custody.scan()
+
+    assert custody.global_step == 7
+    assert [custody.arena.is_free(0, record) for record in range(3)] == [True, False, False], "room for the next"
+    for rank in range(4):
+        _seal(custody, rank, 8, 0)
+    custody.scan()
+    assert [custody.arena.is_free(0, record) for record in range(3)] == [False, True, True]
+    custody.close()
+
+
 def test_layers_of_a_recovery_stay_until_the_new_life_has_a_global_snapshot() -> None:
     custody = Custody.create(_replicated(FIRST), earlier=None)
     for rank in range(4):
