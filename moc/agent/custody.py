@@ -320,9 +320,9 @@ class Custody:
             if (r.incarnation, r.step) == (parent.incarnation, parent.step)
         }
         ranks = set(self.life.ranks)
-        whole = [moment for moment in moments if set(self.records_of(parent.incarnation, moment)) == ranks]
-        chosen = [moment for moment in whole if (parent.incarnation, moment) in life.layers]
-        return (parent.incarnation, max(chosen or whole)) if whole else None
+        chosen = {moment for moment in moments if (parent.incarnation, moment) in life.layers}
+        whole = [m for m in chosen or moments if set(self.records_of(parent.incarnation, m)) == ranks]
+        return (parent.incarnation, max(whole)) if whole else None
 
     def settle(self, moment: Moment) -> None:
         """Say that the save of this moment has ended, well or badly, and holds its seals no longer."""

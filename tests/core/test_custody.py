@@ -181,6 +181,19 @@ def test_the_attempt_that_a_life_was_recovered_from_stays_whatever_else_this_nod
     custody.close()
 
 
+def test_beside_half_of_what_a_life_was_recovered_from_no_other_attempt_takes_the_last_free_record() -> None:
+    custody = Custody.create(_descriptor(FIRST) | {"versions": 2}, earlier=None)
+    _seal(custody, 0, 5, 0)
+    for rank in (0, 1):
+        _seal(custody, rank, 5, 1, attempt="01abcdef")
+
+    custody.renew(_descriptor(FIRST, SECOND) | {"versions": 2, "layers": [[1, 5, "00abcdef"]]})
+    custody.scan()
+
+    assert [custody.arena.is_free(rank, record) for rank in (0, 1) for record in (0, 1)] == [False, True, True, True]
+    custody.close()
+
+
 @pytest.mark.parametrize("layers", [{}, [5], [[1, 4]], [[1, "4", "00abcdef"]], [[1, True, "00abcdef"]]])
 def test_layers_that_no_trainer_has_described_are_refused(layers: object) -> None:
     with pytest.raises(UsageError, match="layers"):
