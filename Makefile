@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OPERATORS := $(VENV)/.operators
 # Most of the suite waits for processes; a file stays on one worker, because its tests share worlds and servers.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 EXTRAS := test,train,s3,nodes,metrics
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 

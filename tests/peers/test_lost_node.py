@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -27,9 +28,11 @@ def _lose(job: Job, life: Life, node: int) -> None:
 def _guest_memory(job: Job, node: int) -> Path:
     """Return the file of the replicas that a node's agent holds."""
     pid = job.agent_pid(node)
-    found = [path for path in Path(f"/proc/{pid}/fd").iterdir() if "-guest" in os.readlink(path)]
-    assert found
-    return found[0]
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the agent has closed it since
+            if "-guest" in os.readlink(path):
+                return path
+    raise AssertionError(f"agent holds no replicas: pid={pid}")
 
 
 def test_nothing_that_was_global_is_lost_with_a_node_nor_with_the_other_one_later() -> None:

@@ -25,7 +25,7 @@ from moc.store.open import open_store
 from moc_train.compare import compare, read_lineage
 from moc_train.runlog import read_records, surviving_steps
 
-pytestmark = [pytest.mark.world, pytest.mark.timeout(600)]  # the first test waits for three worlds
+pytestmark = [pytest.mark.world, pytest.mark.longest, pytest.mark.timeout(600)]  # the first test waits for three worlds
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
