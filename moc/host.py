@@ -1,4 +1,5 @@
-"""What a process gets from its operating system, as one port: time, threads, waiting, other processes, chance, stores.
+"""What a process gets from its operating system, as one port: time, threads, waiting, other processes, chance, stores,
+the network between nodes.
 
 The workflows of trainers and agents reach for these through a `Host` alone, so that the simulator can run them all in
 one process, on one thread at a time, under a clock and a seed of its own. What is not behind the port (sockets once
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
 from moc.clock import Clock, SystemClock
+from moc.network.port import Call, Network, Serve
 from moc.store.open import open_store
 from moc.store.port import Store
 from moc.trace import Trace
@@ -118,6 +120,20 @@ class Host(Clock, Protocol):
     def open_store(self, url: str, *, trace: Trace) -> Store:
         """Return the store at a URL, to be closed by the caller."""
 
+    # Other nodes
+
+    def listen(self, serve: Serve, *, address: str, port: int) -> Network:
+        """Answer requests at an address of this machine, on another port if that one is taken (0: any).
+
+        Blocks: until it listens. Raises: OSError if it cannot.
+        """
+
+    def dial(self, url: str, *, stall_s: float, judge: Callable[[], None]) -> Call:
+        """Return a request to be made of another node, closed by the caller.
+
+        `stall_s` bounds each operation on the connection; `judge` is called before every read, and may raise.
+        """
+
 
 class SystemHost(SystemClock):
     """This process on Linux. Agents that it starts write their spans to `trace_dir`."""
@@ -210,6 +226,16 @@ class SystemHost(SystemClock):
 
     def open_store(self, url: str, *, trace: Trace) -> Store:
         return open_store(url, trace=trace)
+
+    def listen(self, serve: Serve, *, address: str, port: int) -> Network:
+        from moc.network.http import HttpNetwork  # aiohttp takes a while, and one node does not need it
+
+        return HttpNetwork(serve, address=address, port=port, spawn=lambda act, name: self.spawn(act, name=name))
+
+    def dial(self, url: str, *, stall_s: float, judge: Callable[[], None]) -> Call:
+        from moc.network.call import HttpCall  # http.client takes a while too
+
+        return HttpCall(url, stall_s=stall_s, judge=judge)
 
 
 def _open_private(path: Path) -> IO[bytes]:

@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moc.agent.peers.client import PeerClient
 from moc.agent.peers.fellows import Fellows
 from moc.agent.peers.proof import (
     PROOF,
@@ -24,9 +24,11 @@ from moc.agent.peers.proof import (
     request_headers,
 )
 from moc.agent.peers.report import Verdict
-from moc.agent.peers.transport import CONTROL_LIMIT_BYTES, STRANGER_LIMIT, Routes, Transport
+from moc.agent.peers.transport import Routes, Transport
 from moc.errors import CoordinationError, MocError, StoreUnavailableError, UsageError
 from moc.host import SystemHost
+from moc.network.http import CONTROL_LIMIT_BYTES, STRANGER_LIMIT
+from moc.network.port import Visit, query_of
 
 TIMEOUT_S = 20.0
 WORDS = st.text(max_size=20)
@@ -42,8 +44,8 @@ def transport(who: Membership | None, *, port: int = 0) -> Iterator[Transport]:
     routes.message("/echo", lambda node, body: {"node": node, "body": body})
     routes.message("/fail", _fail)
 
-    async def serve(node: int, request: web.Request) -> web.StreamResponse:
-        return web.Response(text=f"{node} {request.query['part']}")
+    async def serve(node: int, visit: Visit) -> None:
+        visit.answer(200, f"{node} {query_of(visit.target)['part']}".encode())
 
     routes.stream("GET", "/stream", serve)
     opened = Transport(routes, address="127.0.0.1", port=port, host=SystemHost())
@@ -218,15 +220,17 @@ def _publish(agent: Fellows, *, committed: int) -> None:
 
 
 def test_streams_are_served_to_members_only() -> None:
-    async def get(of: Transport, url: str, path: str) -> tuple[int, str]:
-        async with of.session.get(url + path, headers=of.stream_headers("GET", path)) as answer:
-            return answer.status, await answer.text()
+    def get(who: Membership, url: str) -> bytes:
+        received: list[bytes] = []
+        client = PeerClient(who, url, stall_s=TIMEOUT_S, host=SystemHost())
+        deadline_s = SystemHost().now_s() + TIMEOUT_S
+        client.get("/stream?part=7", received.append, size_bytes=3, deadline_s=deadline_s)
+        return b"".join(received)
 
-    with ExitStack() as stack:
-        first, second = (stack.enter_context(transport(member(node))) for node in (0, 1))
-        stranger = stack.enter_context(transport(member(1, secret="another")))
-        assert second.submit(get(second, first.url, "/stream?part=7")).result(TIMEOUT_S) == (200, "1 7")
-        assert stranger.submit(get(stranger, first.url, "/stream?part=7")).result(TIMEOUT_S)[0] == 403
+    with transport(member(0)) as first:
+        assert get(member(1), first.url) == b"1 7"
+        with pytest.raises(CoordinationError, match="status=403"):
+            get(member(1, secret="another"), first.url)
 
 
 def test_an_address_that_is_not_this_machines_is_refused() -> None:

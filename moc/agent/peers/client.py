@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import hmac
 import json
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from moc.agent.peers.proof import PROOF, STREAM, Membership, answer_proof, body_digest, request_headers
 from moc.errors import CoordinationError, StoreUnavailableError
 from moc.host import Host
+from moc.network.port import Call
 
 __all__ = ["PeerClient"]
 
@@ -26,31 +24,6 @@ T = TypeVar("T")
 
 ANSWER_LIMIT_BYTES = 64 << 20  # of a control message: a seal record of a million shards, in base64
 READ_BYTES = 1 << 20
-
-
-class _Socket(socket.socket):
-    """A connection of which every read is judged first."""
-
-    judge: Callable[[], None]
-
-    def recv_into(self, *args: Any, **options: Any) -> int:
-        self.judge()
-        return super().recv_into(*args, **options)
-
-
-class _Connection(HTTPConnection):
-    """A connection to a peer; `judge` raises when it is too late to read on."""
-
-    def __init__(self, url: str, *, stall_s: float, judge: Callable[[], None]) -> None:
-        parts = urlsplit(url)
-        super().__init__(parts.hostname or "", parts.port, timeout=stall_s)
-        self._judge = judge
-
-    def connect(self) -> None:
-        super().connect()
-        self.sock = _Socket(fileno=self.sock.detach())
-        self.sock.judge = self._judge
-        self.sock.settimeout(self.timeout)
 
 
 class PeerClient:
@@ -67,10 +40,11 @@ class PeerClient:
         text = json.dumps(body, separators=(",", ":")).encode()
         headers = request_headers(self._member, "POST", path, body_digest(text))
 
-        def talk(connection: HTTPConnection) -> tuple[int, str, bytes]:
-            connection.request("POST", path, body=text, headers=headers)
-            answer = connection.getresponse()
-            return answer.status, answer.headers.get(PROOF, ""), self._read_whole(answer)
+        def talk(call: Call) -> tuple[int, str, bytes]:
+            call.begin("POST", path, headers | {"Content-Length": str(len(text))})
+            call.send(text)
+            status, given = call.answer()
+            return status, given.get(PROOF, ""), self._read_whole(call)
 
         # To connect, to have the answer begin, and to have its body: stall_s each.
         status, proof, content = self._talk(talk, deadline_s=self._host.now_s() + 3 * self._stall_s)
@@ -93,21 +67,18 @@ class PeerClient:
         """
         headers = request_headers(self._member, "PUT", target, STREAM)
 
-        def talk(connection: HTTPConnection) -> tuple[int, bytes]:
-            connection.putrequest("PUT", target, skip_accept_encoding=True)
-            for name, value in (headers | {"Content-Length": str(size_bytes)}).items():
-                connection.putheader(name, value)
-            connection.endheaders()
+        def talk(call: Call) -> tuple[int, bytes]:
+            call.begin("PUT", target, headers | {"Content-Length": str(size_bytes)})
             began_s, sent = self._host.now_s(), 0
             for chunk in chunks:
                 self._refuse_late(deadline_s, sent)
-                connection.send(chunk)
+                call.send(chunk)
                 sent += len(chunk)
                 ahead_s = began_s + sent / pace - self._host.now_s()
                 if ahead_s > 0:
                     self._host.sleep(ahead_s)
-            answer = connection.getresponse()
-            return answer.status, self._read_whole(answer)
+            status, _ = call.answer()
+            return status, self._read_whole(call)
 
         # What has arrived by the deadline is still to be checked there.
         status, content = self._talk(talk, deadline_s=deadline_s + 2 * self._stall_s)
@@ -119,16 +90,14 @@ class PeerClient:
         """Give exactly `size_bytes` from the peer to `take`, piece by piece, by `deadline_s` on the host's clock."""
         headers = request_headers(self._member, "GET", target, STREAM)
 
-        def talk(connection: HTTPConnection) -> int:
-            connection.request("GET", target, headers=headers)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                words = self._read_whole(answer)[:500].decode("utf-8", "replace")
-                raise CoordinationError(
-                    f"agent of another node refused: url={self.url} status={answer.status} reason={words}"
-                )
+        def talk(call: Call) -> int:
+            call.begin("GET", target, headers)
+            status, _ = call.answer()
+            if status != 200:
+                words = self._read_whole(call)[:500].decode("utf-8", "replace")
+                raise CoordinationError(f"agent of another node refused: url={self.url} status={status} reason={words}")
             received = 0
-            while received < size_bytes and (data := answer.read(min(READ_BYTES, size_bytes - received))):
+            while received < size_bytes and (data := call.read(min(READ_BYTES, size_bytes - received))):
                 take(data)
                 received += len(data)
             return received
@@ -139,24 +108,24 @@ class PeerClient:
                 f"agent of another node sent half: url={self.url} bytes={received} expected={size_bytes}"
             )
 
-    def _talk(self, talk: Callable[[HTTPConnection], T], *, deadline_s: float) -> T:
+    def _talk(self, talk: Callable[[Call], T], *, deadline_s: float) -> T:
         def judge() -> None:
             if self._host.now_s() > deadline_s:
                 raise StoreUnavailableError(f"agent of another node is too slow: url={self.url}")
 
         try:
-            with closing(_Connection(self.url, stall_s=self._stall_s, judge=judge)) as connection:
-                return talk(connection)
-        except (OSError, HTTPException) as error:
+            with closing(self._host.dial(self.url, stall_s=self._stall_s, judge=judge)) as call:
+                return talk(call)
+        except OSError as error:
             words = str(error) or type(error).__name__
             raise StoreUnavailableError(
                 f"agent of another node does not answer: url={self.url} reason={words}"
             ) from error
 
-    def _read_whole(self, answer: HTTPResponse) -> bytes:
+    def _read_whole(self, call: Call) -> bytes:
         """Return an answer's body; a peer that sends it drop by drop is given up like one that sends nothing."""
         deadline_s, parts, length = self._host.now_s() + self._stall_s, [], 0
-        while data := answer.read1(READ_BYTES):
+        while data := call.read(READ_BYTES):
             self._refuse_late(deadline_s, length)
             parts.append(data)
             length += len(data)

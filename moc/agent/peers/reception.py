@@ -16,12 +16,11 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from aiohttp import web
-
 from moc.agent import wire
 from moc.agent.guests import Guests
 from moc.agent.peers.transport import Routes
 from moc.errors import MocError, UsageError
+from moc.network.port import Visit, query_of
 from moc.plan.freeing import Moment
 from moc.snapshot.parcel import Intake, parcel_bytes, parcel_chunks, read_seal, seal_mark, write_seal
 
@@ -56,25 +55,27 @@ class Reception:
         self._arriving[record.rank] = intake
         return {"units": list(intake.units)}
 
-    async def _receive(self, node: int, request: web.Request) -> web.StreamResponse:
-        query = request.query
+    async def _receive(self, node: int, visit: Visit) -> None:
+        query = query_of(visit.target)
         moment = (_number(query.get("step")), query.get("attempt", ""))
         intake = self._arriving.pop(_number(query.get("rank")), None)
         is_meant = intake is not None and (intake.record.step, intake.record.attempt) == moment
-        if intake is None or not is_meant or request.content_length != intake.size_bytes:
-            return web.Response(status=409, text=f"nothing of {request.content_length} bytes is expected")
+        if intake is None or not is_meant or visit.length != intake.size_bytes:
+            visit.answer(409, f"nothing of {visit.length} bytes is expected".encode())
+            return
         try:
-            while data := await asyncio.wait_for(request.content.readany(), STALL_S):
+            while data := await asyncio.wait_for(visit.read_piece(), STALL_S):
                 self._guests.take(intake, data)
             await asyncio.to_thread(self._guests.check, intake)
         except MocError as error:
             self._guests.drop(intake)
-            return web.Response(status=422, text=str(error))
+            visit.answer(422, str(error).encode())
+            return
         except BaseException:  # the sender is gone, or stalls
             self._guests.drop(intake)
             raise
         self._arrived[intake.record.rank] = intake
-        return web.Response()
+        visit.answer(200)
 
     def _seal(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
         rank, moment = wire.integer(body, "rank"), (wire.integer(body, "step"), wire.text(body, "attempt"))
@@ -93,21 +94,16 @@ class Reception:
     def _describe(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
         return {"descriptor": self._guests.describe(wire.integer(body, "rank"))}
 
-    async def _send(self, node: int, request: web.Request) -> web.StreamResponse:
-        query = request.query
+    async def _send(self, node: int, visit: Visit) -> None:
+        query = query_of(visit.target)
         snapshot = (_number(query.get("incarnation")), _number(query.get("step")), query.get("attempt", ""))
         try:
             with self._guests.open(snapshot, _number(query.get("rank"))) as (arena, record):
                 units = tuple(range(len(record.slots)))
-                response = web.StreamResponse()
-                response.content_length = parcel_bytes(arena, record, units)
-                await response.prepare(request)
-                for chunk in parcel_chunks(arena, record, units):
-                    await asyncio.wait_for(response.write(chunk), STALL_S)
-                await response.write_eof()
-                return response
+                pieces = parcel_chunks(arena, record, units)
+                await visit.answer_pieces(pieces, length=parcel_bytes(arena, record, units), stall_s=STALL_S)
         except UsageError as error:
-            return web.Response(status=404, text=str(error))
+            visit.answer(404, str(error).encode())
 
 
 def _moment(value: object) -> Moment | None:

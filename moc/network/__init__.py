@@ -1,0 +1,1 @@
+"""The network between nodes: the port and its implementation over HTTP."""

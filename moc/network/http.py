@@ -1,0 +1,198 @@
+"""An agent's place in the network over HTTP: a server and a client, on one event loop, on a thread of its own.
+
+Nothing listens before `HttpNetwork` is made. Of connections on which nobody has proved who he is only so many are open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
+
+from moc.network.port import Answer, Serve
+
+__all__ = ["CONTROL_LIMIT_BYTES", "STRANGER_LIMIT", "HttpNetwork"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CONTROL_LIMIT_BYTES = 16 << 20  # of a body that is read whole; receipts of a thousand ranks take a few hundred KiB
+CONNECT_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 2.0  # for requests under way when this agent stops to listen
+CONNECTIONS_PER_PEER = 4
+IDLE_TIMEOUT_S = 30.0  # members talk every second, or open a connection for each request
+STRANGER_LIMIT = 128  # open connections on which nothing has been proved yet
+
+
+class Joinable(Protocol):
+    """A thread, as far as it is waited for here."""
+
+    def join(self, timeout: float | None = None) -> None: ...
+
+
+class HttpNetwork:
+    """`moc.network.port.Network`. Owns the thread, the listening socket and the connections."""
+
+    def __init__(
+        self, serve: Serve, *, address: str, port: int, spawn: Callable[[Callable[[], None], str], Joinable]
+    ) -> None:
+        """Listen on an address of this machine; on another port if that one is taken (0: any).
+
+        `spawn` starts a thread with a name. Blocks: until it listens. Raises: OSError if it cannot.
+        """
+        self._serve, self._address, self._wanted_port = serve, address, port
+        self._members_connections: set[web.RequestHandler] = set()
+        self._loop = asyncio.new_event_loop()
+        self._started: Future[int] = Future()
+        self._closing = asyncio.Event()
+        self._thread = spawn(self._run, "moc-peers")
+        try:
+            self.port = self._started.result(START_TIMEOUT_S)
+        except OSError:
+            self._thread.join()
+            raise
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join()
+
+    async def ask(
+        self, url: str, target: str, *, headers: Mapping[str, str], body: bytes, timeout_s: float, limit_bytes: int
+    ) -> Answer:
+        timeout = ClientTimeout(total=timeout_s, sock_connect=min(CONNECT_TIMEOUT_S, timeout_s))
+        try:
+            async with self._session.post(
+                url + target, data=body, headers=headers, timeout=timeout, allow_redirects=False
+            ) as answer:
+                return answer.status, answer.headers, await _read_whole(answer.content, limit_bytes)
+        except (ClientError, asyncio.TimeoutError) as error:
+            raise OSError(str(error) or type(error).__name__) from error
+
+    # The loop's thread
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._main())
+        except OSError as error:  # told to whoever waits for the start; after it nothing raises this
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+        finally:
+            self._loop.close()
+
+    async def _main(self) -> None:
+        application = web.Application(client_max_size=CONTROL_LIMIT_BYTES)
+        application.router.add_route("*", "/{path:.*}", self._handle)
+        runner = web.AppRunner(
+            application,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=CLOSE_TIMEOUT_S,
+            keepalive_timeout=IDLE_TIMEOUT_S,
+        )
+        await runner.setup()
+        server = runner.server
+        assert server is not None, "it is set up"
+        listener: asyncio.Server | None = None
+        self._session = ClientSession(
+            connector=TCPConnector(limit_per_host=CONNECTIONS_PER_PEER), trust_env=False, auto_decompress=False
+        )
+        try:
+            listener = await self._listen(server)
+            self._started.set_result(int(listener.sockets[0].getsockname()[1]))
+            await self._closing.wait()
+        finally:
+            if listener is not None:
+                listener.close()
+            await self._session.close()
+            await runner.cleanup()
+
+    async def _listen(self, server: web.Server) -> asyncio.Server:
+        """Listen on the wanted port, so that others find a successor where its predecessor was, else on any.
+
+        Of a name's addresses on the first one: on each of several any port would be another one.
+        """
+        try:
+            found = await self._loop.getaddrinfo(self._address, None, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise OSError(f"not a name: {error}") from error
+        family, _, _, _, place = found[0]
+        for port in (self._wanted_port, 0):
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((place[0], port, *place[2:]))
+                return await self._loop.create_server(lambda: self._let_in(server), sock=listener)
+            except OSError:
+                listener.close()
+                if port == 0:
+                    raise
+                log.warning("port is taken, using another one: address=%s port=%d", self._address, port)
+        raise AssertionError("the last port was any")
+
+    def _let_in(self, server: web.Server) -> web.RequestHandler:
+        """Serve a new connection; of too many that have proved nothing the oldest is closed, a member's never is."""
+        opened = server.connections
+        self._members_connections &= set(opened)
+        strangers = [each for each in opened if each not in self._members_connections]
+        for stranger in strangers[: max(0, len(strangers) + 1 - STRANGER_LIMIT)]:
+            stranger.force_close()
+        return server()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        visit = _Visit(request, self._members_connections)
+        await self._serve(visit)
+        assert visit.response is not None, "everything is answered"
+        return visit.response
+
+
+class _Visit:
+    """`moc.network.port.Visit`."""
+
+    def __init__(self, request: web.Request, members_connections: set[web.RequestHandler]) -> None:
+        self._request, self._members_connections = request, members_connections
+        self.method, self.target, self.headers = request.method, request.raw_path, request.headers
+        self.length, self.sender = request.content_length, request.remote or ""
+        self.response: web.StreamResponse | None = None
+
+    def vouch(self) -> None:
+        self._members_connections.add(self._request.protocol)
+
+    async def read(self) -> bytes:
+        return await self._request.read()
+
+    async def read_piece(self) -> bytes:
+        return await self._request.content.readany()
+
+    def answer(self, status: int, body: bytes = b"", *, headers: Mapping[str, str] | None = None) -> None:
+        self.response = web.Response(status=status, body=body, headers=headers)
+
+    async def answer_pieces(self, pieces: Iterable[bytes], *, length: int, stall_s: float) -> None:
+        response = web.StreamResponse()
+        response.content_length = length
+        await response.prepare(self._request)
+        for piece in pieces:
+            await asyncio.wait_for(response.write(piece), stall_s)
+        await response.write_eof()
+        self.response = response
+
+
+async def _read_whole(content: Any, limit_bytes: int) -> bytes:
+    """Return an answer's body. Raises: ClientError if it is longer than any answer is."""
+    parts, length = [], 0
+    async for chunk in content.iter_any():
+        parts.append(chunk)
+        length += len(chunk)
+        if length > limit_bytes:
+            raise ClientError(f"answer is too long: allowed={limit_bytes}")
+    return b"".join(parts)
