@@ -50,9 +50,10 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TooStale:
-    """A candidate that was not restored because its experts are too old: why, in words."""
+    """A candidate that was not restored because its experts are too old: why, in words, and the step of the oldest."""
 
     reason: str
+    oldest_step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ def assemble(
         routing = _lose(layers, choice, stale, counted)
         reason = _too_stale(layers.candidates[0], stale, routing, terms, world)
         if reason is not None:
-            return TooStale(reason=reason)
+            return TooStale(reason=reason, oldest_step=min(row.step for row in stale))
         if work.read(choice):
             used = sorted({n for n in choice.layers.values() if n and layers.candidates[n].source == MEMORY})
             return Assembled(

@@ -88,8 +88,9 @@ def restore_best(
 ) -> Restored | None:
     """Restore the first candidate that can be restored; None if none is wanted. Collective.
 
-    In a partial mode one whose stale experts exceed the limit of lost tokens is passed over for the first without any;
-    where there is none, it is restored nevertheless. What was asked for by its step is restored as it is.
+    In a partial mode one whose stale experts exceed the limit of lost tokens is passed over for the first without any,
+    unless all of that would be older than the oldest of these experts; where there is none, it is restored
+    nevertheless. What was asked for by its step is restored as it is.
 
     Raises the same error on every rank: NoCheckpointError where all are damaged, StorageError where storage does not
     give what there is, and whatever is no fault of a candidate.
@@ -132,11 +133,15 @@ class _Search:
         self.rejected: list[Rejection] = []
         self.unread: list[tuple[Candidate, MocError]] = []
         self.too_stale: Candidate | None = None
+        self.back_to = 0
+        """The step that nothing may be older than which is restored instead of what is too stale."""
 
     def first(self, candidates: Sequence[Candidate], *, plt_limit: float | None) -> Restored | None:
         """Restore the first that can be, None if none can; from the first on that is too stale, only a whole one."""
         for candidate in candidates:
             is_whole = self.too_stale is not None and plt_limit is not None
+            if is_whole and candidate.step < self.back_to:
+                continue  # going back would cost every part of the state more than any expert loses now
             terms = Terms(
                 parts=WEIGHT_PARTS if self._request.restore == "weights" else None,
                 has_layers=self._request.config.mode != "full" and not is_whole,
@@ -153,7 +158,8 @@ class _Search:
                 return outcome
             log.warning("candidate passed over: %s reason=%s", candidate, outcome.reason)
             self.rejected.append(Rejection(candidate=str(candidate), reason=outcome.reason))
-            self.too_stale = self.too_stale or candidate
+            if self.too_stale is None:
+                self.too_stale, self.back_to = candidate, outcome.oldest_step
         return None
 
     def _reject(self, candidate: Candidate, error: MocError, *, is_optional: bool) -> None:
@@ -228,7 +234,8 @@ class _Search:
         notes = [_note_unread(passed) for passed, _ in self.unread if passed != candidate]
         if self.too_stale == candidate:
             notes.append(
-                "more tokens are lost than plt_limit allows, and nothing without stale experts can be restored"
+                "more tokens are lost than plt_limit allows, and nothing without stale experts can be restored that is "
+                f"as new as the oldest of these: step={self.back_to}"
             )
         elif self.too_stale is not None:
             notes.append(

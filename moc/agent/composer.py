@@ -20,7 +20,7 @@ from moc.format.manifest import Incarnation, Manifest
 from moc.persist import Receipt, read_capture
 from moc.plan.composition import Base, Composition, Sealed, Terms, compose, is_newer, next_base, steps_of_experts
 from moc.plan.freeing import Moment
-from moc.plan.lineage import chain, is_on_chain, merge_incarnations
+from moc.plan.lineage import chain, faults_of, is_on_chain, merge_incarnations
 from moc.plan.rotation import expert_counts, rotation_of
 from moc.plan.select import DynamicK, LoadAware, Policy, SelectAll, Sequential
 from moc.repository import Repository
@@ -134,6 +134,7 @@ class Composer:
             policy=self._policy(descriptor["config"], is_counted=bool(sealed.captures)),
             rotation=rotation_of(expert_counts(sealed.steps), topology.ep_sizes),
             interval=max(1, descriptor["config"]["persist_every"]),
+            faults=faults_of(self._lineage),
         )
 
     def _policy(self, config: Mapping[str, Any], *, is_counted: bool) -> Policy:

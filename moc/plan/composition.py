@@ -66,11 +66,15 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """How experts take turns. `interval` is the number of steps between two commits."""
+    """How experts take turns.
+
+    `interval` is the number of steps between two commits, `faults` how often the run has gone on from storage.
+    """
 
     policy: Policy
     rotation: Rotation
     interval: int
+    faults: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,10 +193,8 @@ def _chosen(sealed: Sealed, base: Base, held: Held, fit: Collection[Expert], ter
     shape = tuple(len(order) for order in terms.rotation.orders)
     if routing is not None and routing.shape != shape:
         raise InternalError(f"routes belong to another model: experts={routing.shape} expected={shape}")
-    step = sealed.name.step
-    # Nobody knows how long the run will be, so it is judged as if it ended here, and no faults are to come.
     plt = 0.0 if routing is None else routing.plt
-    budget = Budget(plt=plt, faults=0, step=step, steps=step, interval=terms.interval)
+    budget = Budget(plt=plt, faults=terms.faults, step=sealed.name.step, interval=terms.interval)
     chosen: set[Expert] = set()
     for layer, order in enumerate(terms.rotation.orders):
         experts = [Expert(layer=layer, index=index) for index in range(len(order))]

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from moc.format.keys import LAST_STEP
 from moc.format.manifest import Incarnation, Parent
 
-__all__ = ["Candidate", "Link", "candidates", "chain", "is_on_chain", "merge_incarnations", "tip"]
+__all__ = ["Candidate", "Link", "candidates", "chain", "faults_of", "is_on_chain", "merge_incarnations", "tip"]
 
 MEMORY = "memory"
 PEERS = "peer memory"
 """A snapshot in memory of which some ranks' parts are fetched from replicas at other nodes, where they are wanted."""
 STORAGE = "storage"
+RECOVERY = "recover"
+"""The reason of a life that goes on after a failure."""
 SOURCES = (MEMORY, PEERS, STORAGE)  # the nearest first
 
 
@@ -93,6 +95,12 @@ def chain(records: dict[int, Incarnation], newest: int) -> tuple[Link, ...]:
         parent = records[number].parent if number in records else None
         number = 0 if parent is None else parent.incarnation
     return tuple(links)
+
+
+def faults_of(lineage: Iterable[Incarnation]) -> int:
+    """Return how many of these lives went on from storage: a fault came before them that memory did not survive."""
+    recovered = [life for life in lineage if life.reason == RECOVERY]
+    return len({life.number for life in recovered if life.parent is not None and life.parent.attempt is not None})
 
 
 def is_on_chain(links: Sequence[Link], incarnation: int, step: int, attempt: str | None = None) -> bool:

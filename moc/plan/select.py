@@ -57,7 +57,7 @@ class LoadAware:
 
 @dataclass(frozen=True, slots=True)
 class DynamicK:
-    """Sequential, with the smallest of `k`, 2 `k`, 4 `k`, ... that keeps the lost tokens of the whole run under
+    """Sequential, with the smallest of `k`, 2 `k`, 4 `k`, ... that is expected to keep the share of lost tokens within
     `plt_limit`.
     """
 
@@ -91,16 +91,17 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What the run has lost and what is still to come: `plt` and `faults` so far, and steps.
+    """What the run has lost and what is still to come.
 
-    `interval` is the number of steps between two commits.
+    `plt` is the share of tokens lost by `step`, `faults` how often the run has gone on from storage by then, `interval`
+    the number of steps between two commits. `steps` is how long the run will be, None where nobody knows.
     """
 
     plt: float
     faults: int
     step: int
-    steps: int
     interval: int
+    steps: int | None = None
 
 
 def fresh_history(layers: int, experts: int) -> History:
@@ -156,22 +157,39 @@ def select(
 def choose_k(policy: DynamicK, budget: Budget, experts: int) -> int:
     """Return the K that DynamicK uses now.
 
-    A fault loses (experts / K - 1) / 2 * interval steps of the mean expert (equation 7, closed form). Faults to come
-    are extrapolated from those so far, one at least. K rises when faults have used up the budget and falls when the
-    rest of the run can afford it; if nothing suffices, all experts are saved.
+    K rises with what faults have lost and with their rate, and falls while the run goes on without any. If nothing
+    suffices, all experts are saved.
     """
     _check_k(policy.k, experts)
     if not 0 < policy.plt_limit <= 1:
         raise UsageError(f"limit of lost tokens is out of range: plt_limit={policy.plt_limit} allowed=0 < x <= 1")
-    left = max(0, budget.steps - budget.step)
-    to_come = max(1.0, budget.faults * left / max(1, budget.step)) if left else 0.0
     k = policy.k
     while k < experts:
-        lost = to_come * (experts / k - 1) / 2 * budget.interval / max(1, budget.steps)
-        if budget.plt + lost <= policy.plt_limit:
+        lost_steps = (
+            (experts / k - 1) / 2 * budget.interval
+        )  # by one fault, of the mean expert: equation 7, closed form
+        if _worst_share(budget, lost_steps) <= policy.plt_limit:
             return k
         k = min(2 * k, experts)
     return experts
+
+
+def _worst_share(budget: Budget, lost_steps: float) -> float:
+    """Return the largest share of tokens that is expected to be lost, now or later, if a fault loses so many steps.
+
+    Faults are assumed to go on at their rate so far, and one to come now. Of a run that is known to end the share of
+    all its steps counts. Else what is expected at any later step lies between the share lost so far and the one that
+    each further step loses: both must be within the limit, and the first with one more fault. As long as nothing was
+    lost nothing is expected: what goes on from storage may have been ended well.
+    """
+    done = max(1, budget.step)
+    if budget.steps is not None:
+        left = max(0, budget.steps - budget.step)
+        to_come = max(1.0, budget.faults * left / done) if left else 0.0
+        return budget.plt + to_come * lost_steps / max(1, budget.steps)
+    if budget.plt == 0 or budget.faults == 0:
+        return budget.plt
+    return max(budget.plt + lost_steps / done, budget.faults * lost_steps / done)
 
 
 def _sequential(history: History, queues: Sequence[Sequence[int]], k: int) -> Selection:

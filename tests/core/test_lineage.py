@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moc.format.manifest import Incarnation, Parent
-from moc.plan.lineage import MEMORY, STORAGE, Candidate, candidates, chain, is_on_chain, merge_incarnations, tip
+from moc.plan.lineage import (
+    MEMORY,
+    STORAGE,
+    Candidate,
+    candidates,
+    chain,
+    faults_of,
+    is_on_chain,
+    merge_incarnations,
+    tip,
+)
 
 
 def _life(number: int, parent: tuple[int, int] | None, *, token: str = "t", attempt: str | None = None) -> Incarnation:
@@ -122,3 +133,17 @@ def test_a_stored_record_outranks_one_that_only_memory_knows() -> None:
     stored, remembered = _life(2, (1, 4), token="stored"), _life(2, (1, 9), token="memory")
     assert merge_incarnations([stored], [remembered, _life(1, None)])[2] is stored
     assert tip(merge_incarnations([stored], [_life(3, (2, 5))])) == 3
+
+
+def test_faults_are_lives_that_went_on_from_storage_after_a_failure() -> None:
+    lives = [
+        _life(1, None),
+        _life(2, (1, 5)),
+        _life(3, (2, 7), attempt="00000000"),
+        replace(_life(4, (2, 7), attempt="00000000"), reason="rewind"),
+        _life(5, (4, 9), attempt="00000000"),
+    ]
+
+    assert faults_of(lives) == 2
+    assert faults_of([*lives, lives[-1]]) == 2, "each once"
+    assert faults_of(lives[:2]) == 0, "from memory nothing is lost"

@@ -174,6 +174,26 @@ def test_above_the_limit_the_newest_is_restored_where_nothing_whole_can_be(histo
     assert any("nothing without stale experts" in note for note in restored.notes)
 
 
+def test_above_the_limit_nothing_older_than_the_oldest_stale_expert_is_gone_back_to(history: History) -> None:
+    """Every part of the state would lose more than the expert that loses most."""
+    history.seal(2)
+    whole = history.store_checkpoint(2)
+    others = [expert for expert in history.grid if expert != A]
+    history.seal(5)
+    history.store_checkpoint(5, base=2, written=[A])
+    history.seal(6)
+    history.store_checkpoint(6, base=5, written=others)
+    history.seal(9)
+    newest = history.store_checkpoint(9, base=6, written=[])
+
+    restored = recover(history, [newest, whole])
+
+    assert restored is not None
+    assert restored.candidate == newest
+    assert {row.step for row in restored.stale} == {5, 6}
+    assert any("nothing without stale experts" in note and "step=5" in note for note in restored.notes)
+
+
 def test_a_step_that_was_asked_for_is_restored_whatever_is_lost(history: History) -> None:
     candidates = stored(history)
 

@@ -263,6 +263,19 @@ def test_k_grows_when_too_many_tokens_are_lost(lost: int, written: int) -> None:
     assert len(composition.written) == written
 
 
+@pytest.mark.parametrize(("faults", "written"), [(0, 1), (2, 2)])
+def test_k_grows_with_the_rate_of_faults_while_the_share_is_within_the_limit(faults: int, written: int) -> None:
+    grid = experts_of((4,))
+    base = committed(200, dict.fromkeys(grid, 200), None, None)
+    routing = Routing(basis=KEPT, routed=((250, 250, 250, 250),), learned=((245, 250, 250, 250),))
+    capture = Capture(routing=routing, captured=routing.learned, steps=((205,) * 4,))
+    terms = replace(terms_of((4,), DynamicK(1, plt_limit=0.0375)), faults=faults)
+
+    composition = compose(sealed_of(name_of(205), dict.fromkeys(grid, 205), [capture]), base, terms)
+
+    assert len(composition.written) == written
+
+
 def test_what_cannot_be_written_nor_kept_fails_the_save() -> None:
     grid = experts_of((2,))
     with pytest.raises(PlanDivergedError, match="ranks hold an expert at different steps"):

@@ -164,6 +164,79 @@ def test_dynamic_k_never_falls_when_more_is_lost(k: int, plt: float, faults: int
     assert choose_k(policy, budget(plt=plt, faults=faults + 1, step=step), experts) >= chosen_k
 
 
+@given(
+    st.integers(1, 64),
+    st.integers(2, 64),
+    st.floats(0, 0.2),
+    st.integers(1, 200),
+    st.integers(1, 100_000),
+    st.integers(1, 200),
+)
+def test_dynamic_k_keeps_what_is_expected_within_the_limit_at_every_later_step(
+    k: int, experts: int, plt: float, faults: int, step: int, interval: int
+) -> None:
+    """If faults go on at their rate so far, and each loses what the closed form says."""
+    policy = DynamicK(min(k, experts), plt_limit=0.0375)
+
+    chosen_k = choose_k(policy, Budget(plt=plt, faults=faults, step=step, interval=interval), experts)
+
+    lost_steps = (experts / chosen_k - 1) / 2 * interval if plt else 0.0
+    for later in (0, 1, interval, step, 10 * step, 1000 * step):
+        expected = (plt * step + faults / step * later * lost_steps) / (step + later)
+        assert expected <= max(plt, policy.plt_limit) * (1 + 1e-9), "no share above the limit, and none that grows"
+    if plt <= policy.plt_limit:
+        assert plt + lost_steps / step <= policy.plt_limit * (1 + 1e-9), "nor with a fault right now"
+    else:
+        assert chosen_k == experts
+
+
+@given(
+    st.integers(1, 64),
+    st.integers(2, 64),
+    st.floats(0, 0.2),
+    st.integers(0, 50),
+    st.integers(1, 100_000),
+    st.integers(1, 200),
+)
+def test_dynamic_k_without_a_known_end_rises_with_losses_and_faults_and_falls_with_time(
+    k: int, experts: int, plt: float, faults: int, step: int, interval: int
+) -> None:
+    policy = DynamicK(min(k, experts), plt_limit=0.0375)
+
+    def at(*, plt: float = plt, faults: int = faults, step: int = step) -> int:
+        return choose_k(policy, Budget(plt=plt, faults=faults, step=step, interval=interval), experts)
+
+    assert at(plt=plt + 0.001) >= at()
+    assert at(faults=faults + 1) >= at()
+    if plt <= policy.plt_limit:
+        lost = plt * step
+        falling = [at(plt=lost / later, step=later) for later in (step, 2 * step, 8 * step, 4096 * step)]
+        assert falling == sorted(falling, reverse=True)
+        assert at(plt=lost / (step << 40), step=step << 40) == policy.k, (
+            "a run that goes on without faults forgets them"
+        )
+
+
+def test_dynamic_k_goes_up_after_faults_and_down_in_between_and_no_fault_passes_the_limit() -> None:
+    """A run of 64 experts that commits 4 of them every 10 steps, and loses at each fault what the closed form says."""
+    policy, interval, experts = DynamicK(4, plt_limit=0.0375), 10, 64
+    faulty, lost, faults = {3_000, 5_000, 5_500, 6_000, 30_000}, 0.0, 0
+    history: dict[int, int] = {}
+    for step in range(interval, 60_000, interval):
+        budget = Budget(plt=lost / step, faults=faults, step=step, interval=interval)
+        history[step] = choose_k(policy, budget, experts)
+        if step in faulty:
+            faults += 1
+            lost += (experts / history[step] - 1) / 2 * interval
+            assert lost / step <= policy.plt_limit
+            assert history[step] < experts
+
+    assert history[3_000] == 4, "before the first fault nothing is expected"
+    assert history[6_010] > 4, "after some of them more is saved"
+    assert history[29_990] == 4, "and less again once the run has gone on without"
+    assert history[30_010] == history[59_990] == 4
+
+
 def test_dynamic_k_selects_sequentially() -> None:
     rotation, history = even_rotation(1, 4, 1), fresh_history(1, 4)
 
