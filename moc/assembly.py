@@ -18,7 +18,7 @@ from moc.layers import Layers, WithheldError, is_withheld
 from moc.plan.lineage import MEMORY, Candidate
 from moc.plan.versions import Choice
 from moc.recover import fill_shards, split_tree
-from moc.report import StaleVersion
+from moc.report import ExpertOrigin, StaleVersion
 from moc.routing import Routing, lose
 from moc.state import Expert
 from moc.trace import Trace
@@ -60,14 +60,15 @@ class TooStale:
 class Assembled:
     """What is in the training state now; equal on all ranks but for `size_bytes` (read by this rank) and the tree.
 
-    `stale` are the experts that are older than the candidate's step, `layers` the older snapshots in memory that some
-    of them come from. `routing` counts as lost what they have not learned, None where nothing counts routes; `lost` are
-    the routes that this restore has lost, by layer.
+    `experts` says where each comes from, where that may be several places. `stale` are those that are older than the
+    candidate's step, `layers` the older snapshots in memory that some experts come from. `routing` counts as lost what
+    they have not learned, None where nothing counts routes; `lost` are the routes that this restore has lost, by layer.
     """
 
     size_bytes: int
     tree: Mapping[str, object] | None
     is_exact: bool
+    experts: tuple[ExpertOrigin, ...]
     stale: tuple[StaleVersion, ...]
     layers: tuple[Candidate, ...]
     routing: Routing | None
@@ -102,6 +103,7 @@ def assemble(
                 size_bytes=work.size_bytes,
                 tree=tree,
                 is_exact=is_exact,
+                experts=_origins(layers, choice) if terms.has_layers else (),
                 stale=stale,
                 layers=tuple(layers.candidates[n] for n in used),
                 routing=routing,
@@ -186,7 +188,10 @@ class _Work:
         damaged: dict[Expert, MocError] = {}
         for number, experts in sorted(groups.items()):
             source, candidate = self._layers.sources[number], self._layers.candidates[number]
-            assert source is not None, f"chosen from a layer that is not open: {candidate}"
+            if source is None:
+                words = f"this node has nothing of the snapshot: candidate={candidate}"
+                damaged |= {expert: ShardCorruptError(words) for expert in experts if expert is not None}
+                continue
             targets = [target for expert in experts for target in self.targets[expert]]
             try:
                 filled = fill_shards(source, self._state, targets, candidate, host=self._host, trace=self._trace)
@@ -219,6 +224,14 @@ class _Work:
             self.notes.append(words)
         if self._world.rank == 0:
             log.warning("%s", words)
+
+
+def _origins(layers: Layers, choice: Choice) -> tuple[ExpertOrigin, ...]:
+    rows = ((e, layers.candidates[number].source, layers.version(choice, e)) for e, number in choice.layers.items())
+    return tuple(
+        ExpertOrigin(expert=expert, level=level, step=version.step, source=version.holder)
+        for expert, level, version in sorted(rows, key=lambda row: row[0])
+    )
 
 
 def _stale(layers: Layers, choice: Choice) -> tuple[StaleVersion, ...]:

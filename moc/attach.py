@@ -20,6 +20,7 @@ from moc.format.manifest import Incarnation, Parent
 from moc.holdings import gather_holdings
 from moc.host import Host
 from moc.plan.lineage import STORAGE, Candidate
+from moc.plan.versions import expert_sizes
 from moc.report import RecoveryReport
 from moc.repository import Repository
 from moc.restoration import restore_best
@@ -38,8 +39,9 @@ class Recovered:
     """The outcome of the choice: where the new life comes from, and the report (None for a fresh start).
 
     `layers` are the snapshots in memory that the state comes from, the parent's first, which names no attempt; they are
-    needed until the life has a global snapshot. `routing` is what the state says about routes, None where nothing
-    counts them.
+    needed until the life has a global snapshot. `base` is the newest checkpoint at or below that state, which memory
+    may have more of until the life has one of its own. `routing` is what the state says about routes, None where
+    nothing counts them.
     """
 
     origin: Origin
@@ -47,6 +49,7 @@ class Recovered:
     reason: str
     report: RecoveryReport | None
     layers: tuple[Candidate, ...] = ()
+    base: Candidate | None = None
     routing: Routing | None = None
 
 
@@ -72,7 +75,10 @@ def recover_life(
         for note in origin.notes:
             log.warning("%s", note)
     wanted = agree(world, lambda: _wanted(request, origin, state))
-    restored = restore_best(request, origin, wanted, state, world, software=software, host=host, trace=trace)
+    sizes = expert_sizes(facts.catalogs)
+    restored = restore_best(
+        request, origin, wanted, state, world, sizes=sizes, software=software, host=host, trace=trace
+    )
     if restored is None:
         return Recovered(origin=origin, parent=None, reason="start", report=None)
     candidate = restored.candidate
@@ -90,9 +96,10 @@ def recover_life(
         stale=restored.stale,
         lost=restored.lost,
         plt=None if restored.routing is None else restored.routing.plt,
+        experts=restored.experts,
     )
     if restored.stale and world.rank == 0:
-        for line in report.loss_lines():
+        for line in (*report.origin_lines(), *report.loss_lines()):
             log.warning("%s", line)
     is_weights = request.restore == "weights"
     parent = None if is_weights else candidate.as_parent()
@@ -103,8 +110,19 @@ def recover_life(
         reason="weights" if is_weights else "recover",
         report=report,
         layers=() if is_weights else layers,
+        base=None if is_weights else _base(origin, candidate),
         routing=restored.routing,
     )
+
+
+def _base(origin: Origin, candidate: Candidate) -> Candidate | None:
+    """Return the newest checkpoint on the lineage that is not after a candidate."""
+    known = [c for c in origin.candidates if c.source == STORAGE and (c.incarnation, c.step) <= _place(candidate)]
+    return max(known, key=lambda c: (*_place(c), c.attempt), default=None)
+
+
+def _place(candidate: Candidate) -> tuple[int, int]:
+    return candidate.incarnation, candidate.step
 
 
 def _survey(request: Request, world: World, facts: Facts, *, host: Host, trace: Trace) -> Origin:
@@ -135,7 +153,7 @@ def begin_anew(
         finally:
             repository.close()
         number = max(newest, lineage[-1].number) + 1
-        anew = replace(origin, number=number, token=host.token(), links=(), candidates=())
+        anew = replace(origin, number=number, token=host.token(), links=(), candidates=(), layers=())
         return replace(anew, lineage=lineage, is_stored=True).to_json()
 
     return Origin.from_json(decide(world, find))

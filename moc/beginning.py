@@ -38,15 +38,17 @@ class Beginning:
         lineage: Sequence[Incarnation],
         *,
         layers: Sequence[Candidate],
+        base: Candidate | None,
         software: Mapping[str, str],
         host: Host,
     ) -> None:
-        """`lineage` are the lives before, `layers` the snapshots in memory that this one's state comes from.
+        """`lineage` are the lives before, `layers` the snapshots in memory that this one's state comes from, `base` is
+        the newest checkpoint below it.
 
         Collective.
         """
         self._folder, self._request, self._facts, self._world = folder, request, facts, world
-        self._lineage, self._layers, self._host = lineage, layers, host
+        self._lineage, self._layers, self._base, self._host = lineage, layers, base, host
         self._software = software
         self._secret: str | None = None
         if facts.topology.node_count > 1:
@@ -84,6 +86,7 @@ class Beginning:
             node=node,
             secret=self._secret,
             layers=self._layers,
+            base=self._base,
         )
 
     def _ask(self, verb: str, fields: Mapping[str, object]) -> Mapping[str, Any]:

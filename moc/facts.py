@@ -147,12 +147,13 @@ def describe_life(
     node: int,
     secret: str | None,
     layers: Sequence[Candidate] = (),
+    base: Candidate | None = None,
 ) -> dict[str, object]:
     """Return the descriptor of one node's arena for the life that `lineage` ends with. Pure.
 
     It holds the catalogs of the node's own ranks; digest, tensors and topology are the whole life's. `secret` is what
     the agents of several nodes know each other by, None on one node. `layers` are the snapshots in memory that the
-    life's state was recovered from.
+    life's state was recovered from, `base` is the newest checkpoint that it grew from.
     """
     config = request.config
     descriptor: dict[str, object] = {
@@ -174,6 +175,8 @@ def describe_life(
     }
     if layers:
         descriptor["layers"] = [[layer.incarnation, layer.step, layer.attempt] for layer in layers]
+    if base is not None:
+        descriptor["base"] = [[base.incarnation, base.step, base.attempt]]
     if secret is not None:
         address = facts.addresses[node]
         descriptor["fellows"] = {"node": node, "secret": secret, "address": address, "urls": []}

@@ -1,7 +1,8 @@
 """What the agents of all nodes hold: each node's lowest rank speaks with its agent, rank 0 hears all of it.
 
 Nobody is killed on any node before every node has found that no earlier life trains there. A snapshot exists where all
-ranks of its life have sealed it, each at some node: what is lost with a node is no candidate.
+ranks of its life have sealed it, each at some node: one of which parts are lost, with a node or by a record that has
+rotted, is *torn*. It is no candidate, but experts may come from what is left of it.
 """
 
 from __future__ import annotations
@@ -142,11 +143,11 @@ def _merge(run: str, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Holdings:
         for number, step, attempt, ranks in row["sealed"]:
             holders.setdefault((number, step, attempt), set()).update(ranks)
             worlds.setdefault((number, step, attempt), set()).update(row["world"])
-    notes += [
-        f"snapshot is incomplete: step={key[1]} sealed by ranks {sorted(held)}"
-        for key, held in sorted(holders.items())
-        if held != worlds[key]
-    ]
+    torn = {key: held for key, held in sorted(holders.items()) if held != worlds[key]}
+    notes += [f"snapshot is incomplete: step={key[1]} sealed by ranks {sorted(held)}" for key, held in torn.items()]
+    empty = [node for node, row in rows if not row["has_arena"]]
+    if empty and len(empty) < len(rows):
+        notes.append(f"nodes have no memory of this run, because they are new or have lost it: nodes={empty}")
     replicas = _replicas(rows)
     covered = {key: set(held) for key, held in holders.items()}
     for *key, rank, _, _ in replicas.get("places", ()):
@@ -161,6 +162,10 @@ def _merge(run: str, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Holdings:
             if held == worlds[key]
         ),
         notes=tuple(notes),
+        torn=tuple(
+            Candidate(source=MEMORY, run=run, incarnation=number, step=step, attempt=attempt)
+            for number, step, attempt in torn
+        ),
         replicas=replicas,
     )
 

@@ -1,7 +1,8 @@
 """The layers of one recovery candidate, opened one after the other by all ranks together.
 
 The first layer is the candidate itself. An older one is opened only when an expert needs it, and counts only if every
-rank could open it: so all ranks have the same inventories, and choose alike (see `moc.plan.versions`).
+rank could open it: so all ranks have the same inventories, and choose alike (see `moc.plan.versions`). A node that has
+nothing of a snapshot, because its memory is lost, opens it all the same and tells nothing of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from moc.errors import (
     StoreUnavailableError,
 )
 from moc.plan.lineage import MEMORY, STORAGE, Candidate
-from moc.plan.versions import Choice, Inventory, Version, choose, consistent
+from moc.plan.versions import Choice, Inventory, Sizes, Version, choose, consistent
 from moc.recover import Source
 from moc.state import Expert
 from moc.training import World
@@ -28,8 +29,8 @@ __all__ = ["Layers", "Open", "WithheldError", "is_withheld"]
 
 log = logging.getLogger(__name__)
 
-Open = Callable[[Candidate], tuple[Source, Callable[[], None]]]
-"""Open a candidate's source; the second value closes it."""
+Open = Callable[[Candidate], tuple[Source | None, Callable[[], None]]]
+"""Open a candidate's source, None where this node has nothing of an older layer; the second value closes it."""
 
 
 class WithheldError(StoreUnavailableError):
@@ -54,11 +55,13 @@ class Layers:
         opener: Open,
         world: World,
         *,
+        sizes: Sizes | None = None,
         is_storage_away: bool = False,
     ) -> None:
         """`older` are the layers below the candidate, in the order in which they are opened.
 
-        `is_storage_away`: there may be more of them, which nobody could list.
+        `sizes` say how much of an expert makes it whole; None: whatever is told of it. `is_storage_away`: there may be
+        more layers, which nobody could list.
         """
         self.candidates = (candidate, *older)
         self.sources: list[Source | None] = []
@@ -66,6 +69,7 @@ class Layers:
         self.withheld: list[tuple[str, bool]] = []
         """What storage did not give when layers were opened, and whether an expert was missing without it."""
         self.is_storage_away = is_storage_away
+        self._sizes = sizes
         self._open, self._world = opener, world
         self._closers: list[Callable[[], None]] = []
         self._experts: tuple[Expert, ...] = ()
@@ -94,6 +98,7 @@ class Layers:
         candidate = self.candidates[0]
         wanted = sorted(set(needed))
         source = agree(self._world, lambda: self._keep(candidate))
+        assert source is not None, "what cannot be opened is no candidate"
         rows: list[list[list[int]]] = exchange(self._world, [[e.layer, e.index] for e in wanted])  # type: ignore[assignment]  # our own rows
         self._experts = tuple(sorted({Expert(layer=layer, index=index) for row in rows for layer, index in row}))
         slices = agree(self._world, lambda: self._slices(source))
@@ -144,11 +149,11 @@ class Layers:
         """Open a layer; return its source and what the other ranks must know. Not collective."""
         try:
             source = self._keep(candidate)
-            return source, {"slices": self._slices(source)}
+            return source, {"slices": [] if source is None else self._slices(source)}
         except (IntegrityError, StorageError, MismatchError) as error:
             return None, {"problem": str(error), "is_withheld": is_withheld(error)}
 
-    def _keep(self, candidate: Candidate) -> Source:
+    def _keep(self, candidate: Candidate) -> Source | None:
         source, close = self._open(candidate)
         self._closers.append(close)
         return source
@@ -158,17 +163,18 @@ class Layers:
         step = self.candidates[0].step
         inventories = source.slices(self._experts, self._world.rank, self._world.size, step=step)
         return [
-            [[e.layer, e.index, v.step, v.learned, v.holder] for e, v in inventory.items()] for inventory in inventories
+            [[e.layer, e.index, v.step, v.learned, v.holder, v.elements] for e, v in inventory.items()]
+            for inventory in inventories
         ]
 
     def _append(self, source: Source | None, told: Sequence[object]) -> None:
         slices: list[dict[Expert, Version]] = [
             {
-                Expert(layer=layer, index=index): Version(step=step, learned=learned, holder=holder)
-                for layer, index, step, learned, holder in rows
+                Expert(layer=layer, index=index): Version(step=step, learned=learned, holder=holder, elements=elements)
+                for layer, index, step, learned, holder, elements in rows
             }
             for inventories in told
             for rows in inventories  # type: ignore[attr-defined]  # `_slices` of every rank
         ]
         self.sources.append(source)
-        self.inventories.append(consistent(slices))
+        self.inventories.append(consistent(slices, self._sizes))

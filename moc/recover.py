@@ -127,11 +127,17 @@ class MemorySource:
         record = self._records[holder]
         name = f"{MEMORY} step={record.step} incarnation={record.incarnation} attempt={record.attempt}"
         units = self._arena.rank_layout(holder).units
-        steps = {unit.expert: record.steps[n] for n, unit in enumerate(units) if unit.expert is not None}
-        capture = split_tree(*self.state(holder))[2] if any(other < step for other in steps.values()) else None
+        shards = self._arena.catalog(holder).shards
+        own = [(unit.expert, record.steps[n], unit) for n, unit in enumerate(units) if unit.expert is not None]
+        capture = split_tree(*self.state(holder))[2] if any(held < step for _, held, _ in own) else None
         return {
-            expert: Version(step=held, learned=_learned_by(capture, expert, held), holder=name)
-            for expert, held in steps.items()
+            expert: Version(
+                step=held,
+                learned=_learned_by(capture, expert, held),
+                holder=name,
+                elements=sum(shard.length for shard in shards[unit.first : unit.first + unit.count]),
+            )
+            for expert, held, unit in own
         }
 
     def placed(self, needed: Sequence[Shard]) -> Placing:

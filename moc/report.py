@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moc.state import Expert
 
-__all__ = ["RecoveryReport", "Rejection", "StaleVersion", "reasons_for_drift"]
+__all__ = ["ExpertOrigin", "RecoveryReport", "Rejection", "StaleVersion", "reasons_for_drift"]
 
 STALE_LINES = 8  # of a report; the rest is counted, and all of it is in `RecoveryReport.stale`
 LINE_EXPERTS = 12
@@ -31,9 +32,20 @@ class StaleVersion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertOrigin:
+    """Where an expert's bytes come from: what kind of source it is, the step of the bytes, and who holds them."""
+
+    expert: Expert
+    level: str
+    step: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryReport:
     """What a recovery did; the same on every rank. Bytes and seconds are lists by rank and maps by phase.
 
+    `experts` says of every expert where it comes from, in the partial modes, where that may be several places.
     `lost` are the routes that this recovery has lost, by MoE layer, empty where nothing counts them; `plt` is the
     proportion of lost tokens of the whole run so far, None where nothing counts them.
     """
@@ -51,6 +63,7 @@ class RecoveryReport:
     stale: tuple[StaleVersion, ...] = ()
     lost: tuple[int, ...] = ()
     plt: float | None = None
+    experts: tuple[ExpertOrigin, ...] = ()
 
     def __str__(self) -> str:
         total = sum(self.bytes_per_rank)
@@ -59,10 +72,18 @@ class RecoveryReport:
             f"recovered step {self.step} from {self.source}: {total / 1e6:.1f} MB, {timing}",
             f"  run {self.run}, incarnation {self.incarnation}, grown from incarnation {self.parent_incarnation}",
         ]
-        lines += [f"  {line}" for line in self.loss_lines()]
+        lines += [f"  {line}" for line in (*self.origin_lines(), *self.loss_lines())]
         lines += [f"  rejected {r.candidate}: {r.reason}" for r in self.rejected]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def origin_lines(self) -> list[str]:
+        """Return how many experts come from where, in one line; none where all come from one place."""
+        counts = Counter((-row.step, row.level) for row in self.experts)
+        if len(counts) < 2:
+            return []
+        parts = [f"{count} from {level} at step {-step}" for (step, level), count in sorted(counts.items())]
+        return [f"experts: {', '.join(parts)}"]
 
     def loss_lines(self) -> list[str]:
         """Return what was lost, in short lines; none where nothing ever was."""

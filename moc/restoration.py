@@ -9,15 +9,10 @@ overwritten, never the outcome: the next one overwrites all of it, or the attach
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
 
 from moc import errors
-from moc.agent.client import AgentClient
-from moc.agent.runtime import runtime_folder
 from moc.agreement import agree, decide, exchange
 from moc.assembly import Terms, TooStale, assemble
 from moc.errors import (
@@ -26,28 +21,25 @@ from moc.errors import (
     NoCheckpointError,
     ObjectMissingError,
     RankFailedError,
-    ShardCorruptError,
     StorageError,
     StoreDeniedError,
     StoreUnavailableError,
 )
-from moc.format.keys import CheckpointName
 from moc.format.tagged import decode_state, encode_state, expect_mapping
 from moc.host import Host
 from moc.layers import Layers, Open, WithheldError
-from moc.plan.lineage import PEERS, STORAGE, Candidate
-from moc.plan.versions import older_layers
-from moc.recover import MemorySource, Source, StorageSource
-from moc.report import Rejection, StaleVersion, reasons_for_drift
+from moc.opening import checkpoint_name, open_source
+from moc.plan.lineage import STORAGE, Candidate
+from moc.plan.versions import Sizes, older_layers
+from moc.recover import Source
+from moc.report import ExpertOrigin, Rejection, StaleVersion, reasons_for_drift
 from moc.repository import Repository
 from moc.routing import Routing
-from moc.snapshot.arena import Arena
-from moc.snapshot.seal import SealRecord
 from moc.survey import Origin, Request, refuse_mismatch
 from moc.trace import Trace
 from moc.training import TrainingState, World
 
-__all__ = ["Restored", "map_arena", "restore_best"]
+__all__ = ["Restored", "restore_best"]
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +61,7 @@ class Restored:
     bytes_per_rank: tuple[int, ...]
     rejected: tuple[Rejection, ...]
     notes: tuple[str, ...]
+    experts: tuple[ExpertOrigin, ...] = ()
     stale: tuple[StaleVersion, ...] = ()
     layers: tuple[Candidate, ...] = ()
     routing: Routing | None = None
@@ -82,11 +75,14 @@ def restore_best(
     state: TrainingState,
     world: World,
     *,
+    sizes: Sizes,
     software: Mapping[str, str],
     host: Host,
     trace: Trace,
 ) -> Restored | None:
     """Restore the first candidate that can be restored; None if none is wanted. Collective.
+
+    `sizes` are those of the model's experts.
 
     In a partial mode one whose stale experts exceed the limit of lost tokens is passed over for the first without any,
     unless all of that would be older than the oldest of these experts; where there is none, it is restored
@@ -95,7 +91,7 @@ def restore_best(
     Raises the same error on every rank: NoCheckpointError where all are damaged, StorageError where storage does not
     give what there is, and whatever is no fault of a candidate.
     """
-    search = _Search(request, origin, wanted, state, world, software, host, trace)
+    search = _Search(request, origin, wanted, state, world, sizes, software, host, trace)
     is_asked_for = request.restore != "auto" or any(life.reason == "rewind" for life in origin.lineage[-1:])
     is_limited = request.config.mode != "full" and not is_asked_for
     try:
@@ -123,12 +119,13 @@ class _Search:
         wanted: Sequence[Candidate],
         state: TrainingState,
         world: World,
+        sizes: Sizes,
         software: Mapping[str, str],
         host: Host,
         trace: Trace,
     ) -> None:
         self._request, self._origin, self._wanted = request, origin, wanted
-        self._state, self._world, self._software = state, world, software
+        self._state, self._world, self._sizes, self._software = state, world, sizes, software
         self._host, self._trace = host, trace
         self.rejected: list[Rejection] = []
         self.unread: list[tuple[Candidate, MocError]] = []
@@ -196,11 +193,12 @@ class _Search:
         request, state, world, trace = self._request, self._state, self._world, self._trace
         own = agree(world, lambda: encode_state(state.capture()).to_bytes()) if terms.parts is not None else b""
         snapshots = request.config.arena_versions - FREE_VERSIONS
-        older = older_layers(candidate, self._origin.candidates, snapshots=snapshots) if terms.has_layers else ()
-        is_storage_away = not self._origin.is_stored
+        older = older_layers(candidate, self._origin.layers, snapshots=snapshots) if terms.has_layers else ()
+        sizes = self._sizes if terms.has_layers else None
+        is_away = not self._origin.is_stored
         with (
             trace.span("recover.restore", source=candidate.source, step=candidate.step, rank=world.rank),
-            Layers(candidate, older, self._opener(candidate), world, is_storage_away=is_storage_away) as layers,
+            Layers(candidate, older, self._opener(candidate), world, sizes=sizes, is_storage_away=is_away) as layers,
         ):
             outcome = assemble(layers, state, world, terms, host=self._host, trace=trace)
             if isinstance(outcome, TooStale):
@@ -223,6 +221,7 @@ class _Search:
             bytes_per_rank=tuple(int(str(value)) for value in exchange(world, outcome.size_bytes)),
             rejected=tuple(self.rejected),
             notes=(*notes, *outcome.notes, *self._notes(candidate)),
+            experts=outcome.experts,
             stale=outcome.stale,
             layers=outcome.layers,
             routing=outcome.routing,
@@ -247,11 +246,12 @@ class _Search:
     def _opener(self, first: Candidate) -> Open:
         """Return how this rank opens a candidate's layers. Not collective."""
 
-        def open_layer(layer: Candidate) -> tuple[Source, Callable[[], None]]:
-            source, close = _open_source(
-                self._request, self._origin, layer, self._world.rank, host=self._host, trace=self._trace
+        def open_layer(layer: Candidate) -> tuple[Source | None, Callable[[], None]]:
+            is_whole, rank = layer == first, self._world.rank
+            source, close = open_source(
+                self._request, self._origin, layer, rank, is_whole=is_whole, host=self._host, trace=self._trace
             )
-            if layer != first:
+            if source is not None and not is_whole:
                 try:  # whether the candidate itself may be used was asked before anything was looked at
                     refuse_mismatch(source.fingerprint, self._request)
                 except MocError:
@@ -315,83 +315,7 @@ def _has_manifest(repository: Repository, candidate: Candidate) -> bool:
     if candidate.source != STORAGE:
         return False
     try:
-        repository.read_manifest(_checkpoint_name(candidate))
+        repository.read_manifest(checkpoint_name(candidate))
     except (StorageError, IntegrityError):
         return False
     return True
-
-
-def _open_source(
-    request: Request, origin: Origin, candidate: Candidate, rank: int, *, host: Host, trace: Trace
-) -> tuple[Source, Any]:
-    if candidate.source == STORAGE:
-        repository = Repository(host.open_store(request.storage, trace=trace))
-        try:
-            manifest = repository.read_manifest(_checkpoint_name(candidate))
-            return StorageSource(repository, manifest, rank=rank), repository.close
-        except MocError:
-            repository.close()
-            raise
-    if candidate.source == PEERS:
-        _fetch_replicas(request, origin, candidate, rank, host=host)
-    arena = map_arena(request, origin.run, "source", host=host)
-    records: dict[int, SealRecord] = {}
-    for holder in (catalog.rank for catalog in arena.catalogs):
-        for record in arena.seals(holder).values():
-            if (record.incarnation, record.step, record.attempt) == (
-                candidate.incarnation,
-                candidate.step,
-                candidate.attempt,
-            ):
-                records[holder] = record
-    missing = sorted({catalog.rank for catalog in arena.catalogs} - set(records))
-    if missing:
-        arena.close()
-        raise ShardCorruptError(f"seal is gone: candidate={candidate} ranks={missing}")
-    return MemorySource(arena, records), arena.close
-
-
-def _fetch_replicas(request: Request, origin: Origin, candidate: Candidate, rank: int, *, host: Host) -> None:
-    """Have this node's agent fetch what the node lacks of a snapshot, or has rotten. Every rank of the node asks.
-
-    Blocks: until it has. Raises: ShardCorruptError if it cannot be had.
-    """
-    snapshot = (candidate.incarnation, candidate.step, candidate.attempt)
-    places: Any = origin.replicas["places"]
-    fields = {name: origin.replicas[name] for name in ("run", "life", "nodes", "secret")} | {
-        "incarnation": candidate.incarnation,
-        "step": candidate.step,
-        "attempt": candidate.attempt,
-        "rank": rank,
-        "budget": request.config.memory_budget_bytes,
-        "storage": request.storage,
-        "places": [place[3:] for place in places if tuple(place[:3]) == snapshot],
-    }
-    folder, timeout_s = runtime_folder(origin.run, request.runtime_root), request.config.timeout_s
-    try:
-        with closing(AgentClient.connect(folder, timeout_s=timeout_s, host=host)) as client:
-            reply, _ = client.request("restock", fields, timeout_s=timeout_s)
-    except MocError as error:  # a refusal too: what this node cannot have is no reason not to try an older state
-        raise ShardCorruptError(f"replicas cannot be had: candidate={candidate} reason={error}") from error
-    if "problem" in reply:
-        raise ShardCorruptError(f"replicas cannot be had: candidate={candidate} reason={reply['problem']}")
-    log.info("replicas fetched: candidate=%s rank=%d bytes=%s", candidate, rank, reply.get("bytes"))
-
-
-def _checkpoint_name(candidate: Candidate) -> CheckpointName:
-    return CheckpointName(
-        run=candidate.run, incarnation=candidate.incarnation, step=candidate.step, attempt=candidate.attempt
-    )
-
-
-def map_arena(request: Request, run: str, verb: str, *, host: Host) -> Arena:
-    """Map the agent's arena: that of the present life ("arena"), or that a recovery reads from ("source")."""
-    folder = runtime_folder(run, request.runtime_root)
-    client = AgentClient.connect(folder, timeout_s=request.config.timeout_s, host=host)
-    try:
-        _, descriptors = client.request(verb)
-    finally:
-        client.close()
-    for extra in descriptors[1:]:
-        os.close(extra)
-    return Arena.attach(descriptors[0])

@@ -25,9 +25,9 @@ from moc.format.manifest import Incarnation
 from moc.handle import SaveHandle
 from moc.host import Host
 from moc.ledger import Ledger
+from moc.opening import map_arena
 from moc.plan.freeing import attempt_id
 from moc.report import RecoveryReport
-from moc.restoration import map_arena
 from moc.routing import Routing
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT, PERSIST
@@ -346,6 +346,7 @@ class Session:
             self._world,
             recovered.origin.lineage,
             layers=recovered.layers,
+            base=recovered.base,
             software=self._software,
             host=self._host,
         )
@@ -354,7 +355,7 @@ class Session:
         )
         with self._trace.span("attach.begin", incarnation=record.number, rank=rank):
             beginning.begin(record)
-            arena = agree(self._world, lambda: map_arena(self._request, record.run, "arena", host=self._host))
+            arena = agree(self._world, lambda: map_arena(self._request, record.run, host=self._host))
             agree(self._world, lambda: arena.populate_rank(rank))
         link = agree(
             self._world,

@@ -78,6 +78,9 @@ class Request:
 class Origin:
     """What rank 0 decided for all: the run, the new life's number, the chain, the candidates in order, and what to
     tell the user.
+
+    `layers` are all that experts of a candidate may come from, in order: the candidates, and between them the snapshots
+    in memory of which some ranks' parts are lost.
     """
 
     run: str
@@ -88,6 +91,7 @@ class Origin:
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
     is_stored: bool
+    layers: tuple[Candidate, ...]
     replicas: Mapping[str, object] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, object]:
@@ -97,7 +101,8 @@ class Origin:
             "token": self.token,
             "lineage": [encode_incarnation(record).decode() for record in self.lineage],
             "links": [[link.incarnation, link.last_step] for link in self.links],
-            "candidates": [[c.source, c.run, c.incarnation, c.step, c.attempt] for c in self.candidates],
+            "candidates": [_candidate_to_json(candidate) for candidate in self.candidates],
+            "layers": [_candidate_to_json(layer) for layer in self.layers],
             "notes": list(self.notes),
             "is_stored": self.is_stored,
             "replicas": dict(self.replicas),
@@ -111,9 +116,8 @@ class Origin:
             token=body["token"],
             lineage=tuple(decode_incarnation(text.encode(), name="lineage") for text in body["lineage"]),
             links=tuple(Link(incarnation=n, last_step=s) for n, s in body["links"]),
-            candidates=tuple(
-                Candidate(source=s, run=r, incarnation=i, step=n, attempt=a) for s, r, i, n, a in body["candidates"]
-            ),
+            candidates=tuple(map(_candidate_from_json, body["candidates"])),
+            layers=tuple(map(_candidate_from_json, body["layers"])),
             notes=tuple(body["notes"]),
             is_stored=body["is_stored"],
             replicas=body["replicas"],
@@ -135,12 +139,14 @@ class Stored:
 class Holdings:
     """What the agents of all nodes hold: the lives they remember, the snapshots that are whole, and where replicas are.
 
+    `torn` are the snapshots of which some ranks' parts are nowhere: layers at most.
     `replicas` are the fields that an agent needs to fetch them: see `moc.agent.restock`. They hold a secret.
     """
 
     lives: tuple[Incarnation, ...]
     snapshots: tuple[Candidate, ...]
     notes: tuple[str, ...]
+    torn: tuple[Candidate, ...] = ()
     replicas: Mapping[str, object] = field(default_factory=dict, repr=False)
 
 
@@ -169,6 +175,7 @@ def survey(request: Request, stored: Stored, held: Holdings, *, host: Host, trac
         ),
         *(snapshot for snapshot in held.snapshots if snapshot.incarnation not in outranked),
     ]
+    torn = [snapshot for snapshot in held.torn if snapshot.incarnation not in outranked]
     admissible = candidates(links, known)
     if links and not links[-1].is_known and not admissible and request.restore != "never":
         raise IntegrityError(
@@ -191,8 +198,18 @@ def survey(request: Request, stored: Stored, held: Holdings, *, host: Host, trac
         candidates=admissible,
         notes=tuple(notes),
         is_stored=stored.is_stored,
+        layers=candidates(links, [*known, *torn]),
         replicas=held.replicas,
     )
+
+
+def _candidate_to_json(candidate: Candidate) -> list[object]:
+    return [candidate.source, candidate.run, candidate.incarnation, candidate.step, candidate.attempt]
+
+
+def _candidate_from_json(row: Sequence[Any]) -> Candidate:
+    source, run, incarnation, step, attempt = row
+    return Candidate(source=source, run=run, incarnation=incarnation, step=step, attempt=attempt)
 
 
 def survey_storage(request: Request, *, host: Host, trace: Trace) -> Stored:

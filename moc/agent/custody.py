@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from moc.agent.keeping import holdings, keeps_base, supplement
 from moc.agent.life import Life
 from moc.agent.peers.report import NOBODY, Others
 from moc.agent.room import refuse_if_too_large
-from moc.plan.composition import steps_of_experts
 from moc.plan.freeing import (
     Moment,
     Seal,
@@ -28,14 +28,13 @@ from moc.plan.layout import ArenaLayout, arrange_arena
 from moc.plan.replication import global_moment
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, REPLICATE, SealRecord
-from moc.state import Expert, catalogs_from_json
+from moc.state import catalogs_from_json
 
 __all__ = ["Custody"]
 
 log = logging.getLogger(__name__)
 
 NEVER: Moment = (1 << 64, "")  # after every moment
-SUPPLEMENTED_VERSIONS = 3  # the newest snapshot, one that has what it lacks, and room for the next
 
 
 class Custody:
@@ -58,7 +57,10 @@ class Custody:
     @classmethod
     def adopt(cls, fd: int) -> Custody:
         """Take over the arena of an agent that died. Owns `fd`. Raises: IntegrityError, UsageError if it is none."""
-        return cls.of(Arena.attach(fd), None)
+        custody = cls.of(Arena.attach(fd), None)
+        committed_step = custody.arena.published()[1]
+        custody.committed = None if committed_step is None else (committed_step, "")
+        return custody
 
     @classmethod
     def of(cls, arena: Arena, earlier: Custody | None) -> Custody:
@@ -99,6 +101,9 @@ class Custody:
         self.arena.describe(descriptor)
         self._adopt_descriptor()
         pinned = self.pinned() | self.life.layers
+        base = self._base()
+        if base is not None and len(pinned | {base}) < self.arena.layout.ranks[0].versions:  # room for a snapshot
+            pinned.add(base)
         # Read again: a record that has rotted since it was first read would stay, as the source, and its new trainer,
         # who cannot tell its slots, could never take a snapshot.
         self._records.clear()
@@ -122,6 +127,8 @@ class Custody:
         self.newest: Moment | None = None
         """The newest moment of this life that every rank has sealed."""
         self.complete: tuple[Moment, ...] = ()
+        self.committed: Moment | None = None
+        """The newest moment of this life that is known to be committed."""
         self.stable: Moment | None = None
         """The newest global moment of this life: the newest complete one, or where there are replicas, the newest of
         which every node has done its duty."""
@@ -210,9 +217,10 @@ class Custody:
             self.earlier.close()
             self.earlier = None
         # With a global step the new life stands on its own.
-        source = None if self.stable is not None else self._whole_snapshot(self.life)
+        whole = self._whole_snapshot(self.life)
+        source = None if self.stable is not None else whole
         wanted = self.unfinished_saves() | self.wishes
-        pinned = self.pinned() | {(incarnation, moment) for moment in wanted} | self._supplement(complete)
+        pinned = self.pinned() | {(incarnation, moment) for moment in wanted} | self._kept_in_partial_modes(whole)
         if self.life.hosts:
             kept = [*self.unreplicated(), *([] if self.stable is None else [self.stable])]
             pinned |= {(incarnation, moment) for moment in kept}
@@ -230,30 +238,29 @@ class Custody:
                 self._free(seal.rank, seal.record)
         return [moment for moment in complete if moment in wanted]
 
-    def _supplement(self, complete: Sequence[Moment]) -> set[tuple[int, Moment]]:
-        """Return the snapshot to keep beside the newest, because it has experts whole that the newest has not.
+    def _kept_in_partial_modes(self, source: tuple[int, Moment] | None) -> set[tuple[int, Moment]]:
+        """Return what to keep beside the newest complete snapshot because it may not have all that a recovery wants."""
+        known = [*([source] if source else []), *((self.life.record.number, moment) for moment in self.complete)]
+        lacking = supplement(self.arena, known, self.records_of)
+        base = self._base()
+        return {key for key in (lacking, base) if key is not None}
 
-        Else those come from storage, if the job fails before it makes up for them, for which two versions have no room.
-        """
-        source = self._whole_snapshot(self.life)
-        known = [*([source] if source else []), *((self.life.record.number, moment) for moment in complete)]
-        if not complete or len(known) < 2 or self.arena.layout.ranks[0].versions < SUPPLEMENTED_VERSIONS:
-            return set()
-        lacking = self._torn(*known[-1])
-        return set([key for key in known[:-1] if lacking - self._torn(*key)][-1:])
+    def _base(self) -> tuple[int, Moment] | None:
+        """Return the snapshot of the newest commit, None where none is kept."""
+        if self.committed is None or not keeps_base(self.life):
+            return self.life.base if keeps_base(self.life) else None
+        number = self.life.record.number
+        same = [
+            (r.step, r.attempt)
+            for r in self._records.values()
+            if (r.incarnation, r.step) == (number, self.committed[0])
+        ]
+        # Of the commits of a life that was adopted only the step is known, until its agent has looked them up.
+        return number, self.committed if self.committed[1] else max(same, default=self.committed)
 
-    def _torn(self, incarnation: int, moment: Moment) -> frozenset[Expert]:
-        """Return the experts of which ranks hold different steps in a snapshot."""
-        records = self.records_of(incarnation, moment)
-        if all(step == record.step for record in records.values() for step in record.steps):
-            return frozenset()
-        slices = (
-            (unit.expert, record.steps[number])
-            for rank, record in records.items()
-            for number, unit in enumerate(self.arena.rank_layout(rank).units)
-            if unit.expert is not None
-        )
-        return frozenset(expert for expert, step in steps_of_experts(slices).items() if step is None)
+    def note_commit(self, moment: Moment) -> None:
+        """Say that a moment of the present life is committed."""
+        self.committed = max(moment, self.committed or moment)
 
     def _note_global(self, others: Others) -> None:
         if not self.life.hosts:
@@ -317,7 +324,7 @@ class Custody:
         moments = {
             (r.step, r.attempt)
             for r in self._records.values()
-            if (r.incarnation, r.step) == (parent.incarnation, parent.step)
+            if (r.incarnation, r.step) == (parent.incarnation, parent.step) and parent.attempt in (None, r.attempt)
         }
         ranks = set(self.life.ranks)
         chosen = {moment for moment in moments if (parent.incarnation, moment) in life.layers}
@@ -346,23 +353,11 @@ class Custody:
 
     def inventory(self) -> dict[str, object]:
         """Return what a recovery may choose from: complete snapshots, incomplete and corrupt ones, the lineage."""
-        arena, life = self.source().arena, self.source().life
-        digest = life.descriptor["digest"]
-        holders: dict[tuple[int, int, str], set[int]] = {}
-        for rank in life.ranks:
-            for record in arena.seals(rank).values():
-                if record.digest != digest:
-                    continue  # of a life whose other nodes held other things: nobody can tell whether it is whole
-                holders.setdefault((record.incarnation, record.step, record.attempt), set()).add(rank)
+        source = self.source()
         return {
             "lineage": list(self.life.descriptor["lineage"]),
             "fingerprint": self.life.descriptor["fingerprint"],
-            "ranks": list(life.ranks),
-            "world": list(life.world),
-            "sealed": [[*key, sorted(held)] for key, held in sorted(holders.items())],
-            "snapshots": [list(key) for key, held in sorted(holders.items()) if held >= set(life.ranks)],
-            "incomplete": [[*key, sorted(held)] for key, held in sorted(holders.items()) if held < set(life.ranks)],
-            "corrupt": [[c.rank, c.record] for rank in life.ranks for c in arena.corrupt_seals(rank)],
+            **holdings(source.arena, source.life),
         }
 
     def look_again(self) -> None:

@@ -29,6 +29,8 @@ class Life:
     descriptor: Mapping[str, Any]
     layers: frozenset[tuple[int, Moment]] = frozenset()
     """Snapshots of earlier lives in memory that this one was recovered from: its parent's, and older ones."""
+    base: tuple[int, Moment] | None = None
+    """The newest checkpoint that the life grew from."""
 
     @staticmethod
     def of(descriptor: Mapping[str, Any]) -> Life:
@@ -62,15 +64,20 @@ class Life:
             hosts=tuple(wire.integers(descriptor, "hosts")) if "hosts" in descriptor else (),
             descriptor=descriptor,
             layers=layers_of(descriptor),
+            base=next(iter(_moments(descriptor, "base")), None),
         )
 
 
 def layers_of(descriptor: Mapping[str, Any]) -> frozenset[tuple[int, Moment]]:
     """Return the moments of a descriptor's layers; raises UsageError for what no trainer has described."""
-    rows = descriptor.get("layers", [])
+    return frozenset(_moments(descriptor, "layers"))
+
+
+def _moments(descriptor: Mapping[str, Any], field: str) -> list[tuple[int, Moment]]:
+    rows = descriptor.get(field, [])
     if not isinstance(rows, list):
-        raise UsageError(f"layers of a descriptor are wrong: type={type(rows).__name__} allowed=a list")
+        raise UsageError(f"{field} of a descriptor is wrong: type={type(rows).__name__} allowed=a list")
     for row in rows:
         if not isinstance(row, list) or [type(cell) for cell in row] != [int, int, str]:
-            raise UsageError(f"layers of a descriptor are wrong: {repr(row)[:80]} allowed=incarnation, step, attempt")
-    return frozenset((incarnation, (step, attempt)) for incarnation, step, attempt in rows)
+            raise UsageError(f"{field} of a descriptor is wrong: {repr(row)[:80]} allowed=incarnation, step, attempt")
+    return [(incarnation, (step, attempt)) for incarnation, step, attempt in rows]

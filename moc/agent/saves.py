@@ -161,6 +161,7 @@ class Saves:
             name = CheckpointName(run=life.run, incarnation=life.number, step=step, attempt=attempt)
             if verdict.error is None:
                 self.last_committed_step = max(step, self.last_committed_step or 0)
+                custody.note_commit(verdict.moment)
                 self._persister.list_again()
             self._remember(Outcome(name=name, size_bytes=verdict.size_bytes, seconds=0.0, error=verdict.error))
 
@@ -198,7 +199,8 @@ class Saves:
             return
         source = custody.source()
         records = source.recovery_source(custody.life)
-        if not records:
+        is_stored = life.parent is not None and life.parent.attempt is not None
+        if not records or is_stored:
             return
         log.info(
             "persisting the snapshot that this life was recovered from: step=%d", min(r.step for r in records.values())
@@ -253,6 +255,8 @@ class Saves:
             is_present = custody is not None and job.life.number == custody.life.record.number
             if is_present and custody is not None:
                 custody.settle(moment)
+                if outcome.error is None:
+                    custody.note_commit((outcome.name.step, outcome.name.attempt))
             if is_present and outcome.error is None:
                 self.last_committed_step = max(outcome.name.step, self.last_committed_step or 0)
             self._remember(outcome)

@@ -335,9 +335,7 @@ class Agent:
         self._reply(connection, {}, [self._custody.arena.fd])
 
     def _source_arena(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
-        if self._custody is None:
-            raise UsageError("there is no arena yet")
-        self._reply(connection, {}, [self._custody.source().arena.fd])
+        self._reply(connection, {}, [] if self._custody is None else [self._custody.source().arena.fd])
 
     def _fetch_replicas(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
         """Fetch what this node lacks of a snapshot, or has rotten, from replicas; the reply comes when that is done."""

@@ -2,18 +2,22 @@
 
 A *layer* is a snapshot in memory or a checkpoint: the candidate itself first, then older ones of the same lineage. An
 *inventory* says which experts a layer has whole, and in which version. A version that was found bad is never chosen
-again, in whatever layer it shows up. Equal inventories and bad versions give equal choices on every rank. Pure.
+again, in whatever layer it shows up. Equal inventories and bad versions give equal choices on every rank.
+
+A snapshot of which some ranks' parts are lost, with their node or by a record that has rotted, is no candidate but may
+be a layer. An expert is whole in it only if what its ranks tell of it comes to all of the expert, so that no slice is
+ever taken for there because nobody was left to miss it. Pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moc.plan.lineage import MEMORY, PEERS, STORAGE, Candidate
-from moc.state import Expert
+from moc.state import Expert, RankCatalog
 
-__all__ = ["Choice", "Inventory", "Version", "choose", "consistent", "older_layers"]
+__all__ = ["Choice", "Inventory", "Sizes", "Version", "choose", "consistent", "expert_sizes", "older_layers"]
 
 STORED_LAYERS = 64  # an expert that is bad in as many checkpoints is not looked for in more; each costs one small read
 
@@ -23,15 +27,19 @@ class Version:
     """An expert's bytes as one layer has them.
 
     `step` is that of the bytes, `learned` the routes they have learned from (0 if nothing counts them), `holder` the
-    snapshot or attempt that has them: layers with the same holder of an expert have the same bytes.
+    snapshot or attempt that has them: layers with the same holder of an expert have the same bytes. `elements` are how
+    many of the expert's these are, None where it is known that they are all of them.
     """
 
     step: int
     learned: int
     holder: str
+    elements: int | None = None
 
 
 Inventory = Mapping[Expert, Version]
+Sizes = Mapping[Expert, int]
+"""By expert, the elements of all its tensors' parts together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,30 +70,52 @@ def choose(experts: Iterable[Expert], layers: Sequence[Inventory], bad: Collecti
     return Choice(layers=chosen, missing=tuple(missing))
 
 
-def consistent(slices: Iterable[Inventory]) -> dict[Expert, Version]:
-    """Return the experts of a snapshot that are whole: all ranks that hold a slice of one hold it at the same step.
+def expert_sizes(catalogs: Iterable[RankCatalog]) -> Sizes:
+    """Return how large every expert is; `catalogs` are those of all ranks, which hold every element once."""
+    sizes: dict[Expert, int] = {}
+    for catalog in catalogs:
+        for shard in catalog.shards:
+            if shard.expert is not None:
+                sizes[shard.expert] = sizes.get(shard.expert, 0) + shard.length
+    return dict(sorted(sizes.items()))
 
-    `slices` has one inventory for every rank of the snapshot; their order does not matter.
+
+def consistent(slices: Iterable[Inventory], sizes: Sizes | None = None) -> dict[Expert, Version]:
+    """Return the experts of a layer that are whole: all its slices are there, and of one step.
+
+    `slices` has one inventory for every rank of the layer that has told one; their order does not matter. Without
+    `sizes` all ranks have.
     """
     found: dict[Expert, list[Version]] = {}
     for held in slices:
         for expert, version in held.items():
             found.setdefault(expert, []).append(version)
     return {
-        expert: max(versions, key=lambda version: (version.learned, version.holder))
+        expert: replace(max(versions, key=lambda version: (version.learned, version.holder)), elements=None)
         for expert, versions in sorted(found.items())
         if len({version.step for version in versions}) == 1
+        and (sizes is None or _is_all(versions, sizes.get(expert, 0)))
     }
+
+
+def _is_all(slices: Sequence[Version], size: int) -> bool:
+    told = [version.elements for version in slices if version.elements is not None]
+    return len(told) < len(slices) or sum(told) == size
 
 
 def older_layers(candidate: Candidate, known: Sequence[Candidate], *, snapshots: int) -> tuple[Candidate, ...]:
     """Return the layers below a candidate, in the order in which they are opened.
 
-    `known` is the lineage in the order of preference; what is after the candidate's step is no layer of it. Snapshots
-    come first, because they cost no read, and at most `snapshots` of them: they stay in memory until the new life has
-    a snapshot of its own, which needs room.
+    `known` is the lineage in the order of preference; what is after the candidate's step, or of a life that grew from
+    it, is no layer of it: such a life may have lost what the candidate has not. Snapshots come first, because they cost
+    no read, and at most `snapshots` of them: they stay in memory until the new life has a snapshot of its own, which
+    needs room.
     """
-    older = [other for other in known if other != candidate and other.step <= candidate.step]
+    older = [
+        other
+        for other in known
+        if other != candidate and other.step <= candidate.step and other.incarnation <= candidate.incarnation
+    ]
     in_memory = [other for other in older if other.source == MEMORY and not _is_same(other, candidate)]
     stored = [other for other in older if other.source == STORAGE]
     return (*in_memory[:snapshots], *stored[:STORED_LAYERS])

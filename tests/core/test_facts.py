@@ -61,6 +61,7 @@ def test_the_agents_of_several_nodes_are_told_the_same_versions_and_each_its_own
             world,
             (),
             layers=(),
+            base=None,
             software={"torch": f"2.{rank}"},
             host=SystemHost(),
         )

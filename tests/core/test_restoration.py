@@ -13,6 +13,7 @@ from moc.format.keys import manifest_key
 from moc.format.manifest import Incarnation, Parent
 from moc.host import SystemHost
 from moc.plan.lineage import PEERS, Candidate, Link
+from moc.plan.versions import expert_sizes
 from moc.restoration import Restored, restore_best
 from moc.state import Expert
 from moc.store.port import Store
@@ -87,6 +88,7 @@ def recover(
         lineage=tuple(lineage),
         links=(Link(incarnation=1, last_step=None),),
         candidates=tuple(candidates),
+        layers=tuple(candidates),
         notes=(),
         is_stored=True,
         replicas=replicas or {},
@@ -96,8 +98,8 @@ def recover(
     def act(world) -> tuple[Restored | None, PlainState]:  # type: ignore[no-untyped-def]
         state = plain(world.rank, 2)
         host = StoredHost(history.store)
-        software = {"worker": "1"}
-        return restore_best(request, origin, wanted, state, world, software=software, host=host, trace=Trace()), state
+        terms = {"sizes": expert_sizes(history.arena.catalogs), "software": {"worker": "1"}}
+        return restore_best(request, origin, wanted, state, world, **terms, host=host, trace=Trace()), state
 
     outcomes = every_rank(2, act)
     for outcome in outcomes:

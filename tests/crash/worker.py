@@ -149,6 +149,10 @@ def train(options: argparse.Namespace, session: Session, state: PlainState, trac
         notes=[] if report is None else list(report.notes),
         shards=_checksums(state) if options.log_shards else None,
         stale=[] if report is None else [[r.expert.layer, r.expert.index, r.step, r.source] for r in report.stale],
+        experts=[
+            [row.expert.layer, row.expert.index, row.level, row.step]
+            for row in getattr(report, "experts", ())  # an older edition does not tell
+        ],
         lost=[] if report is None else list(report.lost),
         plt=None if report is None else report.plt,
         plt_now=session.status().plt if options.witness else None,

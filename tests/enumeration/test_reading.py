@@ -85,6 +85,7 @@ def recover(files: FaultyFilesystem) -> Recovery:
         lineage=tuple(records),
         links=chain(merged, tip(merged)),
         candidates=admissible,
+        layers=admissible,
         notes=(),
         is_stored=True,
     )
@@ -101,8 +102,8 @@ def recover(files: FaultyFilesystem) -> Recovery:
     )
     state = state_of(0)
     world = SocketWorld(0, 1, Path("unused"))
-    software = {"moc": "0"}
-    restored = restore_best(request, origin, admissible, state, world, software=software, host=host, trace=TRACE)
+    life = {"sizes": {}, "software": {"moc": "0"}}
+    restored = restore_best(request, origin, admissible, state, world, **life, host=host, trace=TRACE)
     return Recovery(restored=restored, digest=state.digest(), slept_s=tuple(host.slept_s))
 
 

@@ -1,0 +1,82 @@
+"""What an arena holds that a recovery may choose from, and what it keeps for it beside the newest snapshot.
+
+In the partial modes the newest snapshot may have experts in pieces, and where a node of several is lost, experts come
+from what the others have in memory at or below the newest committed step: so that of its snapshot is kept, at all nodes
+alike, as long as there is room (docs/decisions/, record 27).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from moc.agent.life import Life
+from moc.plan.composition import steps_of_experts
+from moc.plan.freeing import Moment
+from moc.snapshot.arena import Arena
+from moc.snapshot.seal import SealRecord
+from moc.state import Expert
+
+__all__ = ["BASED_VERSIONS", "holdings", "keeps_base", "supplement"]
+
+SUPPLEMENTED_VERSIONS = 3  # the newest snapshot, one that has what it lacks, and room for the next
+BASED_VERSIONS = SUPPLEMENTED_VERSIONS + 1  # that of the newest commit too; one more where snapshots have replicas
+
+Key = tuple[int, Moment]
+
+
+def keeps_base(life: Life) -> bool:
+    """Return whether a life keeps the snapshot of its newest commit; the same at all of its nodes.
+
+    With fewer versions it would take the room of the snapshots to come. On one node nobody could read it: what loses a
+    part of memory there loses all of it.
+    """
+    is_partial = str(life.descriptor["config"]["mode"]) != "full"
+    return is_partial and life.nodes > 1 and life.descriptor["versions"] >= BASED_VERSIONS + bool(life.hosts)
+
+
+def supplement(
+    arena: Arena, known: Sequence[Key], records_of: Callable[[int, Moment], Mapping[int, SealRecord]]
+) -> Key | None:
+    """Return the snapshot to keep beside the newest, because it has experts whole that the newest has not.
+
+    `known` are the complete ones, ascending. Else those experts come from storage, if the job fails before it makes up
+    for them, for which two versions have no room.
+    """
+    if len(known) < 2 or arena.layout.ranks[0].versions < SUPPLEMENTED_VERSIONS:
+        return None
+    lacking = _torn(arena, records_of(*known[-1]))
+    if not lacking:
+        return None
+    return next((key for key in reversed(known[:-1]) if lacking - _torn(arena, records_of(*key))), None)
+
+
+def _torn(arena: Arena, records: Mapping[int, SealRecord]) -> frozenset[Expert]:
+    """Return the experts of which ranks hold different steps in a snapshot."""
+    if all(step == record.step for record in records.values() for step in record.steps):
+        return frozenset()
+    slices = (
+        (unit.expert, record.steps[number])
+        for rank, record in records.items()
+        for number, unit in enumerate(arena.rank_layout(rank).units)
+        if unit.expert is not None
+    )
+    return frozenset(expert for expert, step in steps_of_experts(slices).items() if step is None)
+
+
+def holdings(arena: Arena, life: Life) -> dict[str, object]:
+    """Return the snapshots in an arena of a life: complete, incomplete and corrupt ones."""
+    digest = life.descriptor["digest"]
+    holders: dict[tuple[int, int, str], set[int]] = {}
+    for rank in life.ranks:
+        for record in arena.seals(rank).values():
+            if record.digest != digest:
+                continue  # of a life whose other nodes held other things: nobody can tell whether it is whole
+            holders.setdefault((record.incarnation, record.step, record.attempt), set()).add(rank)
+    return {
+        "ranks": list(life.ranks),
+        "world": list(life.world),
+        "sealed": [[*key, sorted(held)] for key, held in sorted(holders.items())],
+        "snapshots": [list(key) for key, held in sorted(holders.items()) if held >= set(life.ranks)],
+        "incomplete": [[*key, sorted(held)] for key, held in sorted(holders.items()) if held < set(life.ranks)],
+        "corrupt": [[c.rank, c.record] for rank in life.ranks for c in arena.corrupt_seals(rank)],
+    }
