@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -13,8 +13,9 @@ from moc.assembly import Assembled, Terms, TooStale, assemble
 from moc.errors import IntegrityError, MocError, ShardCorruptError, StoreUnavailableError
 from moc.host import SystemHost
 from moc.layers import Layers, Open, WithheldError
-from moc.plan.lineage import Candidate
-from moc.recover import Source
+from moc.plan.lineage import MEMORY, Candidate
+from moc.plan.versions import expert_sizes
+from moc.recover import MemorySource, Source
 from moc.state import Expert
 from moc.trace import Trace
 from tests.support.history import EXPERTS, LAYERS, History, Undisturbed, every_rank, plain, routes
@@ -52,27 +53,34 @@ def run(
 ) -> list[tuple[Assembled | TooStale, PlainState] | BaseException]:
     """Assemble the first of these layers on every rank of a new life."""
     size = size or history.size
+    sizes = expert_sizes(plain(rank, size).catalog for rank in range(size)) if terms.has_layers else None
 
     def act(world) -> tuple[Assembled | TooStale, PlainState]:  # type: ignore[no-untyped-def]
         state = plain(world.rank, size)
-        with Layers(
-            layers[0], layers[1:], (opener or history.opener)(world.rank), world, is_storage_away=is_storage_away
-        ) as opened:
+        open_layer = (opener or history.opener)(world.rank)
+        with Layers(layers[0], layers[1:], open_layer, world, sizes=sizes, is_storage_away=is_storage_away) as opened:
             return assemble(opened, state, world, terms, host=SystemHost(), trace=Trace()), state
 
     return every_rank(size, act)
 
 
-def good(history: History, layers: Sequence[Candidate], terms: Terms = PARTIAL, *, size: int | None = None) -> Outcome:
+def good(
+    history: History,
+    layers: Sequence[Candidate],
+    terms: Terms = PARTIAL,
+    *,
+    size: int | None = None,
+    opener: Callable[[int], Open] | None = None,
+) -> Outcome:
     """Assemble; fail unless every rank has succeeded, and all say the same."""
     assembled, states = [], []
-    for outcome in run(history, layers, terms, size=size):
+    for outcome in run(history, layers, terms, size=size, opener=opener):
         if isinstance(outcome, BaseException):
             raise outcome
         assert isinstance(outcome[0], Assembled), outcome[0]
         assembled.append(outcome[0])
         states.append(outcome[1])
-    facts = [(one.stale, one.layers, one.lost, one.routing, one.notes) for one in assembled]
+    facts = [(one.experts, one.stale, one.layers, one.lost, one.routing, one.notes) for one in assembled]
     assert all(fact == facts[0] for fact in facts)
     return Outcome(assembled, states)
 
@@ -315,6 +323,93 @@ def test_what_storage_withholds_is_passed_over_only_where_it_answers_otherwise(h
     assert isinstance(first, Assembled)
     assert {row.step for row in first.stale} == {2}
     assert len(first.stale) == len(GRID)
+
+
+def left_of(history: History, lost: Collection[int]) -> Callable[[int], Open]:
+    """Return how ranks open layers when the nodes of some ranks have lost their memory."""
+
+    def opener(rank: int) -> Open:
+        def open_source(candidate: Candidate) -> tuple[Source | None, Callable[[], None]]:
+            if candidate.source != MEMORY:
+                return history.opener(rank)(candidate)
+            records = {r: record for r, record in history.records[candidate.step].items() if r not in lost}
+            return (None if rank in lost else MemorySource(history.arena, records)), lambda: None
+
+        return open_source
+
+    return opener
+
+
+@pytest.mark.parametrize("lost", [(), (1,), (1, 3), (2,), (0, 1), (0, 1, 2), (0, 1, 2, 3)])
+def test_with_a_node_lost_experts_come_from_memory_where_all_their_slices_are_left(lost: tuple[int, ...]) -> None:
+    history = History(4)  # experts with an even index are on ranks 0 and 2, the others on 1 and 3
+    history.seal(2)
+    base = history.store_checkpoint(2)
+    older = history.seal(6)
+    snapshot = history.seal(9, {(rank, B): 8 for rank in range(4)} | {(0, A): 5})
+    stored = history.store_checkpoint(9, base=2, written=[C])
+
+    outcome = good(history, [stored, snapshot, older, base], opener=left_of(history, lost))
+
+    versions = {e: 2 for e in GRID if e != C}
+    if not {0, 2} & set(lost):
+        versions |= {e: 9 for e in GRID if e.index % 2 == 0} | {B: 8, A: 6}
+    if not {1, 3} & set(lost):
+        versions |= {e: 9 for e in GRID if e.index % 2}
+    holds(outcome, 9, versions)
+    for row in outcome.assembled[0].experts:
+        step = versions.get(row.expert, 9)
+        assert (row.level, row.step) == ("storage" if step == 2 or row.expert == C else "memory", step)
+    history.close()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sets(st.integers(0, 3)),
+    st.dictionaries(st.tuples(st.integers(0, 3), st.sampled_from(GRID)), st.sampled_from([5, 7, 8]), max_size=12),
+    st.sets(st.sampled_from(GRID)),
+)
+def test_whatever_is_lost_every_byte_is_of_the_version_that_is_told(
+    lost: set[int], torn: dict[tuple[int, Expert], int], written: set[Expert]
+) -> None:
+    history = History(4)
+    history.seal(4)
+    base = history.store_checkpoint(4)
+    snapshot = history.seal(9, torn)
+    fit = {
+        e: {torn.get((rank, e), 9) for rank in range(4) if rank % 2 == e.index % 2} for e in GRID
+    }  # by expert the steps of its slices
+    stored = history.store_checkpoint(9, base=4, written=[e for e in written if fit[e] == {9}])
+
+    outcome = good(history, [stored, snapshot, base], opener=left_of(history, lost))
+
+    versions = {}
+    for expert in GRID:
+        is_left = not {rank for rank in lost if rank % 2 == expert.index % 2}
+        in_storage = 9 if expert in written and fit[expert] == {9} else 4
+        versions[expert] = max(in_storage, *fit[expert]) if is_left and len(fit[expert]) == 1 else in_storage
+    holds(outcome, 9, versions)
+    history.close()
+
+
+def test_a_node_that_has_nothing_and_needs_what_another_one_has_goes_to_storage(history: History) -> None:
+    history.seal(2)
+    base = history.store_checkpoint(2)
+    snapshot = history.seal(9)
+    stored = history.store_checkpoint(9, base=2, written=[C])
+
+    def opener(rank: int) -> Open:
+        def open_source(candidate: Candidate) -> tuple[Source | None, Callable[[], None]]:
+            if candidate.source != MEMORY or rank == 0:  # which has the parts of both ranks
+                return history.opener(0)(candidate)
+            return None, lambda: None
+
+        return open_source
+
+    outcome = good(history, [stored, snapshot, base], opener=opener)
+
+    # Rank 1's slices are told by nobody: its part is where it cannot be read.
+    holds(outcome, 9, {e: 9 if e.index % 2 == 0 or e == C else 2 for e in GRID})
 
 
 def test_too_many_lost_tokens_are_refused_before_a_byte_is_read(history: History) -> None:

@@ -11,8 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moc.plan.lineage import MEMORY, STORAGE, Candidate
-from moc.plan.versions import STORED_LAYERS, Choice, Inventory, Version, choose, consistent, older_layers
+from moc.plan.versions import (
+    STORED_LAYERS,
+    Choice,
+    Inventory,
+    Version,
+    choose,
+    consistent,
+    expert_sizes,
+    older_layers,
+)
 from moc.state import Expert
+from tests.support.plain import PlainState
 
 EXPERTS = tuple(Expert(layer=0, index=index) for index in range(3))
 HOLDERS = ("newer", "older")
@@ -79,6 +89,72 @@ def test_an_expert_of_which_one_rank_holds_nothing_is_whole_if_the_others_agree(
     whole = consistent([{first: _version(3)}, {second: _version(2), first: _version(3)}, {second: _version(4)}, {}])
 
     assert whole == {first: _version(3)}
+
+
+Slices = list[tuple[int, int, int]]
+"""Of one expert in a snapshot, by rank that holds some of it: its elements, their step, whether the rank tells."""
+slices = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(0, 1)), min_size=1, max_size=4)
+
+
+def _told(snapshot: Sequence[Slices], holder: str) -> list[Inventory]:
+    """Return what each rank tells of a snapshot: its slices, where its part is there."""
+    return [
+        {
+            expert: Version(step=ranks[rank][1], learned=ranks[rank][1], holder=holder, elements=ranks[rank][0])
+            for expert, ranks in zip(EXPERTS, snapshot, strict=True)
+            if rank < len(ranks) and ranks[rank][2]
+        }
+        for rank in range(4)
+    ]
+
+
+@given(st.lists(st.tuples(slices, slices, slices), min_size=1, max_size=3), st.lists(st.integers(1, 3), min_size=3))
+def test_with_parts_of_snapshots_lost_an_expert_is_only_taken_where_every_slice_of_it_is_there(
+    snapshots: list[Sequence[Slices]], stored: list[int]
+) -> None:
+    checkpoint = {
+        e: Version(step=step, learned=step, holder="storage") for e, step in zip(EXPERTS, stored, strict=False)
+    }
+    layers = [consistent([checkpoint], {})]
+    for number, snapshot in enumerate(snapshots):
+        sizes = {e: sum(row[0] for row in ranks) for e, ranks in zip(EXPERTS, snapshot, strict=True)}
+        layers.append(consistent(_told(snapshot, str(number)), sizes))
+
+    choice = choose(EXPERTS, layers, ())
+
+    assert not choice.missing
+    for place, expert in enumerate(EXPERTS):
+        known = [(-stored[place], 0)]
+        for number, snapshot in enumerate(snapshots, start=1):
+            ranks = snapshot[place]
+            if all(is_there for _, _, is_there in ranks) and len({step for _, step, _ in ranks}) == 1:
+                known.append((-ranks[0][1], number))
+        assert (-layers[choice.layers[expert]][expert].step, choice.layers[expert]) == min(known)
+
+
+def test_slices_that_come_to_less_or_more_than_the_expert_are_not_the_expert() -> None:
+    expert = EXPERTS[0]
+    halves = [{expert: Version(step=3, learned=0, holder="a", elements=n)} for n in (4, 6)]
+
+    assert list(consistent(halves, {expert: 10})) == [expert]
+    assert consistent(halves, {expert: 11}) == {}
+    assert consistent(halves, {expert: 9}) == {}
+    assert consistent(halves, {}) == {}, "an expert that the model has not"
+    assert consistent(halves[:1], {expert: 10}) == {}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 6])
+def test_an_expert_is_as_large_as_all_its_slices_on_whatever_number_of_ranks(size: int) -> None:
+    sizes = expert_sizes(PlainState(rank, size, experts=3, expert_elements=61).catalog for rank in range(size))
+
+    assert sizes == {Expert(layer=layer, index=index): 3 * 61 for layer in range(2) for index in range(3)}
+
+
+def test_no_layer_is_of_a_life_that_grew_from_the_candidate() -> None:
+    later = Candidate(source=MEMORY, run="run-7", incarnation=2, step=8, attempt="00abcdef")
+    known = [later, _candidate(STORAGE, 8), _candidate(MEMORY, 7)]
+
+    assert older_layers(known[1], known, snapshots=3) == (known[2],)
 
 
 inventories: st.SearchStrategy[Inventory] = st.dictionaries(

@@ -302,6 +302,21 @@ def test_ranks_that_have_changed_places_go_on_from_storage() -> None:
         job.sound()
 
 
+def test_a_job_goes_on_with_more_nodes_than_before_though_a_snapshot_is_in_the_memory_of_one() -> None:
+    with Job(size=2, run_id=RUN) as job:
+        first = job.start()
+        first.event("committed", step=5)
+        first.kill()
+        job.roots.append(job.folder / "rt1")  # rank 1 is on another machine now, whose agent has nothing
+        second = job.start(steps=first.newest_step("step") + 6)
+        attached = second.attached()
+        assert attached["step"] >= first.newest_step("committed")
+        assert any("no memory of this run" in note for note in attached["notes"]), attached["notes"]
+        second.finished()
+        second.exact()
+        job.sound()
+
+
 def test_one_node_listens_to_nobody() -> None:
     with Job(size=2) as job:
         life = job.start()

@@ -209,6 +209,34 @@ def test_a_rotten_expert_in_memory_costs_its_updates_since_the_newest_whole_vers
         goes_on(job, life, HELD, versions)
 
 
+def test_a_rotten_seal_of_one_rank_costs_the_dense_part_and_the_experts_that_it_has_slices_of() -> None:
+    with Job(size=SIZE, **OPTIONS) as job:
+        first = job.start(hold_at=15, calm_until=15)
+        for rank in range(SIZE):
+            first.event("held", rank=rank)
+        first.kill()
+        newest = newest_manifest(job)
+        assert newest.name.step == 15
+        with arena_of(job) as arena:
+            in_memory = steps_in_memory(arena)[15]
+            (record,) = [index for index, found in arena.seals(2).items() if found.step == 15]
+            with arena.view(arena._record_offset(2, record) + 60, 1) as byte:
+                byte[0] ^= 0x10
+        versions = {expert: newest.version(expert)[1] for expert in in_memory}
+        versions |= {e: max(versions[e], *steps) for e, steps in in_memory.items() if e.index % 2}  # ranks 1 and 3
+        assert any(step > newest.version(expert)[1] for expert, step in versions.items())
+
+        life = job.start(steps=19)
+        attached = recovered(job, life, 15, versions)
+
+        assert attached["source"] == "storage"
+        levels = {(layer, index): level for layer, index, level, _ in attached["experts"]}
+        for expert, step in versions.items():
+            level = "memory" if step > newest.version(expert)[1] else "storage"
+            assert levels[expert.layer, expert.index] == level
+        goes_on(job, life, 15, versions)
+
+
 @pytest.mark.parametrize("damage", [pytest.param("flipped", marks=pytest.mark.slow), "dropped"])
 def test_a_bad_object_of_an_earlier_checkpoint_costs_its_experts_their_updates(damage: str) -> None:
     with Job(size=SIZE, **OPTIONS) as job:
