@@ -36,9 +36,9 @@ from moc.cli.models import (
 from moc.cli.options import add_json
 from moc.cli.output import describe_bytes, print_facts, print_json, print_table, say
 from moc.errors import UsageError
-from moc.format.canonical import RECORD_LIMIT_BYTES
 from moc.plan.balance import balanced_rotation
 from moc.plan.burden import Checkpoint, Level, all_experts, bytes_bound, least_k, plan_level, rank_bytes
+from moc.plan.composition import KEPT_LIMIT
 from moc.plan.cost import (
     Advice,
     Rates,
@@ -57,7 +57,6 @@ __all__ = ["configure", "run"]
 
 PLT_LIMIT = 0.0375  # where the paper's GPT-125M-8E begins to lose accuracy: one run, not a law
 DAY_S = 86400.0
-OBJECT_LIMIT = RECORD_LIMIT_BYTES // 140  # what an object takes in a manifest, with a run id of moc's own
 FORMULAS = {
     "day_s": "eq. 4: O_save I_total / I + sum (O_restart + I / 2)",
     "size_ratio": "eq. 6 / eq. 5",
@@ -275,7 +274,7 @@ def _advice(job: Checkpoint, rates: Rates) -> Advice:
         snapshot_s=tuple(size / rates.link for size in ranks),
         persist_s=tuple(rates.transfer_s(bottleneck=b, total=t) for b, t in zip(ranks, totals, strict=True)),
         plt_limit=PLT_LIMIT,
-        k_least=least_k(job.ownership, OBJECT_LIMIT),
+        k_least=least_k(job.ownership, KEPT_LIMIT),
     )
 
 
@@ -336,7 +335,7 @@ def _print(report: Report) -> None:
             ("blocking save", f"{cost.blocking_save_s:.3g} s, Young interval {cost.blocking_young_interval:.3g} steps"),
             ("a day", f"{cost.day_s:.3g} s lost, blocking {cost.blocking_day_s:.3g} s (eq. 4); {better} (eq. 16)"),
             ("PLT", f"{cost.plt:.3g} of all tokens (eq. 7, closed form, two levels)"),
-            ("manifest", f"{objects:,} objects" + ("" if objects <= OBJECT_LIMIT else f": at most {OBJECT_LIMIT:,}")),
+            ("manifest", f"{objects:,} objects" + ("" if objects <= KEPT_LIMIT else f": at most {KEPT_LIMIT:,}")),
             ("host memory", f"{describe_bytes(report.arena_bytes_per_rank)} per rank"),
             ("", f"{describe_bytes(report.arena_bytes_per_node)} per node (full + (V - 1) snapshot)"),
             (

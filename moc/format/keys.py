@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moc.errors import ManifestCorruptError, UsageError
@@ -15,16 +16,20 @@ __all__ = [
     "LAST_STEP",
     "MANIFESTS",
     "OBJECTS",
+    "PIECE_PATTERN",
+    "RANK_LIMIT",
     "RUN_PATTERN",
     "VICTIMS",
     "CheckpointName",
     "check_run_id",
     "incarnation_key",
     "manifest_key",
+    "object_file",
     "object_key",
     "parse_incarnation_key",
     "parse_manifest_key",
     "parse_object_key",
+    "parse_object_keys",
     "parse_victims_key",
     "victims_key",
 ]
@@ -40,6 +45,8 @@ LAST_STEP = 10**12 - 1
 INCARNATION_LIMIT = 10**6 - 1
 RUN_PATTERN = r"[a-z0-9][a-z0-9-]{0,31}"
 ATTEMPT_PATTERN = r"[0-9a-f]{8}"
+PIECE_PATTERN = r"d|e\d\d"
+RANK_LIMIT = 10**6
 
 _LIFE = rf"(?P<incarnation>(?!000000)\d{{6}})-(?P<run>{RUN_PATTERN})"
 _ATTEMPT = rf"(?P<step>\d{{12}})-(?P<attempt>{ATTEMPT_PATTERN})"
@@ -47,7 +54,7 @@ _INCARNATION_KEY = re.compile(rf"{INCARNATIONS}/{_LIFE}\.json", re.ASCII)
 _VICTIMS_KEY = re.compile(rf"{VICTIMS}/{_LIFE}\.json", re.ASCII)
 _MANIFEST_KEY = re.compile(rf"{MANIFESTS}/{_LIFE}/{_ATTEMPT}\.json", re.ASCII)
 _OBJECT_KEY = re.compile(
-    rf"{OBJECTS}/{_LIFE}/{_ATTEMPT}/r(?P<rank>\d{{5}}|[1-9]\d{{5}})-(?P<piece>d|e\d\d)\.safetensors", re.ASCII
+    rf"{OBJECTS}/{_LIFE}/{_ATTEMPT}/r(?P<rank>\d{{5}}|[1-9]\d{{5}})-(?P<piece>{PIECE_PATTERN})\.safetensors", re.ASCII
 )
 
 
@@ -92,7 +99,12 @@ def manifest_key(name: CheckpointName) -> str:
 
 def object_key(name: CheckpointName, rank: int, piece: str) -> str:
     """Return the key of one rank's object; `piece` is "d" (dense part and small state) or "e00" (experts)."""
-    return _built(_OBJECT_KEY, f"{OBJECTS}/{name}/r{rank:05d}-{piece}.safetensors")
+    return _built(_OBJECT_KEY, f"{OBJECTS}/{name}/{object_file(rank, piece)}")
+
+
+def object_file(rank: int, piece: str) -> str:
+    """Return the last segment of an object's key."""
+    return f"r{rank:05d}-{piece}.safetensors"
 
 
 def parse_incarnation_key(key: str) -> tuple[str, int] | None:
@@ -116,6 +128,19 @@ def parse_object_key(key: str) -> tuple[CheckpointName, int, str]:
     if match is None:
         raise ManifestCorruptError(f"not an object key: key={key!r}")
     return _name(match), int(match["rank"]), match["piece"]
+
+
+def parse_object_keys(keys: Iterable[str]) -> Iterator[tuple[CheckpointName, int, str]]:
+    """Yield what `parse_object_key` returns for each key; of many keys each folder and each file is parsed once."""
+    owners: dict[str, CheckpointName] = {}
+    places: dict[str, tuple[int, str]] = {}
+    for key in keys:
+        folder, _, file = key.rpartition("/")
+        if folder not in owners or file not in places:
+            owner, rank, piece = parse_object_key(key)
+            owners.setdefault(folder, owner)
+            places[file] = (rank, piece)
+        yield owners[folder], *places[file]
 
 
 def _built(grammar: re.Pattern[str], key: str) -> str:

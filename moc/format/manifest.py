@@ -1,18 +1,20 @@
 """Manifests and incarnation records: the small records that decide what exists and what led to it; and victim lists.
 
-What decodes does not contradict itself, and encodes to the same bytes again as long as it has no unknown fields.
+What decodes does not contradict itself, and encodes to the same bytes again as long as it is of the present version and
+has no unknown fields.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from moc.errors import FormatUnsupportedError, InternalError, ManifestCorruptError, TopologyError
 from moc.format.canonical import RECORD_LIMIT_BYTES, Fields, open_record, seal_record
+from moc.format.columns import Block, ObjectRow, decode_blocks, decode_rows, encode_blocks, objects_of
 from moc.format.keys import (
     ATTEMPT_PATTERN,
     INCARNATION_LIMIT,
@@ -20,8 +22,8 @@ from moc.format.keys import (
     RUN_PATTERN,
     CheckpointName,
     parse_object_key,
+    parse_object_keys,
 )
-from moc.format.object import ALIGNMENT, HEADER_LIMIT_BYTES
 from moc.format.stale import StaleExpert, check_owners, decode_stale, encode_stale
 from moc.routing import Routing
 from moc.state import Expert
@@ -29,6 +31,7 @@ from moc.topology import Topology
 
 __all__ = [
     "FORMAT_VERSION",
+    "MANIFEST_VERSION",
     "RECORD_LIMIT_BYTES",
     "Incarnation",
     "Manifest",
@@ -47,10 +50,10 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+MANIFEST_VERSION = 2  # 1 has a row per object; it is read, and not written any more
 FEATURES: tuple[str, ...] = ()
 """Features that a repository may require and that this version has."""
 FORMAT_LIMIT_BYTES = 4096
-CRC_LIMIT = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +83,6 @@ class Incarnation:
     fingerprint: Mapping[str, object] = field(default_factory=dict)
 
     REASONS = ("start", "recover", "rewind", "load_checkpoint", "weights", "gc")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectRow:
-    """One object of a checkpoint: its key, sizes in bytes, and the crc32c of its header."""
-
-    key: str
-    size_bytes: int
-    header_bytes: int
-    header_crc32c: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +117,8 @@ class Manifest:
     @property
     def written_bytes(self) -> int:
         """Return the size of the objects that this attempt has written itself."""
-        return sum(row.size_bytes for row in self.objects if parse_object_key(row.key)[0] == self.name)
+        owners = parse_object_keys(row.key for row in self.objects)
+        return sum(row.size_bytes for row, (owner, *_) in zip(self.objects, owners, strict=True) if owner == self.name)
 
     def version(self, expert: Expert) -> tuple[CheckpointName, int]:
         """Return the attempt whose objects hold the expert's bytes, and the step of these bytes."""
@@ -208,7 +202,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     name = manifest.name
     return seal_record(
         {
-            "version": FORMAT_VERSION,
+            "version": MANIFEST_VERSION,
             "run": name.run,
             "incarnation": name.incarnation,
             "step": name.step,
@@ -217,10 +211,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "topology": dict(manifest.topology),
             "catalog_digest": manifest.catalog_digest,
             "tensors": manifest.tensors,
-            "objects": [
-                {"key": r.key, "size": r.size_bytes, "header": r.header_bytes, "header_crc32c": r.header_crc32c}
-                for r in sorted(manifest.objects, key=lambda r: r.key)
-            ],
+            "objects": encode_blocks(manifest.objects),
             "fingerprint": dict(manifest.fingerprint),
             "versions": dict(manifest.versions),
             "is_finite": manifest.is_finite,
@@ -231,9 +222,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(encoded: bytes, *, name: str) -> Manifest:
-    """Parse and check a manifest; raises ManifestCorruptError naming `name`."""
+    """Parse and check a manifest of any version; raises ManifestCorruptError naming `name`."""
     fields = open_record(encoded, name=name)
-    _check_version(fields)
+    version = _check_version(fields, newest=MANIFEST_VERSION)
     checkpoint = CheckpointName(
         run=fields.text("run", RUN_PATTERN),
         incarnation=fields.integer("incarnation", minimum=1, maximum=INCARNATION_LIMIT),
@@ -243,16 +234,16 @@ def decode_manifest(encoded: bytes, *, name: str) -> Manifest:
     parent = _parent(fields.optional("parent"))
     if parent is not None and not _is_earlier(parent, checkpoint):
         raise fields.wrong("parent", "an earlier moment")
-    objects = tuple(_object_row(row) for row in fields.objects("objects"))
+    blocks = decode_rows(fields) if version == 1 else decode_blocks(fields, checkpoint.run)
     stale = decode_stale(fields, checkpoint)
-    _check_objects(fields, checkpoint, objects, stale)
+    _check_objects(fields, checkpoint, blocks, stale)
     return Manifest(
         name=checkpoint,
         parent=parent,
         topology=_topology(fields),
         catalog_digest=fields.text("catalog_digest", "[0-9a-f]{16}"),
         tensors=fields.integer("tensors"),
-        objects=objects,
+        objects=objects_of(blocks),
         fingerprint=fields.mapping("fingerprint"),
         versions=fields.mapping("versions"),
         is_finite=fields.boolean("is_finite"),
@@ -281,12 +272,14 @@ def decode_victims(encoded: bytes, *, name: str, run: str) -> tuple[str, ...]:
     return tuple(victims)
 
 
-def _check_version(fields: Fields) -> None:
+def _check_version(fields: Fields, *, newest: int = FORMAT_VERSION) -> int:
+    """Return the record's version; raises FormatUnsupportedError for one that this version of moc does not know."""
     version = fields.integer("version")
-    if version != FORMAT_VERSION:
+    if not 1 <= version <= newest:
         raise FormatUnsupportedError(
-            f"record has another format version: name={fields.name} version={version} allowed={FORMAT_VERSION}"
+            f"record has another format version: name={fields.name} version={version} allowed=1 to {newest}"
         )
+    return version
 
 
 def _parent(fields: Fields | None) -> Parent | None:
@@ -306,30 +299,14 @@ def _is_earlier(parent: Parent, name: CheckpointName) -> bool:
     return parent.attempt is not None and (parent.step, parent.attempt) < (name.step, name.attempt)
 
 
-def _object_row(row: Fields) -> ObjectRow:
-    header_bytes = row.integer("header", minimum=ALIGNMENT, maximum=HEADER_LIMIT_BYTES)
-    if header_bytes % ALIGNMENT:
-        raise row.wrong("header", f"a multiple of {ALIGNMENT}")
-    return ObjectRow(
-        key=row.text("key"),  # parsed by `_check_objects`
-        size_bytes=row.integer("size", minimum=header_bytes),
-        header_bytes=header_bytes,
-        header_crc32c=row.integer("header_crc32c", maximum=CRC_LIMIT),
-    )
-
-
 def _check_objects(
-    fields: Fields, name: CheckpointName, objects: tuple[ObjectRow, ...], stale: tuple[StaleExpert, ...]
+    fields: Fields, name: CheckpointName, blocks: Sequence[Block], stale: tuple[StaleExpert, ...]
 ) -> None:
     """Raise ManifestCorruptError unless each object may belong to the checkpoint and each rank has a dense one."""
-    keys = [row.key for row in objects]
-    dense_ranks = check_owners(fields, name, stale, keys)
-    for first, second in pairwise(keys):
-        if first >= second:
-            what = "named twice" if first == second else "out of order"
-            raise ManifestCorruptError(f"object is {what}: name={fields.name} object={second}")
+    check_owners(fields, name, stale, blocks)
+    dense_ranks = next((list(block.ranks) for block in blocks if block.piece == "d"), [])
     world_size = fields.mapping("topology").get("world_size")
-    if type(world_size) is not int or dense_ranks != tuple(range(min(world_size, len(objects) + 1))):
+    if type(world_size) is not int or dense_ranks != list(range(min(world_size, len(dense_ranks) + 1))):
         raise ManifestCorruptError(
             f"dense objects are not one per rank: name={fields.name} expected_ranks={world_size} "
             f"actual={len(dense_ranks)}"

@@ -13,7 +13,8 @@ from itertools import pairwise
 
 from moc.errors import InternalError, ManifestCorruptError, UsageError
 from moc.format.canonical import FIELD_LIMIT, Fields
-from moc.format.keys import ATTEMPT_PATTERN, INCARNATION_LIMIT, LAST_STEP, CheckpointName, parse_object_key
+from moc.format.columns import Block
+from moc.format.keys import ATTEMPT_PATTERN, INCARNATION_LIMIT, LAST_STEP, CheckpointName
 from moc.state import Expert
 
 __all__ = ["StaleExpert", "check_owners", "decode_stale", "encode_stale", "is_earlier", "sources"]
@@ -94,28 +95,21 @@ def decode_stale(fields: Fields, checkpoint: CheckpointName) -> tuple[StaleExper
 
 
 def check_owners(
-    fields: Fields, checkpoint: CheckpointName, stale: Sequence[StaleExpert], keys: Sequence[str]
-) -> tuple[int, ...]:
-    """Return the ranks that have a dense object, in the order of the keys.
-
-    Raises ManifestCorruptError unless each object is the checkpoint's own, or has experts and is of a source, and each
-    other source has one.
+    fields: Fields, checkpoint: CheckpointName, stale: Sequence[StaleExpert], blocks: Iterable[Block]
+) -> None:
+    """Raise ManifestCorruptError unless each object is the checkpoint's own, or has experts and is of a source, and
+    each other source has one.
     """
     others = {name: 0 for name in sources(stale) if name != checkpoint}
-    ranks = []
-    for key in keys:
-        owner, rank, piece = parse_object_key(key)
-        if piece == "d":
-            ranks.append(rank)
-        if owner == checkpoint:
+    for block in blocks:
+        if block.owner == checkpoint:
             continue
-        if piece == "d" or owner not in others:
-            raise ManifestCorruptError(f"object is of another attempt: name={fields.name} object={key}")
-        others[owner] += 1
+        if block.piece == "d" or block.owner not in others:
+            raise ManifestCorruptError(f"object is of another attempt: name={fields.name} object={block.rows[0].key}")
+        others[block.owner] += len(block.rows)
     for name, count in others.items():
         if not count:
             raise ManifestCorruptError(f"source of stale experts has no object: name={fields.name} source={name}")
-    return tuple(ranks)
 
 
 def _sources(fields: Fields, checkpoint: CheckpointName) -> tuple[CheckpointName, ...]:

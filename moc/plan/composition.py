@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from moc.errors import InternalError, PlanDivergedError
-from moc.format.keys import CheckpointName, parse_object_key
+from moc.format.keys import CheckpointName, parse_object_keys
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.stale import StaleExpert
 from moc.plan.rotation import Rotation, expert_counts
@@ -24,9 +24,19 @@ from moc.plan.select import Budget, History, Policy, select
 from moc.routing import Capture, Routing
 from moc.state import Expert
 
-__all__ = ["Base", "Composition", "Sealed", "Terms", "compose", "is_newer", "next_base", "steps_of_experts"]
+__all__ = [
+    "KEPT_LIMIT",
+    "Base",
+    "Composition",
+    "Sealed",
+    "Terms",
+    "compose",
+    "is_newer",
+    "next_base",
+    "steps_of_experts",
+]
 
-KEPT_LIMIT = 150_000  # objects of other attempts, at up to 200 bytes each: half of what a manifest may be long
+KEPT_LIMIT = 1_000_000  # objects of other attempts, at up to 35 bytes each: half of what a manifest may be long
 Held = dict[Expert, StaleExpert]
 """By expert of the model what the base has of it, as the row that a checkpoint after it would have."""
 
@@ -92,7 +102,7 @@ class Composition:
     @property
     def is_kept_finite(self) -> bool:
         """Return whether all that is kept is finite."""
-        return {parse_object_key(row.key)[0] for row in self.kept} <= self.finite
+        return {owner for owner, *_ in parse_object_keys(row.key for row in self.kept)} <= self.finite
 
 
 def steps_of_experts(slices: Iterable[tuple[Expert, int]]) -> dict[Expert, int | None]:
@@ -125,7 +135,7 @@ def compose(sealed: Sealed, base: Base | None, terms: Terms | None, *, kept_limi
         chosen = _chosen(sealed, base, held, fit, terms)
     written = chosen.union(due)
     sources = {held[expert].source for expert in steps if expert not in written}
-    kept = () if base is None else tuple(row for row in base.manifest.objects if _is_kept(row, sources))
+    kept = () if base is None else tuple(_kept(base.manifest, sources))
     if len(kept) > kept_limit and terms is not None:
         return compose(sealed, base, None)
     return Composition(
@@ -232,6 +242,8 @@ def _stale_rows(sealed: Sealed, held: Held, written: Collection[Expert]) -> Iter
             yield StaleExpert(expert=expert, step=step, source=sealed.name, routed=earlier if known is None else known)
 
 
-def _is_kept(row: ObjectRow, sources: Collection[CheckpointName]) -> bool:
-    owner, _, piece = parse_object_key(row.key)
-    return piece != "d" and owner in sources
+def _kept(manifest: Manifest, sources: Collection[CheckpointName]) -> Iterator[ObjectRow]:
+    places = parse_object_keys(row.key for row in manifest.objects)
+    for row, (owner, _, piece) in zip(manifest.objects, places, strict=True):
+        if piece != "d" and owner in sources:
+            yield row

@@ -57,7 +57,7 @@ def _set_element(repository: Repository, manifest: Manifest, key: str, tensor: s
     content[: len(encoded)] = encoded
     repository.store.delete(key)
     repository.store.put(key, [memoryview(content)])
-    rows = [replace(r, header_crc32c=crc32c(encoded)) if r.key == key else r for r in manifest.objects]
+    rows = [r._replace(header_crc32c=crc32c(encoded)) if r.key == key else r for r in manifest.objects]
     repository.delete_manifest(manifest.name)
     repository.put_manifest(replace(manifest, objects=tuple(rows)))
 

@@ -88,12 +88,12 @@ def test_rows_that_nobody_wrote_are_refused(changes: dict[str, object], words: s
 
 def test_a_source_without_an_object_and_an_object_without_a_source_are_refused() -> None:
     body = _body()
-    body["objects"] = [row for row in body["objects"] if FORMER.attempt not in row["key"]]
+    body["objects"] = [block for block in body["objects"] if block["attempt"] != FORMER.attempt]
     with pytest.raises(ManifestCorruptError, match=f"no object: name=m source={FORMER}"):
         _decode(body)
 
     body = _body()
-    body["objects"][0]["key"] = object_key(FORMER, 5, "d")
+    body["objects"][0]["piece"] = "d"  # of FORMER
     with pytest.raises(ManifestCorruptError, match="object is of another attempt"):
         _decode(body)
 

@@ -15,7 +15,7 @@ from moc.plan.layout import RECORD_FIXED_BYTES, arrange_arena
 from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.seal import SealRecord, encode_seal
 from moc.state import Expert, RankCatalog, Shard
-from tests.golden.write import FOLDER
+from tests.golden.write import FOLDERS
 from tests.support.forge import sealed
 
 __all__ = [
@@ -48,7 +48,7 @@ DESCRIPTOR_PAGES = 4096 * 36  # prologue and both descriptor areas of that arena
 @cache
 def golden_files(pattern: str) -> tuple[bytes, ...]:
     """Return the contents of golden files, by path."""
-    return tuple(path.read_bytes() for path in sorted(FOLDER.glob(f"*/{pattern}")))
+    return tuple(path.read_bytes() for path in sorted(p for f in FOLDERS for p in f.glob(f"*/{pattern}")))
 
 
 @cache
@@ -59,9 +59,9 @@ def golden_bodies(pattern: str) -> tuple[bytes, ...]:
 
 @cache
 def _partial() -> dict[str, object]:
-    """Return the body of the golden manifest that has experts of the most attempts."""
+    """Return the body of the golden manifest of the present version that has experts of the most attempts."""
     bodies = [json.loads(body) for body in golden_bodies("manifests/*/*.json")]
-    body = max(bodies, key=lambda body: len(body.get("sources", ())))
+    body = max(bodies, key=lambda body: (body["version"], len(body.get("sources", ()))))
     assert isinstance(body, dict)
     return body
 

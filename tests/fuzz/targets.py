@@ -18,6 +18,7 @@ from moc.errors import FormatUnsupportedError, IntegrityError, ManifestCorruptEr
 from moc.format import keys
 from moc.format.canonical import open_record, seal_record
 from moc.format.manifest import (
+    MANIFEST_VERSION,
     decode_format,
     decode_incarnation,
     decode_manifest,
@@ -61,7 +62,8 @@ def manifest(content: bytes) -> None:
         value = decode_manifest(content, name="fuzz")
     except (ManifestCorruptError, FormatUnsupportedError):
         return
-    _same_record(encode_manifest(value), content)
+    if json.loads(content)["body"]["version"] == MANIFEST_VERSION:  # older ones are read, and not written any more
+        _same_record(encode_manifest(value), content)
     assert decode_manifest(encode_manifest(value), name="again") == value
 
 

@@ -16,7 +16,7 @@ from moc.format.keys import CheckpointName, parse_manifest_key
 from moc.format.object import ObjectHeader, encode_header
 from moc.repository import Repository
 from moc.store.local import LocalStore
-from tests.golden.write import FOLDER
+from tests.golden.write import FOLDERS
 from tests.support.forge import Change, forge_header, forge_object, forge_record, sealed
 
 __all__ = ["CASES", "Broken", "Case"]
@@ -30,8 +30,9 @@ TWO = "two-ranks"
 class Broken:
     """A copy of a golden repository that is about to be damaged."""
 
-    def __init__(self, scenario: str, root: Path) -> None:
-        shutil.copytree(FOLDER / scenario, root)
+    def __init__(self, scenario: str, root: Path, version: int = 1) -> None:
+        """Copy the golden repository whose manifests have this version."""
+        shutil.copytree(FOLDERS[version - 1] / scenario, root)
         self.root, self.repository = root, Repository(LocalStore(root))
 
     def path(self, pattern: str) -> Path:
@@ -63,7 +64,7 @@ class Broken:
         path.write_bytes(sealed(text.replace(b"@", present[1:-1])))
 
     def rows(self, change: Callable[[list[dict[str, Any]]], object]) -> None:
-        """Change the object rows of the newest manifest."""
+        """Change the object rows, or blocks of objects, of the newest manifest."""
 
         def change_rows(body: dict[str, Any]) -> None:
             change(body["objects"])
@@ -106,6 +107,7 @@ class Case:
     words: str | None
     key: str
     code: int = 4
+    version: int = 1  # of the manifests
 
 
 def _first(header: ObjectHeader, **fields: Any) -> ObjectHeader:
@@ -230,7 +232,7 @@ CONTRADICTIONS: Mapping[str, Case] = {
     ),
     "experts of an abandoned later step": Case(
         TWO,
-        lambda b: b.rows(lambda rows: rows[1].update(key=rows[1]["key"].replace("00000003-", "00000004-"))),
+        lambda b: b.rows(lambda rows: rows[-1].update(key=rows[-1]["key"].replace("00000003-", "00000004-"))),
         "another attempt",
         "manifests/",
     ),
@@ -258,7 +260,7 @@ CONTRADICTIONS: Mapping[str, Case] = {
     "objects out of order": Case(TWO, lambda b: b.rows(lambda rows: rows.reverse()), "", "manifests/"),
     "no objects": Case(LIVES, lambda b: b.rows(lambda rows: rows.clear()), "one per rank", NEWEST),
     "manifest of another version": Case(
-        LIVES, lambda b: b.record("manifests/*/*", version=2), "another format version", NEWEST, code=6
+        LIVES, lambda b: b.record("manifests/*/*", version=3), "another format version", NEWEST, code=6
     ),
     "life of another version": Case(
         LIVES, lambda b: b.record("incarnations/*", version=2), "another format version", "incarnations/", code=6

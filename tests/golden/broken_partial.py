@@ -63,6 +63,11 @@ def _fork_earlier(broken: Broken) -> None:
     broken.record("manifests/*/*.json", parent=parent)
 
 
+def _block(words: str, number: int, **fields: object) -> Case:
+    """Return a case of the present version in which a block of the newest manifest's objects has other fields."""
+    return Case(PARTIAL, lambda b: b.rows(lambda blocks: blocks[number].update(fields)), words, NEWEST, version=2)
+
+
 PARTIAL_CASES: Mapping[str, Case] = {
     "missing object of an earlier attempt": Case(
         PARTIAL, lambda b: b.path(f"objects/*/{OLD}").unlink(), "does not exist", OLD
@@ -106,6 +111,19 @@ PARTIAL_CASES: Mapping[str, Case] = {
     "a source twice": _rows("field=sources", lambda sources, _: sources.insert(0, sources[0])),
     "a source that nothing comes from": _rows("field=sources", lambda sources, _: sources.append([2, 40, "ae76cf31"])),
     "sources of nothing": _rows("field=sources", lambda _, rows: rows.clear()),
+    "a block of dense objects of an earlier attempt": _block("another attempt", 0, piece="d"),
+    "a block of an attempt that is no source": _block("another attempt", 0, attempt="9d5d5c11"),
+    "a block outside the grammar": _block("field=attempt", 0, attempt="../../.."),
+    "a block of a trillion ranks": _block("field=ranks", -1, ranks=[[0, 10**12]]),
+    "a block without ranks": _block("field=ranks", 0, ranks=[], size=[], header=[], header_crc32c=[]),
+    "a block with a size too many": _block("field=ranks", -1, size=[8192] * 3),
+    "a block of a fraction": _block("float", -1, size=[0.5, 8192]),
+    "blocks out of order": Case(
+        PARTIAL, lambda b: b.rows(lambda blocks: blocks.reverse()), "sorted", NEWEST, version=2
+    ),
+    "blocks of another version": Case(
+        PARTIAL, lambda b: b.record("manifests/*/*.json", version=1), "field=header", NEWEST, version=2
+    ),
     "routes that are not all there": Case(
         PARTIAL, lambda b: b.record("manifests/*/*.json", plt={"basis": "kept"}), "field=plt", NEWEST
     ),

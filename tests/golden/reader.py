@@ -1,4 +1,4 @@
-"""A reader of format 1 that was written from docs/format.md alone: JSON, safetensors, and nothing of moc.
+"""A reader of the format that was written from docs/format.md alone: JSON, safetensors, and nothing of moc.
 
 It reads everything, checks every checksum that the document promises, and raises ValueError for what is wrong.
 """
@@ -86,7 +86,7 @@ def read_checkpoint(root: Path, manifest: Path) -> Contents:
     own = (body["incarnation"], body["step"], body["attempt"])
     sources = {(layer, index): body["sources"][number] for layer, index, _, number, _ in body["stale_experts"]}
     steps = {(layer, index): step for layer, index, step, _, _ in body["stale_experts"]}
-    for row in body["objects"]:
+    for row in _rows(body):
         metadata, tensors = _read_object(root / row["key"], row)
         owner = (metadata["incarnation"], metadata["step"], metadata["attempt"])
         if "__state__" in tensors:
@@ -113,6 +113,22 @@ def read_checkpoint(root: Path, manifest: Path) -> Contents:
     if len(whole) != body["tensors"]:
         raise ValueError("another number of tensors")
     return Contents(is_finite=body["is_finite"], tensors=whole, states=states)
+
+
+def _rows(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per object."""
+    if body["version"] == 1:
+        return list(body["objects"])
+    rows = []
+    for block in body["objects"]:
+        folder = f"objects/{block['incarnation']:06d}-{body['run']}/{block['step']:012d}-{block['attempt']}"
+        ranks = [rank for first, count in block["ranks"] for rank in range(first, first + count)]
+        columns = zip(ranks, block["size"], block["header"], block["header_crc32c"], strict=True)
+        rows += [
+            {"key": f"{folder}/r{rank:05d}-{block['piece']}.safetensors", "size": s, "header": h, "header_crc32c": c}
+            for rank, s, h, c in columns
+        ]
+    return rows
 
 
 def _read_object(path: Path, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -32,7 +32,7 @@ from tests.golden.broken import Broken, Case
 from tests.golden.broken_partial import PARTIAL_CASES
 from tests.golden.describe import describe
 from tests.golden.scenarios import RUN, SCENARIOS
-from tests.golden.write import FOLDER
+from tests.golden.write import FOLDERS
 
 CASES = {**WHOLE_CASES, **PARTIAL_CASES}
 NEWEST_LIFE = {"lives": 4, "two-ranks": 1, "partial": 2}
@@ -44,7 +44,7 @@ cases = pytest.mark.parametrize("name", CASES)
 @cases
 def test_verify_names_it_and_every_verb_answers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case, root = CASES[name], tmp_path / "repository"
-    case.change(Broken(case.scenario, root))
+    case.change(Broken(case.scenario, root, case.version))
     (tmp_path / "outside").write_text("precious")
     before = _contents(root)
 
@@ -74,7 +74,7 @@ def test_verify_names_it_and_every_verb_answers(name: str, tmp_path: Path, capsy
 @pytest.mark.parametrize("name", SAMPLE)
 def test_as_a_user_runs_it_there_is_never_a_traceback(name: str, tmp_path: Path) -> None:
     case, root = CASES[name], tmp_path / "repository"
-    case.change(Broken(case.scenario, root))
+    case.change(Broken(case.scenario, root, case.version))
 
     done = moc("verify", "--read-data", "-r", root)
 
@@ -96,7 +96,7 @@ def test_nothing_wrong_is_restored(name: str, tmp_path: Path) -> None:
                 continue  # recovery takes the next one
             except MismatchError:
                 continue  # recovery stops: that is another model
-            assert restored == _restored(_golden(case.scenario), checkpoint, catalog)
+            assert restored == _restored(_golden(case), checkpoint, catalog)
 
 
 @cases
@@ -188,7 +188,7 @@ def _restored(repository: Repository, name: CheckpointName, catalog: RankCatalog
 
 def _broken(case: Case, root: Path) -> Repository:
     """Return the broken repository in memory."""
-    case.change(Broken(case.scenario, root))
+    case.change(Broken(case.scenario, root, case.version))
     store = MemoryStore()
     for key, content in _contents(root).items():
         store.put(key, [memoryview(content)])
@@ -205,8 +205,8 @@ def _catalogs(scenario: str) -> tuple[RankCatalog, ...]:
 
 
 @cache
-def _golden(scenario: str) -> Repository:
-    return Repository(LocalStore(FOLDER / scenario))
+def _golden(case: Case) -> Repository:
+    return Repository(LocalStore(FOLDERS[case.version - 1] / case.scenario))
 
 
 def _findings(report: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,6 @@
-"""Format 1 stays what it is: golden repositories are read to equal values and written again to equal bytes."""
+"""The format stays what it is: golden repositories of every version of manifests are read to equal values, and those of
+the present one written again to equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -26,39 +28,44 @@ from moc.verify import verify_repository
 from tests.golden import reader
 from tests.golden.describe import describe
 from tests.golden.scenarios import SCENARIOS, expected
-from tests.golden.write import FOLDER
+from tests.golden.write import FOLDERS, PRESENT
 
 ROOT = Path(__file__).resolve().parents[2]
 names = pytest.mark.parametrize("name", SCENARIOS)
+roots = pytest.mark.parametrize(
+    "root",
+    [folder / name for folder in FOLDERS for name in SCENARIOS],
+    ids=lambda root: f"{root.parent.name}-{root.name}",
+)
 
 
-def _expected(name: str) -> Any:
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+def _expected(root: Path) -> Any:
+    return json.loads(root.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def _repository(name: str) -> Repository:
-    return Repository(LocalStore(FOLDER / name))
+def _repository(root: Path) -> Repository:
+    return Repository(LocalStore(root))
 
 
-@names
-def test_todays_reader_reads_equal_bytes(name: str) -> None:
-    repository = _repository(name)
+@roots
+def test_todays_reader_reads_equal_bytes(root: Path) -> None:
+    repository = _repository(root)
 
     found = {str(c.name): _contents(repository, c.name) for c in repository.checkpoints()}
 
-    assert found == _expected(name)["checkpoints"]
+    assert found == _expected(root)["checkpoints"]
 
 
-@names
-def test_todays_lineage_is_the_same(name: str) -> None:
-    catalogue = read_catalogue(_repository(name))
+@roots
+def test_todays_lineage_is_the_same(root: Path) -> None:
+    catalogue = read_catalogue(_repository(root))
 
-    assert [str(stored.name) for stored in catalogue.lineage] == _expected(name)["lineage"]
+    assert [str(stored.name) for stored in catalogue.lineage] == _expected(root)["lineage"]
 
 
-@names
-def test_golden_repositories_are_sound(name: str) -> None:
-    report = verify_repository(_repository(name), read_data_fraction=1.0)
+@roots
+def test_golden_repositories_are_sound(root: Path) -> None:
+    report = verify_repository(_repository(root), read_data_fraction=1.0)
 
     assert report.all_findings == ()
 
@@ -69,21 +76,21 @@ def test_todays_writer_writes_equal_bytes(name: str) -> None:
 
     golden = SCENARIOS[name](store)
 
-    assert json.loads(json.dumps(expected(golden))) == _expected(name)
+    assert json.loads(json.dumps(expected(golden))) == _expected(PRESENT / name)
     written = {entry.key: store.read(entry.key, limit_bytes=1 << 20) for entry in store.list("")}
-    root = FOLDER / name
+    root = PRESENT / name
     stored = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     assert written.keys() == stored.keys()
     for key, content in stored.items():
         assert written[key] == content, f"the writer has changed: key={key}"
 
 
-@names
-def test_a_reader_made_from_the_document_alone_finds_the_same(name: str) -> None:
-    checkpoints = reader.read_repository(FOLDER / name)
+@roots
+def test_a_reader_made_from_the_document_alone_finds_the_same(root: Path) -> None:
+    checkpoints = reader.read_repository(root)
 
-    wanted = _expected(name)
-    assert reader.lineage(FOLDER / name) == wanted["lineage"]
+    wanted = _expected(root)
+    assert reader.lineage(root) == wanted["lineage"]
     assert {key: _plain(contents) for key, contents in checkpoints.items()} == wanted["checkpoints"]
 
 
@@ -104,10 +111,10 @@ def test_the_example_in_the_document_reads_a_golden_repository(name: str) -> Non
     text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
     script = text.rpartition("```python\n")[2].partition("```")[0]
 
-    done = subprocess.run([sys.executable, "-c", script, FOLDER / name], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script, PRESENT / name], capture_output=True, text=True, check=True)
 
     lines = done.stdout.splitlines()
-    tensors = max(reader.read_repository(FOLDER / name).items())[1].tensors
+    tensors = max(reader.read_repository(PRESENT / name).items())[1].tensors
     assert len(lines) == len(tensors)
     for line, (key, (_, shape, data)) in zip(lines, sorted(tensors.items()), strict=True):
         mean = float(np.abs(np.frombuffer(data, "<f4")).mean())

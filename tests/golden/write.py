@@ -1,6 +1,7 @@
 """Write golden repositories: ``python -m tests.golden.write NAME...``. For what is new in the format, never for a test.
 
-What is committed under ``v1`` is what format 1 is; a writer that gives other bytes writes another format.
+What is committed under ``v1`` are repositories whose manifests have version 1: they are read, and never written anew.
+``v2`` is what is written today; a writer that gives other bytes writes another format.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from pathlib import Path
 from moc.store.local import LocalStore
 from tests.golden.scenarios import SCENARIOS, expected
 
-__all__ = ["FOLDER"]
+__all__ = ["FOLDERS", "PRESENT"]
 
-FOLDER = Path(__file__).parent / "v1"
+FOLDERS = tuple(Path(__file__).parent / version for version in ("v1", "v2"))
+PRESENT = FOLDERS[-1]
 
 
 def main() -> None:
     for name in sys.argv[1:]:
-        shutil.rmtree(FOLDER / name, ignore_errors=True)
-        golden = SCENARIOS[name](LocalStore(FOLDER / name))
+        shutil.rmtree(PRESENT / name, ignore_errors=True)
+        golden = SCENARIOS[name](LocalStore(PRESENT / name))
         contents = json.dumps(expected(golden), indent=1, ensure_ascii=False)
-        (FOLDER / f"{name}.json").write_text(contents + "\n", encoding="utf-8")
-        print(f"{name}: {sum(path.stat().st_size for path in (FOLDER / name).rglob('*') if path.is_file())} bytes")
+        (PRESENT / f"{name}.json").write_text(contents + "\n", encoding="utf-8")
+        print(f"{name}: {sum(path.stat().st_size for path in (PRESENT / name).rglob('*') if path.is_file())} bytes")
 
 
 if __name__ == "__main__":

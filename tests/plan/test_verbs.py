@@ -82,11 +82,11 @@ def test_plan_of_671b_on_16384_ranks_takes_less_than_a_second() -> None:
 def test_plan_advises_no_k_whose_manifest_would_be_too_long() -> None:
     """An order of N / K checkpoints makes a manifest name the objects of so many."""
     small, large = (
-        moc_json("plan", "--model", "deepseek-v3", "--dp", dp, "--ep", 64, "--k-persist", 16) for dp in (1024, 16384)
+        moc_json("plan", "--model", "deepseek-v3", "--dp", dp, "--ep", 64, "--k-persist", 16) for dp in (16384, 65536)
     )
 
-    assert large["levels"]["persist"]["manifest_objects"] == 16384 + 16 * 16384
-    assert small["advice"]["k_persist"] == 1 < large["advice"]["k_persist"] <= 16
+    assert large["levels"]["persist"]["manifest_objects"] == 65536 + 16 * 65536
+    assert small["advice"]["k_persist"] == 1 < 16 < large["advice"]["k_persist"] <= 32
 
 
 @pytest.mark.parametrize("ep", [8, 128])

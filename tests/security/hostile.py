@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moc._native import crc32c
+from moc.format.columns import encode_blocks
 from moc.format.keys import CheckpointName, incarnation_key, manifest_key, object_key
 from moc.format.manifest import ObjectRow
 from moc.format.object import ObjectHeader, align, encode_header
@@ -17,10 +17,11 @@ from moc.store.local import LocalStore
 from tests.support.forge import sealed
 from tests.support.repository import Model, RepositoryBuilder
 
-__all__ = ["CASES", "Hostile"]
+__all__ = ["CASES", "OLD_ROW", "Hostile"]
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://x\x1b\\[link=file:///etc/passwd]\r\n\u202e\x9b31m"
 TIB = 1 << 40
+OLD_ROW = {"size": 8192, "header": 4096, "header_crc32c": 0}  # of a manifest of version 1, but for the key
 
 
 class Hostile:
@@ -57,14 +58,8 @@ class Hostile:
             header_bytes=len(encoded),
             header_crc32c=crc32c(encoded),
         )
-        made = replace(made, **row)
-        fields = {
-            "key": key,
-            "size": made.size_bytes,
-            "header": made.header_bytes,
-            "header_crc32c": made.header_crc32c,
-        }
-        self.rewrite(objects=[fields], tensors=0)
+        made = made._replace(**row)
+        self.rewrite(objects=encode_blocks([made]), tensors=0)
 
     def put_state(self, blob: bytes, *, length: int | None = None, size_bytes: int | None = None) -> None:
         """Make the checkpoint one object with this state blob, right in every checksum."""
@@ -106,9 +101,13 @@ def _many_manifest_values(repository: Hostile, megabytes: int) -> None:
 
 
 def _twice(repository: Hostile, count: int) -> None:
-    row = repository.body()["objects"][0]
-    rows = [row | {"key": object_key(repository.name, rank, "d")} for rank in range(count // 2)]
-    repository.rewrite(objects=rows + rows)
+    rows = [OLD_ROW | {"key": object_key(repository.name, rank, "d")} for rank in range(count // 2)]
+    repository.rewrite(version=1, objects=rows + rows)
+
+
+def _block(repository: Hostile, **fields: object) -> None:
+    """Replace fields of the block of dense objects."""
+    repository.rewrite(objects=[repository.body()["objects"][0] | fields])
 
 
 def _stale_experts(repository: Hostile, count: int) -> None:
@@ -146,7 +145,12 @@ CASES: Mapping[str, Callable[[Hostile], None]] = {
     ),
     "world of a trillion ranks": lambda r: r.rewrite(topology={"world_size": 10**12}),
     "objects named twice": lambda r: _twice(r, 8_000),
-    "sizes beyond any disk": lambda r: r.rewrite(objects=[r.body()["objects"][0] | {"size": 10**400}]),
+    "sizes beyond any disk": lambda r: _block(r, size=[10**400]),
+    "a block of a trillion ranks": lambda r: _block(r, ranks=[[0, 10**12]]),
+    "blocks of a million runs": lambda r: _block(r, ranks=[[2 * rank, 1] for rank in range(1_000_000)]),
+    "a block of a million objects": lambda r: _block(
+        r, ranks=[[0, 1_000_000]], **{name: [4096] * 1_000_000 for name in ("size", "header", "header_crc32c")}
+    ),
     "tensors beyond number": lambda r: r.rewrite(tensors=2**63 - 1),
     "header of a tebibyte": lambda r: r.put_dense(b"\xff" * 4096, b"", size_bytes=TIB, header_bytes=TIB),
     "header of 20 million values": lambda r: r.put_header_text(b"[" + b"[]," * 20_000_000 + b"[]]"),

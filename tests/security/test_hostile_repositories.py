@@ -19,7 +19,7 @@ from moc.format.keys import FORMAT_KEY, object_key, victims_key
 from moc.repository import Repository
 from moc.store.local import LocalStore
 from tests.cli.console import moc
-from tests.security.hostile import CASES, ESCAPES, Hostile
+from tests.security.hostile import CASES, ESCAPES, OLD_ROW, Hostile
 from tests.support.other_user import needs_root
 from tests.support.repository import Model
 
@@ -112,7 +112,7 @@ def test_a_manifest_or_victim_list_names_objects_and_nothing_else(tmp_path: Path
     (tmp_path / "outside").write_text("precious")
     (tmp_path / "repository" / "victims").mkdir()
     (tmp_path / "repository" / victims_key("run-7", 1)).write_bytes(seal_record({"victims": [key]}))
-    hostile.rewrite(objects=[hostile.body()["objects"][0] | {"key": key}])
+    hostile.rewrite(version=1, objects=[OLD_ROW | {"key": key}])
     repository = Repository(LocalStore(tmp_path / "repository"))
 
     with pytest.raises(ManifestCorruptError, match="not an object key"):

@@ -23,6 +23,7 @@ from tests.sim.model import (
 )
 from tests.sim.state import EXPERTS_PER_LAYER, Routes, Whole
 from tests.sim.versions import Contents, Version, stored_versions
+from tests.support.forge import object_keys
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
@@ -130,14 +131,15 @@ class Ledger:
 
     def _judge_commit(self, key: str, content: bytes, by: Process, knowledge: Knowledge) -> None:
         name, body = parse_name(key), json.loads(content)["body"]
-        keys = tuple(row["key"] for row in body["objects"])
+        keys = tuple(object_keys(body))
+        sizes = [size for block in body["objects"] for size in block["size"]]
         self.manifests[name] = keys
         self.committer[by.pid] = name.number
         self.count("committed")
         if max(knowledge.seen, default=0) > name.number:
             self.fail("fence", f"{by.name} commits {name} having seen {sorted(knowledge.seen)}")
         stored = {entry.key: entry.size_bytes for entry in self.sim.storage.memory.list("objects")}
-        missing = [row["key"] for row in body["objects"] if stored.get(row["key"]) != row["size"]]
+        missing = [key for key, size in zip(keys, sizes, strict=True) if stored.get(key) != size]
         if missing:
             self.fail("I2", f"{by.name} commits {name} without {missing}")
             return

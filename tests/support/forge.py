@@ -9,13 +9,13 @@ from typing import Any
 
 from moc._native import crc32c
 from moc.format.canonical import open_record
-from moc.format.keys import CheckpointName, manifest_key
+from moc.format.keys import CheckpointName, manifest_key, parse_object_key
 from moc.format.manifest import ObjectRow
 from moc.format.object import ObjectHeader, align, encode_header
 from moc.repository import Repository
 from moc.store.port import Store
 
-__all__ = ["Change", "forge_header", "forge_object", "forge_record", "laid_out", "sealed"]
+__all__ = ["Change", "forge_header", "forge_object", "forge_record", "laid_out", "object_keys", "put_row", "sealed"]
 
 Change = Callable[[ObjectHeader], ObjectHeader]
 
@@ -53,10 +53,34 @@ def forge_object(repository: Repository, name: CheckpointName, key: str, header:
     repository.put_object(key, [memoryview(header), memoryview(data)])
 
     def replace_row(body: dict[str, Any]) -> None:
-        fields = {"key": key, "size": row.size_bytes, "header": row.header_bytes, "header_crc32c": row.header_crc32c}
-        body["objects"] = [fields if other["key"] == key else other for other in body["objects"]]
+        put_row(body, key, size=row.size_bytes, header=row.header_bytes, header_crc32c=row.header_crc32c)
 
     forge_record(repository.store, manifest_key(name), replace_row)
+
+
+def put_row(body: dict[str, Any], key: str, **facts: object) -> None:
+    """Change what a manifest says of one object: its `size`, `header` and `header_crc32c`."""
+    if body["version"] == 1:
+        next(row for row in body["objects"] if row["key"] == key).update(facts)
+        return
+    owner, rank, piece = parse_object_key(key)
+    wanted = (owner.incarnation, owner.step, owner.attempt, piece)
+    names = ("incarnation", "step", "attempt", "piece")
+    block = next(block for block in body["objects"] if tuple(block[name] for name in names) == wanted)
+    place = [r for first, count in block["ranks"] for r in range(first, first + count)].index(rank)
+    for name, fact in facts.items():
+        block[name][place] = fact
+
+
+def object_keys(body: dict[str, Any]) -> list[str]:
+    """Return the keys of the objects that a manifest of the present version names, told from its text alone."""
+    return [
+        f"objects/{block['incarnation']:06d}-{body['run']}/{block['step']:012d}-{block['attempt']}"
+        f"/r{rank:05d}-{block['piece']}.safetensors"
+        for block in body["objects"]
+        for first, count in block["ranks"]
+        for rank in range(first, first + count)
+    ]
 
 
 def laid_out(header: ObjectHeader, data: bytes) -> tuple[ObjectHeader, bytes]:
