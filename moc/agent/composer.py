@@ -63,10 +63,12 @@ class Composer:
         *,
         is_whole: bool,
         is_inherited: bool,
+        lenders: Sequence[SealRecord] = (),
     ) -> Composition:
         """Return what the checkpoint of this name writes of the snapshot, and what it keeps.
 
-        One that `is_inherited` from an earlier life may be of several steps whatever the mode is now.
+        One that `is_inherited` from an earlier life may be of several steps whatever the mode is now. The `lenders` are
+        the seals of older snapshots that some of its experts are from: they know what these have learned.
 
         Raises: PlanDivergedError for what cannot be a checkpoint, ShardCorruptError for a state that has changed.
         """
@@ -76,7 +78,7 @@ class Composer:
             steps=steps,
             digest=descriptor["digest"],
             fingerprint=descriptor["fingerprint"],
-            captures=_captures(arena, records, steps),
+            captures=_captures(arena, (*records, *lenders), steps),
         )
         is_of_earlier_mode = is_inherited and any(step != name.step for step in steps.values())
         if descriptor["config"]["mode"] != FULL or is_of_earlier_mode:

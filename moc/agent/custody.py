@@ -12,6 +12,7 @@ from typing import Any
 
 from moc.agent.keeping import holdings, keeps_base, supplement
 from moc.agent.life import Life
+from moc.agent.mending import in_pieces
 from moc.agent.peers.report import NOBODY, Others
 from moc.agent.room import refuse_if_too_large
 from moc.plan.freeing import (
@@ -263,13 +264,17 @@ class Custody:
         self.committed = max(moment, self.committed or moment)
 
     def _note_global(self, others: Others) -> None:
-        if not self.life.hosts:
-            self.stable = self.newest
-            return
-        done = {**others.done, self.life.node: self.done}
-        found = global_moment(self.complete, done, nodes=range(self.life.nodes))
-        if found is not None and (self.stable is None or found > self.stable):
-            self.stable = found
+        found = self.newest
+        if self.life.hosts:
+            done = {**others.done, self.life.node: self.done}
+            found = global_moment(self.complete, done, nodes=range(self.life.nodes))
+        if found is not None and not self.leans_on_earlier(found):
+            self.stable = max(found, self.stable or found)
+
+    def leans_on_earlier(self, moment: Moment) -> bool:
+        """Return whether a moment has experts in pieces while a recovery still reads memory of another layout."""
+        is_read = self.source() is not self  # and goes on to be, since only there these experts are whole
+        return is_read and bool(in_pieces(self.arena, self.records_of(self.life.record.number, moment)))
 
     def _read_passed(self) -> dict[int, Moment]:
         """Return how far each rank has come: what it has sealed by the last look, or what it says it has skipped."""

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from moc.agent.life import Life
-from moc.plan.composition import steps_of_experts
+from moc.agent.mending import in_pieces
 from moc.plan.freeing import Moment
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
-from moc.state import Expert
 
 __all__ = ["BASED_VERSIONS", "holdings", "keeps_base", "supplement"]
 
@@ -44,23 +43,10 @@ def supplement(
     """
     if len(known) < 2 or arena.layout.ranks[0].versions < SUPPLEMENTED_VERSIONS:
         return None
-    lacking = _torn(arena, records_of(*known[-1]))
+    lacking = in_pieces(arena, records_of(*known[-1]))
     if not lacking:
         return None
-    return next((key for key in reversed(known[:-1]) if lacking - _torn(arena, records_of(*key))), None)
-
-
-def _torn(arena: Arena, records: Mapping[int, SealRecord]) -> frozenset[Expert]:
-    """Return the experts of which ranks hold different steps in a snapshot."""
-    if all(step == record.step for record in records.values() for step in record.steps):
-        return frozenset()
-    slices = (
-        (unit.expert, record.steps[number])
-        for rank, record in records.items()
-        for number, unit in enumerate(arena.rank_layout(rank).units)
-        if unit.expert is not None
-    )
-    return frozenset(expert for expert, step in steps_of_experts(slices).items() if step is None)
+    return next((key for key in reversed(known[:-1]) if lacking - in_pieces(arena, records_of(*key))), None)
 
 
 def holdings(arena: Arena, life: Life) -> dict[str, object]:

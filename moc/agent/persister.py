@@ -50,7 +50,8 @@ class SaveJob:
 
     Without records the job only looks up what the life has committed. `descriptor` is that of the arena the seals are
     in. `is_whole` says that all experts are written which memory has newer than storage. With a `council` the records
-    are those of this node, and the agents of the others make their part.
+    are those of this node, and the agents of the others make their part. `lenders` are the seals of older snapshots
+    that hold some of the experts: see `moc.agent.mending`.
     """
 
     arena: Arena
@@ -60,6 +61,13 @@ class SaveJob:
     pinned: tuple[int, Moment] | None
     is_whole: bool
     council: Council | None = None
+    lenders: tuple[SealRecord, ...] = ()
+
+    @property
+    def pins(self) -> frozenset[tuple[int, Moment]]:
+        """What must not be freed meanwhile: the snapshot, and those that lend it experts."""
+        lent = {(record.incarnation, (record.step, record.attempt)) for record in self.lenders}
+        return frozenset(lent if self.pinned is None else {self.pinned, *lent})
 
     @property
     def name(self) -> CheckpointName:
@@ -180,7 +188,13 @@ class Persister:
             if stored is not None:
                 return stored.name, stored.written_bytes
         composition = self._composer.compose(
-            job.name, records, job.arena, job.descriptor, is_whole=job.is_whole, is_inherited=job.is_inherited
+            job.name,
+            records,
+            job.arena,
+            job.descriptor,
+            is_whole=job.is_whole,
+            is_inherited=job.is_inherited,
+            lenders=job.lenders,
         )
         experts, began_s = frozenset(composition.written), self._host.now_s()
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from moc.agent import wire
 from moc.agent.composer import FULL
 from moc.agent.custody import Custody
+from moc.agent.mending import mend, stack_of
 from moc.agent.peers.council import Council
 from moc.agent.peers.report import NOBODY, Others, Verdict
 from moc.agent.persister import Outcome, Persister, SaveJob, Written
@@ -189,25 +190,28 @@ class Saves:
         Of a life without one, what it was recovered from, as its own.
         """
         custody.scan(others=NOBODY if self.council is None else self.council.others())
-        life = custody.life.record
-        if custody.newest is not None:
-            moment, records = custody.newest, custody.records_of(life.number, custody.newest)
-            is_made = self._is_committed(custody, moment) or custody.is_saving(moment)
-            if not is_made or not _is_whole(custody, records):  # else its checkpoint may lack what has no turn yet
+        life, moment, source = custody.life.record, custody.newest, custody.source()
+        is_stored = life.parent is not None and life.parent.attempt is not None
+        needs_source = (moment is None or custody.leans_on_earlier(moment)) and not is_stored
+        records = source.recovery_source(custody.life) if needs_source else {}
+        if moment is not None and not records:
+            mended = mend(custody.arena, stack_of(custody, custody.life, (life.number, moment)))
+            is_made = self._is_committed(custody, moment) or self._is_queued(custody, moment)
+            # Its checkpoint may lack what had no turn yet, or what the snapshot has in pieces.
+            is_enough = _is_whole(custody, mended.records) and not mended.lenders
+            if not (is_made and is_enough):
                 self.wishes = {moment}
                 self._offer(custody, moment, is_last=True)
             return
-        source = custody.source()
-        records = source.recovery_source(custody.life)
-        is_stored = life.parent is not None and life.parent.attempt is not None
-        if not records or is_stored:
+        if not records:
             return
         log.info(
             "persisting the snapshot that this life was recovered from: step=%d", min(r.step for r in records.values())
         )
         record = next(iter(records.values()))
         key = (record.incarnation, (record.step, record.attempt))
-        own = {rank: replace(record, incarnation=life.number) for rank, record in records.items()}
+        mended = mend(source.arena, stack_of(source, custody.life, key))
+        own = {rank: replace(record, incarnation=life.number) for rank, record in mended.records.items()}
         job = SaveJob(
             arena=source.arena,
             records=own if _is_whole(source, own) and _is_of_one_step(own) else _once_more(own),
@@ -216,8 +220,8 @@ class Saves:
             pinned=key,
             is_whole=True,
             council=self.council,
+            lenders=mended.lenders,
         )
-        source.pin(*key)
         self._queue(source, job, is_last=True)
 
     def wait(self, waiter: Waiter) -> None:
@@ -266,8 +270,8 @@ class Saves:
         with self._lock:
             holder, _ = self._under_way.pop(id(job))
             self._ended.extend((job, outcome) for outcome in outcomes)
-        if job.pinned is not None:
-            holder.unpin(*job.pinned)
+        for key in job.pins:
+            holder.unpin(*key)
         os.write(self._wake_fd, b"x")
 
     def close(self) -> None:
@@ -286,12 +290,17 @@ class Saves:
 
     def _is_under_way(self, custody: Custody, moment: Moment) -> bool:
         """Return whether a save of the present life waits, is made, or has ended and is not collected yet."""
-        if custody.is_saving(moment):  # first: the persist thread notes the end before it unpins
+        if self._is_queued(custody, moment):  # first: the persist thread notes the end as it takes it off
             return True
         number = custody.life.record.number
         with self._lock:
             ended = [outcome.name for _, outcome in self._ended]
         return any((name.incarnation, (name.step, name.attempt)) == (number, moment) for name in ended)
+
+    def _is_queued(self, custody: Custody, moment: Moment) -> bool:
+        """Return whether a save of the present life waits or is made. What it borrows is no save of its own."""
+        with self._lock:
+            return any(job.pinned == (custody.life.record.number, moment) for _, job in self._under_way.values())
 
     def _start(self, custody: Custody, moment: Moment) -> None:
         if self._is_under_way(custody, moment):
@@ -310,29 +319,34 @@ class Saves:
 
     def _offer(self, custody: Custody, moment: Moment, *, is_last: bool = False) -> None:
         life = custody.life.record
-        records = custody.records_of(life.number, moment)
-        is_whole = _is_whole(custody, records)
+        stack = stack_of(custody, custody.life, (life.number, moment))
+        mended = mend(custody.arena, stack if is_last else stack[:1])
+        is_whole = _is_whole(custody, mended.records)
+        is_another = is_last and (not is_whole or bool(mended.lenders))
         job = SaveJob(
             arena=custody.arena,
-            records=_once_more(records) if is_last and not is_whole else records,
+            records=_once_more(mended.records) if is_another else mended.records,
             life=life,
             descriptor=custody.life.descriptor,
             pinned=(life.number, moment),
             is_whole=is_last or is_whole,
             council=self.council,
+            lenders=mended.lenders,
         )
-        custody.pin(life.number, moment)
         if not self._queue(custody, job, is_last=is_last):
-            custody.unpin(life.number, moment)
             self.give_up(custody, moment, "too many saves wait")
 
     def _queue(self, custody: Custody, job: SaveJob, *, is_last: bool = False) -> bool:
+        for key in job.pins:
+            custody.pin(*key)
         with self._lock:
             self._under_way[id(job)] = custody, job
         if self._persister.offer(job, is_last=is_last):
             return True
         with self._lock:
             del self._under_way[id(job)]
+        for key in job.pins:
+            custody.unpin(*key)
         return False
 
     def _remember(self, outcome: Outcome) -> None:

@@ -232,11 +232,13 @@ def _commit_numbers(sources: Iterable[CheckpointName], interval: int) -> dict[Ch
 
 
 def _stale_rows(sealed: Sealed, held: Held, written: Collection[Expert]) -> Iterator[StaleExpert]:
+    present = sealed.captures[0].routing if sealed.captures else None
+    counted = [capture for capture in sealed.captures if _is_counted_on(capture.routing, present)]
     for expert, step in sorted(sealed.steps.items()):
         if expert not in written:
             yield held[expert]
         elif step is not None and step < sealed.name.step:
-            learned = (capture.learned_by(expert, step) for capture in sealed.captures)
+            learned = (capture.learned_by(expert, step) for capture in counted)
             known = next((count for count in learned if count is not None), None)
             earlier = held[expert].routed if expert in held else 0
             yield StaleExpert(expert=expert, step=step, source=sealed.name, routed=earlier if known is None else known)

@@ -151,6 +151,29 @@ def test_what_a_life_was_recovered_from_stays_while_its_first_snapshot_has_exper
     custody.close()
 
 
+def test_memory_of_another_layout_stays_while_the_first_snapshot_has_experts_in_pieces() -> None:
+    """It is what a recovery reads until then: a crash right after that snapshot would find these in storage only."""
+    earlier = Custody.create(_replicated(FIRST), earlier=None)
+    for rank in range(4):
+        _seal(earlier, rank, 5, 0)
+    earlier.scan()
+    custody = Custody.create(_replicated(FIRST, SECOND, versions=4), earlier=earlier)
+    for rank in range(4):
+        _seal(custody, rank, 7, 0, experts_at=6 if rank == 2 else 7)
+
+    custody.scan()
+
+    assert custody.newest == (7, "00abcdef")
+    assert custody.global_step is None, "not announced: it is not what a recovery would take"
+    assert {record.step for record in custody.source().recovery_source(custody.life).values()} == {5}
+    for rank in range(4):
+        _seal(custody, rank, 8, 1)
+    custody.scan()
+    assert custody.global_step == 8
+    assert custody.earlier is None
+    custody.close()
+
+
 def test_layers_of_a_recovery_stay_until_the_new_life_has_a_global_snapshot() -> None:
     custody = Custody.create(_replicated(FIRST), earlier=None)
     for rank in range(4):

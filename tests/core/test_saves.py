@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from moc.state import Expert
 from moc.store.open import open_store
 from moc.store.port import Store
 from moc.trace import Trace
-from tests.core.test_custody import FIRST, _descriptor
+from tests.core.test_custody import FIRST, _descriptor, _replicated
 
 PATIENCE_S = 30.0
 VERSIONS = 5
@@ -78,8 +78,12 @@ class Desk:
 
     def begin_in_mode_full(self, parent: Parent) -> None:
         """Begin the next life on the same memory."""
+        self.begin_second(parent, config=asdict(Config()))
+
+    def begin_second(self, parent: Parent, **facts: object) -> None:
+        """Begin the next life on the same memory, with these facts in its descriptor."""
         record = replace(FIRST, number=2, token="1" * 8, reason="recover", parent=parent)
-        described = {**self.custody.life.descriptor, "config": asdict(Config())}
+        described = {**self.custody.life.descriptor, **facts}
         described["lineage"] = [encode_incarnation(life).decode() for life in (FIRST, record)]
         self.custody.renew(described)
         self.saves.begin_life()
@@ -92,11 +96,15 @@ class Desk:
         flags: int,
         ordinal: int = 0,
         older: Mapping[Expert, int] = MappingProxyType({}),
+        behind: Sequence[int] | None = None,
     ) -> Moment:
-        """Seal a snapshot of all ranks here; `older` are the steps of experts that it has not captured."""
+        """Seal a snapshot of all ranks here; `older` are the steps of experts that it has not captured, or, where only
+        some ranks are `behind`, that these have not.
+        """
         moment = (step, f"{ordinal:02x}{step:06x}")
         for catalog in self.custody.arena.catalogs:
             units = self.custody.arena.rank_layout(catalog.rank).units
+            left = older if behind is None or catalog.rank in behind else {}
             slots = array("I", [record] * len(units))
             with self.custody.arena.view(self.custody.arena.state_offset(catalog.rank, slots), len(BLOB)) as view:
                 view[:] = BLOB
@@ -104,7 +112,7 @@ class Desk:
                 record,
                 SealRecord(
                     run=FIRST.run,
-                    incarnation=FIRST.number,
+                    incarnation=self.custody.life.record.number,
                     step=step,
                     rank=catalog.rank,
                     flags=flags,
@@ -113,7 +121,7 @@ class Desk:
                     state_bytes=len(BLOB),
                     state_crc32c=crc32c(BLOB),
                     slots=slots,
-                    steps=array("Q", [step if u.expert is None else older.get(u.expert, step) for u in units]),
+                    steps=array("Q", [step if u.expert is None else left.get(u.expert, step) for u in units]),
                     crcs=array("I", [crc32c(bytes(shard.size_bytes)) for shard in catalog.shards]),
                 ),
             )
@@ -132,14 +140,21 @@ def partial_desk(tmp_path: Path) -> Iterator[Desk]:
     yield from _desk(tmp_path, {"mode": "partial", "k_persist": 1})
 
 
-def _desk(tmp_path: Path, settings: dict[str, object]) -> Iterator[Desk]:
+@pytest.fixture
+def replicated_desk(tmp_path: Path) -> Iterator[Desk]:
+    """An agent of a job that stores one expert of two at a time, with slices of every expert on two ranks."""
+    yield from _desk(tmp_path, {"mode": "partial", "k_persist": 1}, _replicated(FIRST))
+
+
+def _desk(tmp_path: Path, settings: dict[str, object], facts: Mapping[str, object] | None = None) -> Iterator[Desk]:
     storage = tmp_path / "storage"
     repository = Repository(open_store(str(storage)))
     repository.create()
     repository.put_incarnation(FIRST)
     repository.close()
-    described = {**_descriptor(FIRST), "storage": str(storage), "versions": VERSIONS}
-    described["topology"] = {"world_size": 2, "node_of_rank": [0, 0], "ep_sizes": []}
+    described = {**(_descriptor(FIRST) if facts is None else facts), "storage": str(storage), "versions": VERSIONS}
+    size = len(described["catalogs"])  # type: ignore[arg-type]  # a list
+    described["topology"] = {"world_size": size, "node_of_rank": [0] * size, "ep_sizes": []}
     described["config"] = {**asdict(Config()), **settings}
     custody = Custody.create(described, earlier=None)
     receive, send = os.pipe()
@@ -299,6 +314,91 @@ def test_a_life_in_mode_full_stores_the_partial_snapshot_that_it_was_recovered_f
     ]
     desk.leave()
     assert desk.manifests()[-1] == last, "once more is the same checkpoint"
+
+
+def test_an_agent_that_leaves_stores_experts_in_pieces_as_an_older_snapshot_has_them(replicated_desk: Desk) -> None:
+    """Storage has them of step 5, memory of step 6, and the newest snapshot in two halves."""
+    desk, torn = replicated_desk, Expert(layer=0, index=0)
+    desk.host.answers.set()
+    desk.seal(5, record=0, flags=PERSIST)
+    desk.look_until(lambda: desk.saves.last_committed_step == 5)
+    desk.seal(6, record=1, flags=0)
+    desk.look()
+    desk.seal(7, record=2, flags=0, older={torn: 6}, behind=[2])
+    desk.look()
+
+    desk.leave()
+
+    last = desk.manifests()[-1]
+    assert desk.saves.last_error is None
+    assert last.name.step == 7
+    assert [(row.expert, row.step, row.source) for row in last.stale_experts] == [(torn, 6, last.name)]
+    assert not desk.custody.pinned()
+    desk.leave()
+    assert desk.manifests()[-1] == last, "there is nothing to add"
+    assert desk.saves.counters() == {"saves": 2, "failed": 0}
+
+
+def test_what_an_awaited_checkpoint_lacks_of_an_older_snapshot_is_stored_when_the_agent_leaves(
+    replicated_desk: Desk,
+) -> None:
+    desk, torn = replicated_desk, Expert(layer=0, index=0)
+    desk.host.answers.set()
+    desk.seal(5, record=0, flags=PERSIST)
+    desk.look_until(lambda: desk.saves.last_committed_step == 5)
+    desk.seal(6, record=1, flags=0)
+    desk.look()
+    desk.seal(7, record=2, flags=PERSIST | EXPLICIT, older={torn: 6}, behind=[2])
+    desk.look_until(lambda: desk.saves.last_committed_step == 7)
+    assert [row.step for row in desk.manifests()[-1].stale_experts] == [5], "an awaited save is of its snapshot alone"
+
+    desk.leave()
+
+    assert [row.step for row in desk.manifests()[-1].stale_experts] == [6]
+
+
+def test_a_life_stores_what_it_was_recovered_from_with_the_experts_of_all_its_layers(replicated_desk: Desk) -> None:
+    desk, torn = replicated_desk, Expert(layer=0, index=0)
+    desk.host.answers.set()
+    desk.seal(5, record=0, flags=PERSIST)
+    desk.look_until(lambda: desk.saves.last_committed_step == 5)
+    earlier = desk.seal(6, record=1, flags=0)
+    desk.look()
+    newest = desk.seal(7, record=2, flags=0, older={torn: 6}, behind=[2])
+    desk.look()
+    layers = [[1, *earlier], [1, *newest]]
+    desk.begin_second(Parent(incarnation=1, step=7, attempt=None), layers=layers)
+
+    desk.leave()
+
+    last = desk.manifests()[-1]
+    assert desk.saves.last_error is None
+    assert (last.name.incarnation, last.name.step) == (2, 7)
+    assert [(row.expert, row.step, row.source) for row in last.stale_experts] == [(torn, 6, last.name)]
+
+
+def test_an_agent_leaves_with_memory_of_another_layout_where_the_first_snapshot_has_experts_in_pieces(
+    replicated_desk: Desk,
+) -> None:
+    """The first snapshot of the new life cannot be a checkpoint: nothing has these experts in its layout."""
+    first, torn = replicated_desk, Expert(layer=0, index=0)
+    first.host.answers.set()
+    first.seal(5, record=0, flags=0)
+    first.look()
+    record = replace(
+        FIRST, number=2, token="1" * 8, reason="recover", parent=Parent(incarnation=1, step=5, attempt=None)
+    )
+    described = {**first.custody.life.descriptor, "versions": VERSIONS + 1}
+    described["lineage"] = [encode_incarnation(life).decode() for life in (FIRST, record)]
+    second = replace(first, custody=Custody.create(described, earlier=first.custody))
+    second.seal(7, record=0, flags=0, older={torn: 6}, behind=[2])
+    second.look()
+
+    second.leave()
+
+    assert second.saves.last_error is None
+    assert [(m.name.incarnation, m.name.step, m.stale_experts) for m in second.manifests()] == [(2, 5, ())]
+    second.custody.arena.close()
 
 
 def test_a_life_in_mode_full_stores_no_snapshot_of_its_own_of_several_steps(desk: Desk) -> None:

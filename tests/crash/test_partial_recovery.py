@@ -151,6 +151,19 @@ def test_experts_in_pieces_come_from_the_snapshot_before_and_storage_is_not_aske
         disk.repair()
 
 
+def test_an_agent_that_leaves_stores_experts_in_pieces_as_memory_would_have_given_them() -> None:
+    with Job(size=SIZE, **OPTIONS) as job:
+        _, versions = torn(job)
+        stored = newest_manifest(job)
+        assert any(stored.version(expert)[1] < step < HELD for expert, step in versions.items()), "memory alone has it"
+
+        job.ask_agent("drain")
+        attached = recovered(job, job.start(hold_at=HELD), HELD, versions)
+
+        assert attached["source"] == "storage"
+        job.sound()
+
+
 def test_an_expert_in_pieces_that_is_rotten_in_the_snapshot_before_comes_from_storage(disk: FailingDisk) -> None:
     with Job(size=SIZE, storage=disk.folder / "repo", **OPTIONS) as job:
         _, versions = torn(job)
