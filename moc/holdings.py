@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from moc.agent.client import AgentClient, ensure_agent
+from moc.agent.peers.lender import merge_lenders
 from moc.agent.runtime import runtime_folder
 from moc.agreement import agree, exchange
 from moc.errors import IntegrityError, MocError, RankFailedError, StoreUnavailableError, UsageError
@@ -148,11 +149,12 @@ def _merge(run: str, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Holdings:
     empty = [node for node, row in rows if not row["has_arena"]]
     if empty and len(empty) < len(rows):
         notes.append(f"nodes have no memory of this run, because they are new or have lost it: nodes={empty}")
-    replicas = _replicas(rows)
-    covered = {key: set(held) for key, held in holders.items()}
-    for *key, rank, _, _ in replicas.get("places", ()):
-        covered.get((key[0], key[1], key[2]), set()).add(rank)
-    sources = {MEMORY: holders, PEERS: {key: held for key, held in covered.items() if _has_replica(replicas, key)}}
+    lenders = merge_lenders([row for _, row in rows])
+    covered: dict[tuple[int, int, str], set[int]] = {}
+    for number, step, attempt, rank, _, is_replica in lenders.get("places", ()):
+        if is_replica and (number, step, attempt) in holders:
+            covered.setdefault((number, step, attempt), set(holders[number, step, attempt])).add(rank)
+    sources = {MEMORY: holders, PEERS: covered}
     return Holdings(
         lives=tuple(life for _, life in sorted(lives.items())),
         snapshots=tuple(
@@ -166,34 +168,8 @@ def _merge(run: str, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Holdings:
             Candidate(source=MEMORY, run=run, incarnation=number, step=step, attempt=attempt)
             for number, step, attempt in torn
         ),
-        replicas=replicas,
+        lenders=lenders,
     )
-
-
-def _replicas(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Return where replicas are, and the life that an agent must be of to fetch them: the newest that any is of. Pure.
-
-    Empty if there are none.
-    """
-    members = [row for _, row in rows if row.get("replicas")]
-    life = max((row["peer"]["incarnation"] for row in members), default=0)
-    present = [row for row in members if row["peer"]["incarnation"] == life]
-    if not present:
-        return {}
-    peer = present[0]["peer"]
-    return {
-        "run": peer["run"],
-        "life": life,
-        "nodes": peer["nodes"],
-        "secret": peer["secret"],
-        "places": [
-            [*replica, row["peer"]["node"], row["peer"]["url"]] for row in present for replica in row["replicas"]
-        ],
-    }
-
-
-def _has_replica(replicas: Mapping[str, Any], key: tuple[int, int, str]) -> bool:
-    return any(tuple(place[:3]) == key for place in replicas.get("places", ()))
 
 
 def _refuse_live_job(client: AgentClient, pids: Sequence[int], *, host: Host) -> list[int]:

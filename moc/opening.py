@@ -1,6 +1,6 @@
-"""How a rank opens what a recovery reads: a checkpoint in storage, or what its node's agent holds of a snapshot.
+"""How a rank opens what a recovery reads: a checkpoint in storage, or a snapshot in memory, wherever its parts are.
 
-A candidate is opened whole or not at all; of an older layer a rank opens what its node has, be it nothing.
+A candidate is opened whole or not at all; of an older layer a rank opens what agents have, be it nothing.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
 
 from moc.agent.client import AgentClient
+from moc.agent.peers.lender import LentPart, Snapshot, lenders_of
 from moc.agent.runtime import runtime_folder
 from moc.errors import MocError, ShardCorruptError
 from moc.format.keys import CheckpointName
+from moc.held import MemorySource, held_parts
 from moc.host import Host
 from moc.plan.lineage import PEERS, STORAGE, Candidate
-from moc.recover import MemorySource, Source, StorageSource
+from moc.recover import Source, StorageSource
 from moc.repository import Repository
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
@@ -34,9 +35,9 @@ Opened = tuple[Source | None, Callable[[], None]]
 def open_source(
     request: Request, origin: Origin, candidate: Candidate, rank: int, *, is_whole: bool, host: Host, trace: Trace
 ) -> Opened:
-    """Return a candidate's source, and what closes it; None where this node has nothing of a layer.
+    """Return a candidate's source, and what closes it; None where nobody has anything of a layer.
 
-    `is_whole`: it is the candidate itself, so all ranks of this node must have their part. Raises: MocError.
+    `is_whole`: it is the candidate itself, so no rank's part may be missing. Raises: MocError.
     """
     if candidate.source == STORAGE:
         repository = Repository(host.open_store(request.storage, trace=trace))
@@ -46,49 +47,55 @@ def open_source(
         except MocError:
             repository.close()
             raise
-    if candidate.source == PEERS:
+    snapshot = (candidate.incarnation, candidate.step, candidate.attempt)
+    lenders = lenders_of(origin.lenders, snapshot)
+    # A rank that the snapshot's life had not has nothing to bring back to where it was: it reads what it needs.
+    if candidate.source == PEERS and rank in lenders:
         _fetch_replicas(request, origin, candidate, rank, host=host)
     arena = _map(request, origin.run, "source", host=host)
-    records = {} if arena is None else _records_of(arena, candidate)
-    ranks = [] if arena is None else [catalog.rank for catalog in arena.catalogs]
-    missing = [rank for rank in ranks if rank not in records]
-    if is_whole and (arena is None or missing):
-        if arena is not None:
-            arena.close()
-        raise ShardCorruptError(f"seal is gone: candidate={candidate} ranks={missing or 'all of this node'}")
-    if arena is None:
-        return None, lambda: None
+    records = {} if arena is None else _records_of(arena, snapshot)
+    close: Callable[[], None] = _nothing if arena is None else arena.close
+    here = [catalog.rank for catalog in arena.catalogs] if arena is not None and records else []
+    missing = [other for other in here if other not in records and other not in lenders]
+    if is_whole and (missing or not (records or lenders)):
+        close()
+        raise ShardCorruptError(f"seal is gone: candidate={candidate} ranks={missing or 'all'}")
     if missing:
         log.warning("part of a snapshot is lost: %s ranks=%s", candidate, missing)
-    return MemorySource(arena, records), arena.close
+    lent = {other: LentPart(snapshot, other, found, host=host) for other, found in lenders.items()}
+    own = {} if arena is None else held_parts(arena, records)
+    return (MemorySource(own, lent) if own or lent else None), close
 
 
-def _records_of(arena: Arena, candidate: Candidate) -> dict[int, SealRecord]:
+def _nothing() -> None:
+    """What closes what is not open."""
+
+
+def _records_of(arena: Arena, snapshot: Snapshot) -> dict[int, SealRecord]:
     """Return the seals of a snapshot by rank, as an agent's inventory counts them."""
-    wanted = (candidate.incarnation, candidate.step, candidate.attempt)
     return {
         record.rank: record
         for catalog in arena.catalogs
         for record in arena.seals(catalog.rank).values()
-        if (record.incarnation, record.step, record.attempt) == wanted
+        if (record.incarnation, record.step, record.attempt) == snapshot
     }
 
 
 def _fetch_replicas(request: Request, origin: Origin, candidate: Candidate, rank: int, *, host: Host) -> None:
-    """Have this node's agent fetch what the node lacks of a snapshot, or has rotten. Every rank of the node asks.
+    """Have this node's agent bring back what the node has lost of a snapshot, or has rotten. Every rank asks.
 
-    Blocks: until it has. Raises: ShardCorruptError if it cannot be had.
+    What it cannot bring back is read from where it is. Blocks: until it has. Raises: ShardCorruptError if it does not
+    answer, or refuses.
     """
-    snapshot = (candidate.incarnation, candidate.step, candidate.attempt)
-    places: Any = origin.replicas["places"]
-    fields = {name: origin.replicas[name] for name in ("run", "life", "nodes", "secret")} | {
+    fields = {
         "incarnation": candidate.incarnation,
         "step": candidate.step,
         "attempt": candidate.attempt,
         "rank": rank,
+        "run": origin.run,
         "budget": request.config.memory_budget_bytes,
         "storage": request.storage,
-        "places": [place[3:] for place in places if tuple(place[:3]) == snapshot],
+        "lenders": origin.lenders,
     }
     folder, timeout_s = runtime_folder(origin.run, request.runtime_root), request.config.timeout_s
     try:
@@ -97,8 +104,9 @@ def _fetch_replicas(request: Request, origin: Origin, candidate: Candidate, rank
     except MocError as error:  # a refusal too: what this node cannot have is no reason not to try an older state
         raise ShardCorruptError(f"replicas cannot be had: candidate={candidate} reason={error}") from error
     if "problem" in reply:
-        raise ShardCorruptError(f"replicas cannot be had: candidate={candidate} reason={reply['problem']}")
-    log.info("replicas fetched: candidate=%s rank=%d bytes=%s", candidate, rank, reply.get("bytes"))
+        log.warning("replicas cannot be had here: candidate=%s rank=%d reason=%s", candidate, rank, reply["problem"])
+    else:
+        log.info("replicas fetched: candidate=%s rank=%d bytes=%s", candidate, rank, reply.get("bytes"))
 
 
 def checkpoint_name(candidate: Candidate) -> CheckpointName:

@@ -21,24 +21,23 @@ from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
 from moc.format.tagged import decode_state, expect_mapping
 from moc.host import Host
-from moc.plan.lineage import MEMORY, STORAGE, Candidate
+from moc.plan.lineage import STORAGE, Candidate
 from moc.plan.read import Piece, Placed, find_pieces
 from moc.plan.versions import Inventory, Version
 from moc.repository import Repository
 from moc.routing import ROUTING_KEY, Capture, Routing
-from moc.snapshot.arena import Arena
-from moc.snapshot.seal import SealRecord
 from moc.state import Expert, Shard
 from moc.trace import Trace
 from moc.training import TrainingState
 
 __all__ = [
     "Filled",
-    "MemorySource",
     "Placing",
     "Source",
     "StorageSource",
+    "decode_checked",
     "fill_shards",
+    "is_inside",
     "restore_shards",
     "split_tree",
 ]
@@ -95,73 +94,6 @@ class Source(Protocol):
         """Return the captured tree for this rank and whether this very rank captured it; the blob is checked."""
 
 
-class MemorySource:
-    """A snapshot in the arena of this node: what ranks of other nodes have sealed is not in it."""
-
-    def __init__(self, arena: Arena, records: Mapping[int, SealRecord]) -> None:
-        """`records` holds the seals of this node's ranks of the life that took the snapshot, by rank."""
-        self._arena, self._records = arena, dict(sorted(records.items()))
-
-    @property
-    def world_size(self) -> int:
-        topology = self._arena.descriptor["topology"]  # the arena holds the ranks of one node
-        assert isinstance(topology, dict), "the descriptor was written by describe_life"
-        return int(topology["world_size"])
-
-    @property
-    def software(self) -> Mapping[str, object]:
-        software = self._arena.descriptor["software"]
-        assert isinstance(software, dict), "the descriptor was written by describe_life"
-        return software
-
-    @property
-    def fingerprint(self) -> Mapping[str, object]:
-        fingerprint = self._arena.descriptor["fingerprint"]
-        assert isinstance(fingerprint, dict), "the descriptor was written by describe_life"
-        return fingerprint
-
-    def slices(self, experts: Sequence[Expert], rank: int, size: int, *, step: int) -> list[Inventory]:
-        return [self._held_by(holder, step) for holder in self._records if holder % size == rank]
-
-    def _held_by(self, holder: int, step: int) -> Inventory:
-        record = self._records[holder]
-        name = f"{MEMORY} step={record.step} incarnation={record.incarnation} attempt={record.attempt}"
-        units = self._arena.rank_layout(holder).units
-        shards = self._arena.catalog(holder).shards
-        own = [(unit.expert, record.steps[n], unit) for n, unit in enumerate(units) if unit.expert is not None]
-        capture = split_tree(*self.state(holder))[2] if any(held < step for _, held, _ in own) else None
-        return {
-            expert: Version(
-                step=held,
-                learned=_learned_by(capture, expert, held),
-                holder=name,
-                elements=sum(shard.length for shard in shards[unit.first : unit.first + unit.count]),
-            )
-            for expert, held, unit in own
-        }
-
-    def placed(self, needed: Sequence[Shard]) -> Placing:
-        wanted = {shard.expert for shard in needed}
-        rows = []
-        for rank, record in self._records.items():
-            offsets = self._arena.shard_offsets(rank, record.slots)
-            for shard, offset, crc in zip(self._arena.catalog(rank).shards, offsets, record.crcs, strict=True):
-                if shard.expert in wanted:
-                    rows.append(Placed(shard=shard, holder=f"memory rank={rank}", position=offset, crc32c=crc))
-        return Placing(rows=tuple(rows))
-
-    def read(self, row: Placed) -> memoryview:
-        return self._arena.view(row.position, row.shard.size_bytes)
-
-    def state(self, rank: int) -> tuple[object, bool]:
-        holder = rank if rank in self._records else list(self._records)[rank % len(self._records)]
-        record = self._records[holder]
-        view = self._arena.view(self._arena.state_offset(holder, record.slots), record.state_bytes)
-        blob = bytes(view)
-        view.release()
-        return _decode(blob, record.state_crc32c, f"source=memory rank={holder} step={record.step}"), holder == rank
-
-
 class StorageSource:
     """A checkpoint in a repository. Headers are read once; those of this rank's own objects first."""
 
@@ -215,7 +147,7 @@ class StorageSource:
         position, length, expected = header.state
         blob = bytearray(length)
         self._repository.read_range(row, position, memoryview(blob))
-        return _decode(bytes(blob), expected, f"key={row.key}"), holder == rank
+        return decode_checked(bytes(blob), expected, f"key={row.key}"), holder == rank
 
     def _placed_in(self, objects: Sequence[ObjectRow]) -> Placing:
         rows: list[Placed] = []
@@ -339,24 +271,19 @@ def _plan(needed: Sequence[Shard], placing: Placing) -> tuple[tuple[Piece, ...],
     return tuple(piece for piece in pieces if needed[piece.target].expert not in damaged), damaged
 
 
-def _learned_by(capture: Capture | None, expert: Expert, step: int) -> int:
-    if capture is None or not _is_inside(capture.routing.routed, expert):
-        return 0
-    # A rank knows what its own versions have learned; should it not, all their routes count as lost.
-    return capture.learned_by(expert, step) or 0
-
-
 def _learned(routing: Routing | None, expert: Expert) -> int:
-    if routing is None or not _is_inside(routing.learned, expert):
+    if routing is None or not is_inside(routing.learned, expert):
         return 0
     return routing.learned[expert.layer][expert.index]
 
 
-def _is_inside(counts: Sequence[Sequence[int]], expert: Expert) -> bool:
+def is_inside(counts: Sequence[Sequence[int]], expert: Expert) -> bool:
+    """Return whether counts by layer and index have one for this expert."""
     return expert.layer < len(counts) and expert.index < len(counts[expert.layer])
 
 
-def _decode(blob: bytes, expected: int, where: str) -> object:
+def decode_checked(blob: bytes, expected: int, where: str) -> object:
+    """Return the tree of a state blob; raises ShardCorruptError if its checksum is not the expected one."""
     actual = crc32c(blob)
     if actual != expected:
         raise ShardCorruptError(f"state checksum mismatch: {where} expected={expected} actual={actual}")

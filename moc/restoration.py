@@ -26,10 +26,11 @@ from moc.errors import (
     StoreUnavailableError,
 )
 from moc.format.tagged import decode_state, encode_state, expect_mapping
+from moc.held import MemorySource
 from moc.host import Host
 from moc.layers import Layers, Open, WithheldError
 from moc.opening import checkpoint_name, open_source
-from moc.plan.lineage import STORAGE, Candidate
+from moc.plan.lineage import PEERS, STORAGE, Candidate
 from moc.plan.versions import Sizes, older_layers
 from moc.recover import Source
 from moc.report import ExpertOrigin, Rejection, StaleVersion, reasons_for_drift
@@ -211,14 +212,18 @@ class _Search:
                     stored_software=layers.first.software,
                     software=self._software,
                 )
+            lent = [source.lent_bytes if isinstance(source, MemorySource) else 0 for source in layers.sources]
         tree = expect_mapping(decode_state(own), "state") if outcome.tree is None else outcome.tree
         with trace.span("recover.apply", step=candidate.step, rank=world.rank):
             agree(world, lambda: state.apply(tree))  # agreed before the collective: a failed rank would not take part
             agree(world, state.derive_weights)
             agree(world, lambda: state.finish_restore(tree, exact_rank=outcome.is_exact))
+        told: list[list[int]] = exchange(world, [outcome.size_bytes, lent[0], sum(lent)])  # type: ignore[assignment]  # our own rows
+        if any(row[2] for row in told):
+            notes += (f"{sum(row[2] for row in told)} bytes were read from the memory of other nodes",)
         return Restored(
-            candidate=candidate,
-            bytes_per_rank=tuple(int(str(value)) for value in exchange(world, outcome.size_bytes)),
+            candidate=replace(candidate, source=PEERS) if any(row[1] for row in told) else candidate,
+            bytes_per_rank=tuple(row[0] for row in told),
             rejected=tuple(self.rejected),
             notes=(*notes, *outcome.notes, *self._notes(candidate)),
             experts=outcome.experts,

@@ -92,7 +92,7 @@ class Origin:
     notes: tuple[str, ...]
     is_stored: bool
     layers: tuple[Candidate, ...]
-    replicas: Mapping[str, object] = field(default_factory=dict, repr=False)
+    lenders: Mapping[str, object] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -105,7 +105,7 @@ class Origin:
             "layers": [_candidate_to_json(layer) for layer in self.layers],
             "notes": list(self.notes),
             "is_stored": self.is_stored,
-            "replicas": dict(self.replicas),
+            "lenders": dict(self.lenders),
         }
 
     @staticmethod
@@ -120,7 +120,7 @@ class Origin:
             layers=tuple(map(_candidate_from_json, body["layers"])),
             notes=tuple(body["notes"]),
             is_stored=body["is_stored"],
-            replicas=body["replicas"],
+            lenders=body["lenders"],
         )
 
 
@@ -137,17 +137,17 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holdings:
-    """What the agents of all nodes hold: the lives they remember, the snapshots that are whole, and where replicas are.
+    """What the agents of all nodes hold: the lives they remember, the snapshots that are whole, and who has which part.
 
     `torn` are the snapshots of which some ranks' parts are nowhere: layers at most.
-    `replicas` are the fields that an agent needs to fetch them: see `moc.agent.restock`. They hold a secret.
+    `lenders` is what other nodes need to get at it: see `moc.agent.peers.lender`. It holds secrets.
     """
 
     lives: tuple[Incarnation, ...]
     snapshots: tuple[Candidate, ...]
     notes: tuple[str, ...]
     torn: tuple[Candidate, ...] = ()
-    replicas: Mapping[str, object] = field(default_factory=dict, repr=False)
+    lenders: Mapping[str, object] = field(default_factory=dict, repr=False)
 
 
 def survey(request: Request, stored: Stored, held: Holdings, *, host: Host, trace: Trace) -> Origin:
@@ -199,7 +199,7 @@ def survey(request: Request, stored: Stored, held: Holdings, *, host: Host, trac
         notes=tuple(notes),
         is_stored=stored.is_stored,
         layers=candidates(links, [*known, *torn]),
-        replicas=held.replicas,
+        lenders=held.lenders,
     )
 
 

@@ -17,6 +17,7 @@ from moc.agent import wire
 from moc.agent.custody import Custody
 from moc.agent.guests import Guests
 from moc.agent.life import Life
+from moc.agent.loans import Loans
 from moc.agent.peers.council import Council
 from moc.agent.peers.proof import Membership
 from moc.agent.replicas import Replicas
@@ -43,6 +44,7 @@ class Company:
     def __init__(self, *, host: Host, trace: Trace, wake: Callable[[], None]) -> None:
         self._host, self._wake = host, wake
         self._guests = Guests()
+        self._loans = Loans(self._guests)
         self._replicas = Replicas(self._guests, host=host, trace=trace, wake=wake)
         self._fellows: Fellows | None = None
         self._remembered: list[str] = []
@@ -67,8 +69,8 @@ class Company:
             refuse_if_too_large(0, None, replica_bytes=replica_bytes)
 
     def replicas_held(self, custody: Custody) -> dict[str, object]:
-        """Return what a recovery must know to have replicas fetched from here: which there are, and of which life this
-        agent is a member.
+        """Return what a recovery must know to read from here: which replicas there are, and of which life this agent is
+        a member.
         """
         member = self._member
         if self._fellows is None or member is None or "fellows" not in custody.life.descriptor:
@@ -88,6 +90,7 @@ class Company:
     def begin(self, life: Life) -> str | None:
         """Enter a life; return this agent's URL, None on one node. Blocks: until it listens. Raises: UsageError."""
         self._replicas.end_life()  # before any arena that it reads from is given up
+        self._loans.close()  # else a new arena would have to find room beside the old one
         if "fellows" not in life.descriptor:
             self.close()
             return None
@@ -140,6 +143,8 @@ class Company:
         council, number = self.council, custody.life.record.number
         if custody.stable is not None:
             self._guests.note_global(custody.stable)
+        if self._fellows is not None:
+            self._loans.show(custody)
         if self._fellows is None or council is None or council.incarnation != number:
             return
         if self._fellows.urls() != self._remembered:
@@ -176,6 +181,7 @@ class Company:
         if self._fellows is not None:
             self._fellows.close()
             self._fellows = None
+        self._loans.close()
 
     def facts(self) -> dict[str, object] | None:
         """Return what may be shown of it: no secret."""
@@ -191,7 +197,7 @@ class Company:
             from moc.agent.peers.reception import Reception
 
             self._fellows = Fellows(host=self._host, wake=self._wake)
-            Reception(self._guests).add_to(self._fellows.routes)
+            Reception(self._guests, self._loans).add_to(self._fellows.routes)
         return self._fellows
 
     def _remember(self, custody: Custody) -> None:

@@ -25,6 +25,7 @@ from moc.plan.layout import ArenaLayout, arrange_arena
 from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.parcel import Intake
 from moc.snapshot.seal import SealRecord
+from moc.snapshot.shared import SharedArena
 from moc.state import catalogs_from_json
 
 __all__ = ["GUEST_VERSIONS", "Guests", "guest_layouts"]
@@ -57,14 +58,16 @@ def guest_layouts(descriptor: Mapping[str, Any]) -> list[tuple[dict[str, Any], A
 
 @dataclass(slots=True, eq=False)
 class _Guest:
-    """One guest's arena; `leases` count who reads or checks it without the lock."""
+    """One guest's arena."""
 
-    arena: Arena
+    shared: SharedArena
     node: int
     is_present: bool = True
-    leases: int = 0
-    is_retired: bool = False
     pins: dict[tuple[int, int, str], int] = field(default_factory=dict)
+
+    @property
+    def arena(self) -> Arena:
+        return self.shared.arena
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -77,12 +80,6 @@ class _Guest:
     def free(self, rank: int, index: int, record: SealRecord) -> None:
         if (record.incarnation, record.step, record.attempt) not in self.pins:
             self.arena.free(rank, index)
-
-    def retire(self) -> None:
-        """Close the arena as soon as nobody uses it."""
-        self.is_retired = True
-        if not self.leases:
-            self.arena.close()
 
 
 class Guests:
@@ -125,7 +122,7 @@ class Guests:
             arena = None if found is not None else Arena.create(described, layout, name=f"{life.run}-guest")
             with self._lock:
                 if arena is not None:
-                    self._guests.append(_Guest(arena=arena, node=described["fellows"]["node"]))
+                    self._guests.append(_Guest(shared=SharedArena(arena), node=described["fellows"]["node"]))
                 elif found is not None:
                     found.arena.describe(described)
                     found.node, found.is_present = described["fellows"]["node"], True
@@ -150,7 +147,7 @@ class Guests:
             self._intakes.clear()
             guests, self._guests = self._guests, []
             for guest in guests:
-                guest.retire()
+                guest.shared.retire()
 
     # Peers' thread: taking in
 
@@ -196,18 +193,16 @@ class Guests:
         Blocks: for the checksums. Raises: ShardCorruptError, UsageError, FencedError if the intake was ended meanwhile.
         """
         rank = intake.record.rank
-        with self._lock:
-            self._refuse_ended(intake)
-            guest = self._guest_of(rank)
-            guest.leases += 1
-        try:
-            intake.check()
-        except ShardCorruptError:
-            with self._lock:  # it may be a unit that was here before: the next parcel brings all of them
-                self._distrusted.add(rank)
-            raise
-        finally:
-            self._release(guest)
+        with contextlib.ExitStack() as stack:
+            with self._lock:
+                self._refuse_ended(intake)
+                stack.enter_context(self._guest_of(rank).shared.use())
+            try:
+                intake.check()
+            except ShardCorruptError:
+                with self._lock:  # it may be a unit that was here before: the next parcel brings all of them
+                    self._distrusted.add(rank)
+                raise
 
     def publish(self, intake: Intake) -> None:
         """Make it a replica. Only after `check`. Raises: FencedError if the intake was ended meanwhile."""
@@ -228,26 +223,26 @@ class Guests:
     @contextlib.contextmanager
     def open(self, snapshot: tuple[int, int, str], rank: int) -> Iterator[tuple[Arena, SealRecord]]:
         """Give access to a replica, which stays while the block lasts. Raises: UsageError if there is none."""
-        with self._lock:
-            found = [
-                (guest, record)
-                for guest in self._guests
-                for holder, _, record in guest.seals()
-                if holder == rank and (record.incarnation, record.step, record.attempt) == snapshot
-            ]
-            if not found:
-                raise UsageError(f"there is no such replica: rank={rank} snapshot={snapshot}")
-            guest, record = found[0]
-            guest.leases += 1
-            guest.pins[snapshot] = guest.pins.get(snapshot, 0) + 1
-        try:
-            yield guest.arena, record
-        finally:
+        with contextlib.ExitStack() as stack:
             with self._lock:
-                guest.pins[snapshot] -= 1
-                if not guest.pins[snapshot]:
-                    del guest.pins[snapshot]
-            self._release(guest)
+                found = [
+                    (guest, record)
+                    for guest in self._guests
+                    for holder, _, record in guest.seals()
+                    if holder == rank and (record.incarnation, record.step, record.attempt) == snapshot
+                ]
+                if not found:
+                    raise UsageError(f"there is no such replica: rank={rank} snapshot={snapshot}")
+                guest, record = found[0]
+                arena = stack.enter_context(guest.shared.use())
+                guest.pins[snapshot] = guest.pins.get(snapshot, 0) + 1
+            try:
+                yield arena, record
+            finally:
+                with self._lock:
+                    guest.pins[snapshot] -= 1
+                    if not guest.pins[snapshot]:
+                        del guest.pins[snapshot]
 
     def describe(self, rank: int) -> dict[str, Any]:
         """Return the descriptor of the arena of which a guest is the replica, without where its storage is: a URL may
@@ -302,13 +297,7 @@ class Guests:
     def _retire(self, guests: Sequence[_Guest]) -> None:
         self._guests = [guest for guest in self._guests if guest not in guests]
         for guest in guests:
-            guest.retire()
-
-    def _release(self, guest: _Guest) -> None:
-        with self._lock:
-            guest.leases -= 1
-            if guest.is_retired and not guest.leases:
-                guest.arena.close()
+            guest.shared.retire()
 
 
 def _keep_source(guest: _Guest, life: Incarnation, layers: Collection[tuple[int, Moment]]) -> None:

@@ -18,71 +18,48 @@ from moc.agent import wire
 from moc.agent.custody import Custody
 from moc.agent.peers.client import PeerClient
 from moc.agent.peers.courier import SLOWEST_BYTES_PER_S, STALL_S
-from moc.agent.peers.proof import Membership
+from moc.agent.peers.lender import Lender, Snapshot, ask_in_turn, ask_seal, data_target, lenders_of
 from moc.agent.room import refuse_if_too_large
 from moc.errors import MocError, ShardCorruptError, UsageError
 from moc.host import Host
 from moc.plan.layout import arrange_arena
 from moc.snapshot.arena import Arena, descriptor_room
-from moc.snapshot.parcel import Intake, read_seal
+from moc.snapshot.parcel import Intake
 from moc.state import catalogs_from_json
 from moc.trace import Trace
 
-__all__ = ["Errand", "Place", "Restock", "errand_from"]
+__all__ = ["Errand", "Restock", "errand_from"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Snapshot = tuple[int, int, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class Place:
-    """Where a rank's replica lies."""
-
-    node: int
-    url: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errand:
-    """A snapshot of which all ranks of this node are wanted; `rank` is one of them, `places` has those of all nodes.
+    """A snapshot of which all ranks of this node are wanted; `rank` is one of them, `lenders` has those of all nodes.
 
-    `secret` is that of the life whose agents have the replicas, and `life` and `nodes` are that life's. `storage` is
-    the job's own, which no other node is asked for.
+    `storage` is the job's own, which no other node is asked for.
     """
 
     snapshot: Snapshot
     rank: int
     run: str
-    life: int
-    nodes: int
-    secret: str = field(repr=False)
     storage: str = field(repr=False)
     memory_budget_bytes: int | None
-    places: Mapping[int, Sequence[Place]]
+    lenders: Mapping[int, Sequence[Lender]]
 
 
 def errand_from(message: wire.Message) -> Errand:
     """Return the errand in a request; raises UsageError."""
-    places: dict[int, list[Place]] = {}
-    rows = message.get("places")
-    for row in rows if isinstance(rows, list) else ():
-        match row:
-            case [int(rank), int(node), str(url)]:
-                places.setdefault(rank, []).append(Place(node=node, url=url))
-            case _:
-                raise UsageError(f"not the place of a replica: given={row!r:.80}")
+    snapshot = (wire.integer(message, "incarnation"), wire.integer(message, "step"), wire.text(message, "attempt"))
     return Errand(
-        snapshot=(wire.integer(message, "incarnation"), wire.integer(message, "step"), wire.text(message, "attempt")),
+        snapshot=snapshot,
         rank=wire.integer(message, "rank"),
         run=wire.text(message, "run"),
-        life=wire.integer(message, "life"),
-        nodes=wire.integer(message, "nodes"),
-        secret=wire.text(message, "secret"),
         storage=wire.text(message, "storage"),
         memory_budget_bytes=None if message.get("budget") is None else wire.integer(message, "budget"),
-        places=places,
+        lenders=lenders_of(wire.mapping(message, "lenders"), snapshot),
     )
 
 
@@ -159,8 +136,9 @@ class Restock:
         given = self._first(errand, errand.rank, lambda client: _described(client, errand.rank))
         described = {**given, "storage": errand.storage}
         catalogs = described["catalogs"]
+        nodes = max(lender.nodes for lender in errand.lenders[errand.rank])
         # A life on this arena describes the guests too.
-        room = descriptor_room({**described, "guests": [catalogs for _ in range(errand.nodes - 1)]})
+        room = descriptor_room({**described, "guests": [catalogs for _ in range(nodes - 1)]})
         layout = arrange_arena(catalogs_from_json(catalogs), versions=described["versions"], descriptor_bytes=room)
         refuse_if_too_large(layout.size_bytes, errand.memory_budget_bytes)
         return Custody.of(Arena.create(described, layout, name=errand.run), None)
@@ -178,33 +156,14 @@ class Restock:
         return self._first(errand, rank, lambda client: self._fetch(client, errand, arena, rank))
 
     def _first(self, errand: Errand, rank: int, act: Callable[[PeerClient], T]) -> T:
-        """Return what the first place gives that gives it right. Raises: ShardCorruptError if none does."""
-        problems = []
-        for place in sorted(errand.places.get(rank, ())):
-            # Some member that is not that node: its own number this node may not have had.
-            member = Membership(
-                run=errand.run,
-                incarnation=errand.life,
-                node=(place.node + 1) % errand.nodes,
-                nodes=errand.nodes,
-                secret=errand.secret,
-            )
-            try:
-                return act(PeerClient(member, place.url, stall_s=STALL_S, host=self._host))
-            except MocError as error:
-                log.warning("replica cannot be had: rank=%d node=%d reason=%s", rank, place.node, error)
-                problems.append(f"node {place.node}: {error}")
-        raise ShardCorruptError(f"no replica can be had: rank={rank} snapshot={errand.snapshot} {'; '.join(problems)}")
+        lenders = errand.lenders.get(rank, ())
+        return ask_in_turn(lenders, act, snapshot=errand.snapshot, rank=rank, host=self._host)
 
     def _fetch(self, client: PeerClient, errand: Errand, arena: Arena, rank: int) -> int:
-        incarnation, step, attempt = errand.snapshot
-        where = {"rank": rank, "incarnation": incarnation, "step": step, "attempt": attempt}
-        record = read_seal(client.ask("/replica/find", where).get("seal"))
-        if (record.rank, record.incarnation, record.step, record.attempt) != (rank, *errand.snapshot):
-            raise ShardCorruptError(f"another seal was given: rank={record.rank} step={record.step}")
+        record = ask_seal(client, errand.snapshot, rank)
         intake = Intake(arena, record, may_share=False)
-        target = "/replica/data?" + "&".join(f"{name}={value}" for name, value in where.items())
         deadline_s = self._host.now_s() + STALL_S + intake.size_bytes / SLOWEST_BYTES_PER_S
+        target = data_target(errand.snapshot, rank)
         client.get(target, intake.write, size_bytes=intake.size_bytes, deadline_s=deadline_s)
         intake.check()
         intake.publish()

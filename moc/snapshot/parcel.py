@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from moc._native import crc32c
@@ -23,20 +23,50 @@ from moc.plan.layout import Unit
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord, decode_seal, encode_seal
 
-__all__ = ["CHUNK_BYTES", "Intake", "parcel_bytes", "parcel_chunks", "read_seal", "seal_mark", "write_seal"]
+__all__ = [
+    "CHUNK_BYTES",
+    "Intake",
+    "parcel_bytes",
+    "parcel_chunks",
+    "piece_range",
+    "range_chunks",
+    "read_seal",
+    "seal_mark",
+    "unit_ranges",
+    "write_seal",
+]
 
 CHUNK_BYTES = 1 << 20  # a bound of what is copied at once, and of what a sender holds beside the arena
 
 
 def parcel_bytes(arena: Arena, record: SealRecord, units: tuple[int, ...]) -> int:
     """Return how many bytes travel for these units."""
-    return sum(length for _, length in _ranges(arena, record, units))
+    return sum(length for _, length in unit_ranges(arena, record, units))
 
 
 def parcel_chunks(arena: Arena, record: SealRecord, units: tuple[int, ...]) -> Iterator[bytes]:
     """Yield the bytes of these units; the record must stay pinned meanwhile."""
+    return range_chunks(arena, unit_ranges(arena, record, units))
+
+
+def piece_range(arena: Arena, record: SealRecord, piece: str) -> tuple[int, int]:
+    """Return (offset in the arena, length) of the shard of this number, or of the "state" blob.
+
+    Raises: UsageError if there is none.
+    """
+    shards = arena.catalog(record.rank).shards
+    if piece == "state":
+        return arena.state_offset(record.rank, record.slots), record.state_bytes
+    if not (piece.isascii() and piece.isdigit() and len(piece) < 10 and int(piece) < len(shards)):
+        raise UsageError(f"there is no such piece: rank={record.rank} piece={piece[:20]!r} shards={len(shards)}")
+    offsets = arena.shard_offsets(record.rank, record.slots)
+    return offsets[int(piece)], shards[int(piece)].size_bytes
+
+
+def range_chunks(arena: Arena, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the bytes of such ranges."""
     held = bytearray()
-    for offset, length in _ranges(arena, record, units):
+    for offset, length in ranges:
         for first in range(0, length, CHUNK_BYTES):
             with arena.view(offset + first, min(CHUNK_BYTES, length - first)) as view:
                 held += view
@@ -47,7 +77,7 @@ def parcel_chunks(arena: Arena, record: SealRecord, units: tuple[int, ...]) -> I
         yield bytes(held)
 
 
-def _ranges(arena: Arena, record: SealRecord, units: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def unit_ranges(arena: Arena, record: SealRecord, units: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Yield (offset in the arena, length) of every shard of these units, and of the state blob after the dense part."""
     layout, shards = arena.rank_layout(record.rank), arena.catalog(record.rank).shards
     for number in units:
@@ -111,7 +141,7 @@ class Intake:
         slots, self.units = _claim(arena, record, held, may_share=may_share)
         self.record = replace(record, slots=slots)
         self.size_bytes = parcel_bytes(arena, self.record, self.units)
-        self._ranges = _ranges(arena, self.record, self.units)
+        self._ranges = unit_ranges(arena, self.record, self.units)
         self._offset = self._room = 0
         self.missing_bytes = self.size_bytes
         blob_end = arena.state_offset(rank, slots) + record.state_bytes

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from moc.assembly import Assembled, Terms, TooStale, assemble
 from moc.errors import IntegrityError, MocError, ShardCorruptError, StoreUnavailableError
+from moc.held import MemorySource, held_parts
 from moc.host import SystemHost
 from moc.layers import Layers, Open, WithheldError
 from moc.plan.lineage import MEMORY, Candidate
 from moc.plan.versions import expert_sizes
-from moc.recover import MemorySource, Source
+from moc.recover import Source
 from moc.state import Expert
 from moc.trace import Trace
 from tests.support.history import EXPERTS, LAYERS, History, Undisturbed, every_rank, plain, routes
@@ -333,7 +334,7 @@ def left_of(history: History, lost: Collection[int]) -> Callable[[int], Open]:
             if candidate.source != MEMORY:
                 return history.opener(rank)(candidate)
             records = {r: record for r, record in history.records[candidate.step].items() if r not in lost}
-            return (None if rank in lost else MemorySource(history.arena, records)), lambda: None
+            return (None if rank in lost else MemorySource(held_parts(history.arena, records))), lambda: None
 
         return open_source
 

@@ -24,7 +24,10 @@ from tests.support.history import RUN, History, every_rank, plain
 from tests.support.plain import PlainState
 
 A = Expert(layer=0, index=0)
-REPLICAS = {"run": RUN, "life": 1, "nodes": 2, "secret": "", "places": []}  # of a run whose agent is not there
+LENDERS = {  # of a run whose agent is not there
+    "members": [{"run": RUN, "incarnation": 1, "node": 0, "nodes": 2, "secret": "", "url": "http://127.0.0.1:1"}],
+    "places": [[1, 4, "00000002", rank, 0, True] for rank in (0, 1)],
+}
 START = Incarnation(run=RUN, number=1, token="0" * 8, parent=None, reason="start")
 
 
@@ -67,7 +70,7 @@ def recover(
     plt_limit: float = 0.0375,
     restore: str | int = "auto",
     lineage: Sequence[Incarnation] = (START,),
-    replicas: Mapping[str, object] | None = None,
+    lenders: Mapping[str, object] | None = None,
 ) -> Restored | None:
     """Restore on all ranks; fails unless all restored the same, and the dense masters are of its step."""
     request = Request(
@@ -91,7 +94,7 @@ def recover(
         layers=tuple(candidates),
         notes=(),
         is_stored=True,
-        replicas=replicas or {},
+        lenders=lenders or {},
     )
     wanted = [c for c in candidates if not isinstance(restore, int) or c.step == restore]
 
@@ -157,7 +160,7 @@ def test_replicas_that_the_agent_does_not_fetch_are_passed_over_for_storage(hist
     stored_one = history.store_checkpoint(2)
     replicated = replace(stored_one, source=PEERS, step=4)
 
-    restored = recover(history, [replicated, stored_one], mode="full", replicas=REPLICAS)
+    restored = recover(history, [replicated, stored_one], mode="full", lenders=LENDERS)
 
     assert restored is not None
     assert restored.candidate == stored_one

@@ -11,6 +11,7 @@ import pytest
 
 from moc.agent.runtime import LOCK_NAME, runtime_folder
 from tests.support.job import Job, Life, start_agent, until, wait_killed
+from tests.support.plain import expected_tensors
 
 RUN = "nodes"
 EXCHANGE = ["persist.put", "save.gather", "commit.fence", "commit.put", "retention.condemn"]
@@ -27,6 +28,13 @@ def _recovered(job: Job, former: Life, source: str, *, at_least: int) -> Life:
     life.exact()
     job.sound()
     return life
+
+
+def _tensors_are_exact(life: Life) -> None:
+    """Check the tensors at the end against an undisturbed run: what survives a change of the number of ranks."""
+    for rank in range(life.size):
+        step = life.newest_step("step")
+        assert life.last(rank, "done")["tensors"] == expected_tensors(rank, life.size, step), life.story()
 
 
 def _stop(pid: int | None) -> None:
@@ -285,20 +293,36 @@ def test_the_agent_of_a_node_that_only_one_life_had_is_no_part_of_the_next() -> 
         job.sound()
 
 
-def test_ranks_that_have_changed_places_go_on_from_storage() -> None:
-    with Job(size=4, nodes=2, run_id=RUN) as job:
+@pytest.mark.parametrize("size", [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)])
+def test_ranks_that_have_changed_places_or_number_go_on_from_the_memory_of_other_nodes(size: int) -> None:
+    with Job(size=4, nodes=2, run_id=RUN, persist_every=0) as job:
         first = job.start()
-        first.event("committed", step=5)
+        known = first.event("global", rank=2, step=8)["step"]
         first.kill()
         job.roots.reverse()  # ranks 0 and 1 are now where the memory of 2 and 3 is, and the other way round
-        second = job.start(steps=first.newest_step("step") + 6)
+        second = job.start(size=size, steps=first.newest_step("step") + 6)
         attached = second.attached()
-        assert attached["source"] == "storage"
-        assert attached["step"] >= first.newest_step("committed")
-        assert all(row.startswith("memory") for row in attached["rejected"]), attached["rejected"]
-        assert attached["rejected"]
+        assert attached["source"] == "peer memory", second.story()
+        assert attached["step"] >= known
+        assert any("memory of other nodes" in note for note in attached["notes"])
         second.finished()
-        second.exact()
+        _tensors_are_exact(second)
+        job.sound()
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_anew_reads_what_it_needs_from_the_others() -> None:
+    with Job(size=2, nodes=2, run_id=RUN, persist_every=0) as job:
+        first = job.start()
+        known = first.event("global", rank=1, step=8)["step"]
+        first.kill()
+        job.roots.append(job.folder / "rt2")
+        second = job.start(size=3, steps=first.newest_step("step") + 6)
+        attached = second.attached()
+        assert attached["source"] == "peer memory", second.story()
+        assert attached["step"] >= known
+        second.finished()
+        _tensors_are_exact(second)
         job.sound()
 
 

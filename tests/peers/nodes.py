@@ -12,6 +12,7 @@ import numpy as np
 
 from moc._native import crc32c
 from moc.agent.guests import Guests
+from moc.agent.loans import Loans
 from moc.agent.peers.courier import Courier, Delivery, Parcel
 from moc.agent.peers.proof import Membership
 from moc.agent.peers.reception import Reception
@@ -166,10 +167,10 @@ class Wire:
 
 
 @contextmanager
-def listening(guests: Guests) -> Iterator[str]:
-    """Serve an agent's guests as node 0; gives the URL."""
+def listening(guests: Guests, loans: Loans | None = None) -> Iterator[str]:
+    """Serve an agent's guests, and what it lends, as node 0; gives the URL."""
     routes = Routes()
-    Reception(guests).add_to(routes)
+    Reception(guests, loans or Loans(guests)).add_to(routes)
     transport = Transport(routes, address="127.0.0.1", port=0, host=SystemHost())
     transport.enter(member(HOST))
     try:

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 from moc.agent.custody import Custody
 from moc.agent.guests import Guests
-from moc.agent.restock import Errand, Place, Restock
+from moc.agent.peers.lender import Lender
+from moc.agent.restock import Errand, Restock
 from moc.agent.trainers import Trainer, Trainers
 from moc.host import SystemHost
 from moc.plan.freeing import Moment
@@ -82,10 +83,10 @@ def replicated(described: Mapping[str, object]) -> Iterator[tuple[str, Moment]]:
 
 def fetch(url: str, moment: Moment) -> tuple[Custody | None, dict[str, object]]:
     """Have a node without any memory fetch its part; return what it has made, and its answer to the trainers."""
-    places = {rank: [Place(node=HOST, url=url)] for rank in (2, 3)}
+    host = Lender(run=LIFE.run, incarnation=LIFE.number, node=HOST, nodes=2, secret="a secret", url=url)
     errand = Errand(
-        snapshot=(LIFE.number, *moment), rank=2, run=LIFE.run, life=LIFE.number, nodes=2, secret="a secret",
-        storage=STORAGE, memory_budget_bytes=None, places=places,
+        snapshot=(LIFE.number, *moment), rank=2, run=LIFE.run, storage=STORAGE, memory_budget_bytes=None,
+        lenders={2: [host], 3: [host]},
     )  # fmt: skip
     woken = threading.Event()
     restock = Restock(host=SystemHost(), trace=Trace(), wake=woken.set)

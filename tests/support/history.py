@@ -22,11 +22,12 @@ from moc.format.keys import CheckpointName, parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.stale import StaleExpert, sources
 from moc.format.tagged import ArrayValue, encode_state
+from moc.held import MemorySource, held_parts
 from moc.layers import Open
 from moc.persist import persist_rank
 from moc.plan.layout import arrange_arena
 from moc.plan.lineage import MEMORY, STORAGE, Candidate
-from moc.recover import MemorySource, Source, StorageSource
+from moc.recover import Source, StorageSource
 from moc.repository import Repository
 from moc.routing import Capture, Routing
 from moc.snapshot.arena import Arena, descriptor_room
@@ -181,7 +182,7 @@ class History:
 
         def open_source(candidate: Candidate) -> tuple[Source, Callable[[], None]]:
             if candidate.source == MEMORY:
-                return MemorySource(self.arena, self.records[candidate.step]), lambda: None
+                return MemorySource(held_parts(self.arena, self.records[candidate.step])), lambda: None
             name = CheckpointName(run=RUN, incarnation=1, step=candidate.step, attempt=candidate.attempt)
             return StorageSource(self.repository, self.repository.read_manifest(name), rank=rank), lambda: None
 

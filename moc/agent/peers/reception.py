@@ -1,11 +1,14 @@
-"""What an agent answers to others about replicas: takes them in from the node they belong to, gives them to any member.
+"""What an agent answers to others about replicas: takes them in from the node they belong to, and gives them, and what
+it has of its own, to any member.
 
     POST /replica/offer   {seal, token, known}             -> {held} or {units}
     PUT  /replica/data?rank=&step=&attempt=                the units' bytes, checked against the seal on arrival
     POST /replica/seal    {rank, step, attempt}            -> {held}: it is a replica from now on
     POST /replica/find    {rank, incarnation, step, attempt}  -> {seal}
+    POST /replica/catalog {rank, incarnation, step, attempt}  -> {catalog, life: {topology, software, fingerprint}}
     POST /replica/describe {rank}                          -> {descriptor}: of the lost arena that the rank was in
-    GET  /replica/data?rank=&incarnation=&step=&attempt=   all bytes of a replica
+    GET  /replica/data?rank=&incarnation=&step=&attempt=   all bytes of a rank's part; &piece= only those of the shard
+                                                           of this number, or of the "state" blob
 
 Thread: the peers' event loop; checksums are computed beside it.
 """
@@ -18,22 +21,24 @@ from typing import Any
 
 from moc.agent import wire
 from moc.agent.guests import Guests
+from moc.agent.loans import Loans
 from moc.agent.peers.transport import Routes
 from moc.errors import MocError, UsageError
 from moc.network.port import Visit, query_of
 from moc.plan.freeing import Moment
-from moc.snapshot.parcel import Intake, parcel_bytes, parcel_chunks, read_seal, seal_mark, write_seal
+from moc.snapshot.parcel import Intake, piece_range, range_chunks, read_seal, seal_mark, unit_ranges, write_seal
 
 __all__ = ["Reception"]
 
 STALL_S = 30.0  # between two pieces of a parcel; its sender gives up sooner
+LIFE_FACTS = ("topology", "software", "fingerprint")  # of a descriptor, which holds secrets too
 
 
 class Reception:
-    """Answers for one agent's guests."""
+    """Answers for one agent's guests, and lends what it has."""
 
-    def __init__(self, guests: Guests) -> None:
-        self._guests = guests
+    def __init__(self, guests: Guests, loans: Loans) -> None:
+        self._guests, self._loans = guests, loans
         self._arriving: dict[int, Intake] = {}
         self._arrived: dict[int, Intake] = {}
 
@@ -41,6 +46,7 @@ class Reception:
         routes.message("/replica/offer", self._offer)
         routes.message("/replica/seal", self._seal)
         routes.message("/replica/find", self._find)
+        routes.message("/replica/catalog", self._catalog)
         routes.message("/replica/describe", self._describe)
         routes.stream("PUT", "/replica/data", self._receive)
         routes.stream("GET", "/replica/data", self._send)
@@ -86,10 +92,14 @@ class Reception:
         return {"held": seal_mark(intake.record)}
 
     def _find(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
-        incarnation, step = wire.integer(body, "incarnation"), wire.integer(body, "step")
-        snapshot = (incarnation, step, wire.text(body, "attempt"))
-        with self._guests.open(snapshot, wire.integer(body, "rank")) as (_, record):
+        with self._loans.open(_snapshot(body), wire.integer(body, "rank")) as (_, record):
             return {"seal": write_seal(record)}
+
+    def _catalog(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
+        rank = wire.integer(body, "rank")
+        with self._loans.open(_snapshot(body), rank) as (arena, _):
+            life = {name: arena.descriptor[name] for name in LIFE_FACTS}
+            return {"catalog": arena.catalog(rank).to_json(), "life": life}
 
     def _describe(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
         return {"descriptor": self._guests.describe(wire.integer(body, "rank"))}
@@ -98,12 +108,19 @@ class Reception:
         query = query_of(visit.target)
         snapshot = (_number(query.get("incarnation")), _number(query.get("step")), query.get("attempt", ""))
         try:
-            with self._guests.open(snapshot, _number(query.get("rank"))) as (arena, record):
-                units = tuple(range(len(record.slots)))
-                pieces = parcel_chunks(arena, record, units)
-                await visit.answer_pieces(pieces, length=parcel_bytes(arena, record, units), stall_s=STALL_S)
+            with self._loans.open(snapshot, _number(query.get("rank"))) as (arena, record):
+                if "piece" in query:
+                    ranges = [piece_range(arena, record, query["piece"])]
+                else:
+                    ranges = list(unit_ranges(arena, record, range(len(record.slots))))
+                length = sum(length for _, length in ranges)
+                await visit.answer_pieces(range_chunks(arena, ranges), length=length, stall_s=STALL_S)
         except UsageError as error:
             visit.answer(404, str(error).encode())
+
+
+def _snapshot(body: Mapping[str, Any]) -> tuple[int, int, str]:
+    return (wire.integer(body, "incarnation"), wire.integer(body, "step"), wire.text(body, "attempt"))
 
 
 def _moment(value: object) -> Moment | None:
