@@ -96,10 +96,9 @@ def start_torch(config: TrainConfig, place: Place) -> None:
 
 def open_tokens(config: TrainConfig, place: Place) -> TokenFile:
     """Return the token file, built by the first rank of each node while the others wait; collective."""
-    if place.local_rank == 0:
-        prepare(config.data)
+    folder = prepare(config.data) if place.local_rank == 0 else None
     dist.barrier()
-    tokens = TokenFile.open(prepare(config.data), sequence_length=config.data.sequence_length)
+    tokens = TokenFile.open(folder or prepare(config.data), sequence_length=config.data.sequence_length)
     digests: list[str | None] = [None] * place.world_size
     torch.distributed.all_gather_object(digests, tokens.digest)
     if len(set(digests)) != 1:
