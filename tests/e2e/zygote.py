@@ -1,5 +1,7 @@
 """A process that imports torch and DeepSpeed once and forks the ranks of every test world, which then cost no imports.
 
+The first engine of a process imports torch's compiler, which takes longer than torch itself: that is done here too.
+
 python -m tests.e2e.zygote: reads one JSON request per line, {"spec": ..., "environment": ..., "log": PATH}, and answers
 {"pid": n}; when a child has ended it writes {"ended": pid, "code": n}, negative for a signal. When its input ends, so
 do it and its children. Process groups are created after the fork, and no thread runs before it.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import selectors
@@ -19,7 +22,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -46,6 +49,7 @@ def main() -> None:
     selector = selectors.DefaultSelector()
     selector.register(0, selectors.EVENT_READ)
     selector.register(wake_receive, selectors.EVENT_READ)
+    gc.freeze()  # DeepSpeed collects garbage for every engine: what is imported is none
     replies.write(json.dumps({"ready": os.getpid()}) + "\n")
     pending = b""
     while True:
