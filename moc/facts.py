@@ -13,10 +13,11 @@ from moc.config import Config
 from moc.errors import TopologyError, UsageError
 from moc.format.manifest import Incarnation, encode_lineage
 from moc.host import Host
+from moc.plan.balance import job_rotations
 from moc.plan.layout import arrange_arena
 from moc.plan.lineage import Candidate
 from moc.plan.placement import check_replicas, guests_of, hosts_of
-from moc.plan.rotation import expert_counts, rotation_of
+from moc.plan.rotation import Rotation, expert_counts
 from moc.plan.turns import Turns, check_k
 from moc.state import RankCatalog, catalog_digest, check_coverage
 from moc.survey import Request
@@ -29,7 +30,8 @@ __all__ = ["Facts", "describe_life", "gather_facts"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """Who is where and holds what: by rank, the pids and catalogs; `tensors` counts the (tensor, part) pairs they
-    cover, `turns` says in which order experts are snapshotted.
+    cover, `turns` says in which order experts are snapshotted, `rotation` in which they are committed: searched once
+    in a life, because the agent has no arrays.
     """
 
     topology: Topology
@@ -37,6 +39,7 @@ class Facts:
     catalogs: tuple[RankCatalog, ...]
     tensors: int
     turns: Turns
+    rotation: Rotation
     addresses: tuple[str, ...] = ()
     """By node: where agents of other nodes reach this one's; empty on one node."""
 
@@ -89,12 +92,14 @@ def gather_facts(
         raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
     catalogs = tuple(RankCatalog.from_json(row["catalog"]) for row in rows)
     tensors = agree(world, lambda: check_coverage(shard for catalog in catalogs for shard in catalog.shards))
+    turns, rotation = _take_turns(catalogs, topology, request.config)
     facts = Facts(
         topology=topology,
         pids=tuple(row["pid"] for row in rows),
         catalogs=catalogs,
         tensors=tensors,
-        turns=_take_turns(catalogs, topology, request.config),
+        turns=turns,
+        rotation=rotation,
         addresses=_gather_addresses(topology, world, request),
     )
     check_replicas(request.config.replicas, nodes=topology.node_count)
@@ -116,13 +121,18 @@ def _gather_addresses(topology: Topology, world: World, request: Request) -> tup
     return tuple(map(str, addresses))
 
 
-def _take_turns(catalogs: tuple[RankCatalog, ...], topology: Topology, config: Config) -> Turns:
-    """Return the order of the experts; raises UsageError, on all ranks alike, for more experts than there are."""
+def _take_turns(catalogs: tuple[RankCatalog, ...], topology: Topology, config: Config) -> tuple[Turns, Rotation]:
+    """Return the order of the experts in snapshots and in commits.
+
+    Raises: UsageError, on all ranks alike, for more experts than there are.
+    """
     known = {shard.expert for catalog in catalogs for shard in catalog.shards if shard.expert is not None}
     counts = expert_counts(sorted(known))
     check_k("k_snapshot", config.k_snapshot, counts)
     check_k("k_persist", config.k_persist, counts)
-    return Turns(rotation_of(counts, topology.ep_sizes), k=config.k_snapshot, every=config.snapshot_every)
+    ks = (config.k_snapshot, config.k_persist)
+    for_snapshots, for_commits = job_rotations(catalogs, topology.ep_sizes, ks)
+    return Turns(for_snapshots, k=config.k_snapshot, every=config.snapshot_every), for_commits
 
 
 def _refuse_over_budget(facts: Facts, node: int, config: Config) -> None:
@@ -173,6 +183,8 @@ def describe_life(
         "config": asdict(config),
         "lineage": encode_lineage(lineage),
     }
+    if config.k_persist is not None:
+        descriptor["rotation"] = [list(order) for order in facts.rotation.orders]
     if layers:
         descriptor["layers"] = [[layer.incarnation, layer.step, layer.attempt] for layer in layers]
     if base is not None:

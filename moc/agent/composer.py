@@ -21,7 +21,7 @@ from moc.persist import Receipt, read_capture
 from moc.plan.composition import Base, Composition, Sealed, Terms, compose, is_newer, next_base, steps_of_experts
 from moc.plan.freeing import Moment
 from moc.plan.lineage import chain, faults_of, is_on_chain, merge_incarnations
-from moc.plan.rotation import expert_counts, rotation_of
+from moc.plan.rotation import Rotation, expert_counts, rotation_of
 from moc.plan.select import DynamicK, LoadAware, Policy, SelectAll, Sequential
 from moc.repository import Repository
 from moc.routing import Capture
@@ -131,10 +131,14 @@ class Composer:
         return Base.of(self._repository.read_manifest(max(known))) if known else None
 
     def _terms(self, descriptor: Mapping[str, Any], sealed: Sealed) -> Terms:
-        topology = Topology.from_json(descriptor["topology"])
+        if "rotation" in descriptor:
+            rotation = Rotation(orders=tuple(map(tuple, descriptor["rotation"])))
+        else:  # all experts in every commit, or an arena that an earlier version of moc has described
+            topology = Topology.from_json(descriptor["topology"])
+            rotation = rotation_of(expert_counts(sealed.steps), topology.ep_sizes)
         return Terms(
             policy=self._policy(descriptor["config"], is_counted=bool(sealed.captures)),
-            rotation=rotation_of(expert_counts(sealed.steps), topology.ep_sizes),
+            rotation=rotation,
             interval=max(1, descriptor["config"]["persist_every"]),
             faults=faults_of(self._lineage),
         )

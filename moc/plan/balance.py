@@ -5,19 +5,20 @@ The search is deterministic: equal ownership gives the same rotation on every ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import gcd
 
 import numpy as np
 import numpy.typing as npt
 
 from moc.plan.bound import lower_bound, turn_bound
-from moc.plan.ownership import Ints, Ownership
+from moc.plan.ownership import Ints, Ownership, catalog_ownership
 from moc.plan.pack import packed_phases
-from moc.plan.rotation import Rotation, even_rotation
+from moc.plan.rotation import Rotation, alike_layers, even_rotation, expert_counts, rotation_of
 from moc.plan.spread import spread_phases
+from moc.state import RankCatalog
 
-__all__ = ["balanced_rotation", "windows"]
+__all__ = ["balanced_rotation", "job_rotations", "windows"]
 
 
 def balanced_rotation(ownership: Ownership, k: int) -> Rotation:
@@ -44,6 +45,29 @@ def balanced_rotation(ownership: Ownership, k: int) -> Rotation:
         if worst <= goal:
             break
     return best
+
+
+def job_rotations(
+    catalogs: Sequence[RankCatalog], ep_sizes: Sequence[tuple[str, int]], ks: Sequence[int | None]
+) -> tuple[Rotation, ...]:
+    """Return the rotation of a job whose ranks hold these catalogs for each K experts per layer (None: all).
+
+    It is what `balanced_rotation` finds for the ownership that they show: the one that `moc plan` reports. Layers with
+    equally many experts are balanced together. Where catalogs show no such ownership the order is rank-first.
+    """
+    counts = expert_counts(shard.expert for c in catalogs for shard in c.shards if shard.expert is not None)
+    orders = [list(rotation_of(counts, ep_sizes).orders) for _ in ks]
+    for experts, layers, ep in alike_layers(counts, ep_sizes):
+        if all(k is None or k >= experts for k in ks):
+            continue
+        own = catalog_ownership(catalogs, layers, experts=experts, ep=ep)
+        if own is None:
+            continue
+        for k, order in zip(ks, orders, strict=True):
+            if k is not None:
+                for layer, row in zip(layers, balanced_rotation(own, k).orders, strict=True):
+                    order[layer] = row
+    return tuple(Rotation(orders=tuple(order)) for order in orders)
 
 
 def _goal(ownership: Ownership, k: int) -> int:

@@ -17,8 +17,17 @@ import numpy.typing as npt
 
 from moc.errors import UsageError
 from moc.plan.shapes import ModelShape
+from moc.state import RankCatalog
 
-__all__ = ["GROUP_LIMIT_ELEMENTS", "Ints", "Ownership", "even_cuts", "even_ownership", "zero2_ownership"]
+__all__ = [
+    "GROUP_LIMIT_ELEMENTS",
+    "Ints",
+    "Ownership",
+    "catalog_ownership",
+    "even_cuts",
+    "even_ownership",
+    "zero2_ownership",
+]
 
 Ints = npt.NDArray[np.int64]
 
@@ -107,6 +116,43 @@ def even_ownership(shape: ModelShape, dp: int, ep: int) -> Ownership:
         profile=profile,
         slices=kept.reshape(-1, shape.moe_layers, local),
         dense=even_cuts(shape.dense_elements, dp),
+    )
+
+
+def catalog_ownership(
+    catalogs: Sequence[RankCatalog], layers: Sequence[int], *, experts: int, ep: int
+) -> Ownership | None:
+    """Return what the catalogs of all ranks say of these layers, which have so many experts each, in bytes.
+
+    None where they are not such a map: a rank holds other experts than its EP rank says, or EP ranks are cut unequally.
+    """
+    dp = len(catalogs)
+    if dp % ep or experts % ep or dp // ep * len(layers) * experts // ep > CELL_LIMIT:
+        return None
+    columns, local = dp // ep, experts // ep
+    place = {layer: number for number, layer in enumerate(layers)}
+    held = np.zeros((dp, len(layers), local), dtype=np.int64)
+    dense = np.zeros(dp, dtype=np.int64)
+    for rank, catalog in enumerate(catalogs):
+        first = rank % ep * local
+        for shard in catalog.shards:
+            if shard.expert is None:
+                dense[rank] += shard.size_bytes
+            elif shard.expert.layer in place:
+                if not first <= shard.expert.index < first + local:
+                    return None
+                held[rank, place[shard.expert.layer], shard.expert.index - first] += shard.size_bytes
+    by_column = held.reshape(columns, ep, -1)
+    if (by_column != by_column[:, :1]).any():
+        return None
+    kept, profile = _distinct(by_column[:, 0])
+    return Ownership(
+        dp=dp,
+        ep=ep,
+        experts=experts,
+        profile=profile,
+        slices=kept.reshape(-1, len(layers), local),
+        dense=dense,
     )
 
 

@@ -6,20 +6,20 @@ different ranks.
 
 Where every rank owns whole experts, `even_rotation` is enough: at every checkpoint, for every K and after any change of
 K, two EP ranks differ by at most one expert. Where ZeRO cuts the experts of a rank into columns, the order must also
-keep the columns even: `moc.plan.balance` searches for such an order.
+keep the columns even: `moc.plan.balance` searches for such an order, once in a life, and the arena's descriptor has it.
 
 Without arrays, so that an agent that turns its experts starts as fast as one that does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moc.errors import InternalError
 from moc.state import Expert
 
-__all__ = ["Rotation", "even_rotation", "expert_counts", "rotation_of"]
+__all__ = ["Rotation", "alike_layers", "even_rotation", "expert_counts", "rotation_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +71,16 @@ def rotation_of(counts: Sequence[int], ep_sizes: Sequence[tuple[str, int]]) -> R
     that divides a layer's experts counts: a wrong guess makes ranks less even, nothing else.
     """
     orders: list[tuple[int, ...]] = [()] * len(counts)
-    for experts in sorted(set(counts)):
-        layers = [layer for layer, count in enumerate(counts) if count == experts]
-        ep = max((size for _, size in ep_sizes if experts % size == 0), default=1)
+    for experts, layers, ep in alike_layers(counts, ep_sizes):
         for layer, order in zip(layers, even_rotation(len(layers), experts, ep).orders, strict=True):
             orders[layer] = order
     return Rotation(orders=tuple(orders))
+
+
+def alike_layers(
+    counts: Sequence[int], ep_sizes: Sequence[tuple[str, int]]
+) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    """Yield the layers with equally many experts: the number of experts, the layers, and their EP size."""
+    for experts in sorted(set(counts)):
+        layers = tuple(layer for layer, count in enumerate(counts) if count == experts)
+        yield experts, layers, max((size for _, size in ep_sizes if experts % size == 0), default=1)

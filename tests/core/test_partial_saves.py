@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import pytest
@@ -20,7 +20,7 @@ from moc.repository import Repository
 from moc.routing import KEPT, Capture, Routing
 from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.seal import PERSIST, SealRecord
-from moc.state import Expert, catalog_digest, check_coverage
+from moc.state import Expert, Shard, catalog_digest, check_coverage
 from moc.trace import Trace
 from moc.verify import verify_repository
 from tests.enumeration.job import SerialHost
@@ -35,11 +35,29 @@ class Bench:
     """A job in this process: its state, its arena, the store, and the persist thread of its agent."""
 
     def __init__(
-        self, *, experts: int, size: int = 2, expert_elements: int = 5, mode: str = "partial", k: int | None = 1
+        self,
+        *,
+        experts: int,
+        size: int = 2,
+        expert_elements: int = 5,
+        mode: str = "partial",
+        k: int | None = 1,
+        cuts: Sequence[tuple[Shard, ...]] | None = None,
+        rotation: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """With an odd number of ranks every expert has a slice on each of them."""
+        """With an odd number of ranks every expert has a slice on each of them. `cuts` are the shards of each rank of a
+        model that is cut otherwise, and `rotation` is what the descriptor says of its experts' order.
+        """
         self.states = [
-            PlainState(rank, size, layers=LAYERS, experts=experts, dense_elements=37, expert_elements=expert_elements)
+            PlainState(
+                rank,
+                size,
+                layers=LAYERS,
+                experts=experts,
+                dense_elements=37,
+                expert_elements=expert_elements,
+                cut=None if cuts is None else cuts[rank],
+            )
             for rank in range(size)
         ]
         self.experts = [Expert(layer=layer, index=index) for layer in range(LAYERS) for index in range(experts)]
@@ -61,6 +79,7 @@ class Bench:
             "keep_last": 1,
             "keep_every": 0,
             "lineage": [],
+            **({} if rotation is None else {"rotation": rotation}),
         }
         layout = arrange_arena(catalogs, versions=VERSIONS, descriptor_bytes=descriptor_room(self.facts))
         self.arena = Arena.create(self.facts, layout, name="bench")

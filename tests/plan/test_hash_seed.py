@@ -13,11 +13,11 @@ import hashlib
 from moc.plan.assign import RULES, assign
 from moc.plan.bound import lower_bound
 from moc.plan.ownership import zero2_ownership
-from moc.plan.balance import balanced_rotation
+from moc.plan.balance import balanced_rotation, job_rotations
 from moc.plan.select import LoadAware, Sequential, commit_selection, fresh_history, select
 from moc.state import Expert
 from tests.plan.test_composition import committed, terms_of
-from tests.plan.values import catalogs, tiny, wide
+from tests.plan.values import catalogs, owned_catalogs, tiny, wide
 
 own = zero2_ownership(wide(), 64, 16)
 rotation = balanced_rotation(own, 8)
@@ -34,6 +34,7 @@ held = catalogs(
 )
 results += [assign(held, selection, rule=rule) for rule in RULES]
 small = zero2_ownership(tiny(layers=4, experts=6), 12, 3)
+results += job_rotations(owned_catalogs(small), (("ep", 3),), (1, 2, 4, None))
 grid = [Expert(layer=layer, index=index) for layer in range(3) for index in range(8)]
 base = None
 for step in range(5, 60, 5):

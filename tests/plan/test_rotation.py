@@ -9,22 +9,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moc.plan.balance import balanced_rotation, windows
+from moc.plan.balance import balanced_rotation, job_rotations, windows
 from moc.plan.bound import lower_bound, turn_bound
 from moc.plan.burden import Checkpoint, bytes_bound, plan_level
-from moc.plan.ownership import Ownership, zero2_ownership
+from moc.plan.ownership import Ownership, catalog_ownership, zero2_ownership
 from moc.plan.pack import packed_phases
 from moc.plan.presets import PRESETS
-from moc.plan.rotation import even_rotation
+from moc.plan.rotation import Rotation, even_rotation
 from moc.plan.scope import MOC_LAYOUT, Scope
 from moc.plan.shapes import ModelShape
-from tests.plan.values import shapes, tiny, wide
+from moc.state import Expert
+from tests.plan.values import catalogs, owned_catalogs, shapes, tiny, wide
 
 BAR = 1.01
 
 
 def worst(own: Ownership, k: int) -> int:
-    return max(int(own.selected_elements(w).max()) for w in windows(balanced_rotation(own, k), k))
+    return worst_of(own, balanced_rotation(own, k), k)
+
+
+def worst_of(own: Ownership, rotation: Rotation, k: int) -> int:
+    return max(int(own.selected_elements(w).max()) for w in windows(rotation, k))
 
 
 def over_bound(shape: ModelShape, dp: int, ep: int, k: int) -> float:
@@ -65,6 +70,44 @@ def test_671b_on_16384_ranks_reaches_the_bound_where_an_order_that_knows_no_colu
     assert worst(own, 32) == lower_bound(own, 32) == 8 * int(own.slices.max())
     assert plain > 3 * lower_bound(own, 32)
     assert over_bound(shape, 16_384, 64, 32) <= BAR
+
+
+def test_a_job_on_671b_finds_in_its_catalogs_the_rotation_of_the_plan() -> None:
+    own = zero2_ownership(PRESETS["deepseek-v3"], 512, 64)
+
+    assert job_rotations(owned_catalogs(own), (("ep", 64),), (8, 32, None)) == (
+        balanced_rotation(own, 8),
+        balanced_rotation(own, 32),
+        even_rotation(58, 256, 64),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes(), st.data())
+def test_catalogs_show_who_owns_what(drawn: tuple[ModelShape, int, int], data: st.DataObject) -> None:
+    shape, dp, ep = drawn
+    own, k = zero2_ownership(shape, dp, ep), data.draw(st.integers(1, shape.experts))
+    catalogs = owned_catalogs(own)
+
+    found = catalog_ownership(catalogs, range(shape.moe_layers), experts=shape.experts, ep=ep)
+
+    assert found is not None
+    everything = np.ones((own.layers, own.experts), dtype=np.bool_)
+    assert (found.slices == own.slices * 12).all(), "three parts of four bytes"
+    assert (found.profile == own.profile).all()
+    assert (found.selected_elements(everything) == 12 * own.selected_elements(everything)).all()
+    (rotation,) = job_rotations(catalogs, (("ep", ep),), (k,))
+    assert worst_of(own, rotation, k) <= worst(own, k)
+
+
+def test_ranks_that_hold_experts_in_another_way_take_turns_rank_first() -> None:
+    """Experts that alternate over the ranks, and replicas of which one rank holds nothing."""
+    alternate = [(index % 2, 10, Expert(layer=0, index=index)) for index in range(4)]
+    lacking = [(rank, 10, Expert(layer=0, index=rank % 2 * 2 + n)) for rank in range(3) for n in range(2)]
+    for ranks, owned in ((2, alternate), (4, lacking)):
+        made = catalogs(ranks, replicated=(), owned=owned)
+        assert catalog_ownership(made, (0,), experts=4, ep=2) is None
+        assert job_rotations(made, (("ep", 2),), (1,)) == (even_rotation(1, 4, 2),)
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
+from moc.plan.ownership import Ownership
 from moc.plan.shapes import ModelShape
 from moc.state import Expert, RankCatalog, Shard, shard_order
 
@@ -93,3 +94,14 @@ def catalogs(
 
 def whole(tensor: str, part: str, dtype: str, elements: int, expert: Expert | None = None) -> Shard:
     return Shard(tensor=tensor, part=part, dtype=dtype, shape=(elements,), offset=0, length=elements, expert=expert)
+
+
+def owned_catalogs(own: Ownership) -> tuple[RankCatalog, ...]:
+    """Return catalogs of ranks that own what the map says; what a rank has of an expert is a tensor of its own."""
+    owned = [
+        (rank, int(own.slices[own.profile[rank // own.ep], layer, local]), Expert(layer=layer, index=first + local))
+        for rank, first in ((rank, rank % own.ep * own.local_experts) for rank in range(own.dp))
+        for layer in range(own.layers)
+        for local in range(own.local_experts)
+    ]
+    return catalogs(own.dp, replicated=(), owned=[row for row in owned if row[1]])

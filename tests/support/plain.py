@@ -79,7 +79,9 @@ class PlainState(ArrayState):
         dense_elements: int = DENSE_ELEMENTS,
         expert_elements: int = EXPERT_ELEMENTS,
         model: str = "plain",
+        cut: tuple[Shard, ...] | None = None,
     ) -> None:
+        """`cut` are the rank's shards of a model that is cut in another way."""
         self.rank, self.size, self._model = rank, size, model
         shards = []
         for part in PARTS:
@@ -99,7 +101,7 @@ class PlainState(ArrayState):
                                 Expert(layer=layer, index=index),
                             )
                         )
-        self._shards = tuple(sorted((s for s in shards if s.length), key=shard_order))
+        self._shards = tuple(sorted((s for s in shards if s.length), key=shard_order)) if cut is None else cut
         self.values = [np.zeros(shard.length, dtype=np.float32) for shard in self._shards]
         for shard, value in zip(self._shards, self.values, strict=True):
             value[:] = _initial(shard)

@@ -16,11 +16,11 @@ from moc.format.keys import parse_object_key
 from moc.format.manifest import Manifest
 from moc.plan.burden import Checkpoint, all_experts, rank_bytes
 from moc.plan.cost import full_bytes, partial_bytes
-from moc.plan.ownership import zero2_ownership
+from moc.plan.ownership import catalog_ownership, zero2_ownership
 from moc.plan.scope import MOC_LAYOUT, Scope
 from moc.plan.shapes import ModelShape
 from moc.repository import Repository
-from moc.state import check_coverage
+from moc.state import RankCatalog, check_coverage, shard_order
 from moc.store.open import open_store
 from moc_train.compare import compare, read_lineage
 from moc_train.runlog import read_records, surviving_steps
@@ -292,6 +292,17 @@ def test_a_checkpoint_is_as_large_as_the_plan_says_and_holds_every_element_once(
 
     assert manifest.name.step == 2
     check_coverage(shards)
+    catalogs = [
+        RankCatalog(
+            rank=rank,
+            shards=tuple(sorted((s.shard for h in headers if h.rank == rank for s in h.shards), key=shard_order)),
+            state_capacity_bytes=0,
+        )
+        for rank in range(world_size)
+    ]
+    shown = catalog_ownership(catalogs, range(STORED_SHAPE.moe_layers), experts=STORED_SHAPE.experts, ep=2)
+    assert shown is not None
+    assert (shown.slices == own.slices * MOC_LAYOUT.total).all(), "so ranks take turns as the plan says"
     assert sum(shard.size_bytes for shard in shards) == sum(planned) == full_bytes(STORED_SHAPE, MOC_LAYOUT)
     assert written == pytest.approx(planned, rel=0.01)
     assert sum(written) == pytest.approx(sum(planned), rel=0.01)
