@@ -7,15 +7,16 @@ Every byte is checked before it reaches the training state. Each round finds a v
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moc.agreement import agree, exchange
 from moc.errors import MismatchError, MocError, ShardCorruptError, StoreDeniedError
+from moc.held import MemorySource
 from moc.host import Host
 from moc.layers import Layers, WithheldError, is_withheld
-from moc.plan.lineage import MEMORY, Candidate
+from moc.plan.lineage import MEMORY, PEERS, STORAGE, Candidate
 from moc.plan.versions import Choice
 from moc.recover import fill_shards, split_tree
 from moc.report import ExpertOrigin, StaleVersion
@@ -98,12 +99,13 @@ def assemble(
         if reason is not None:
             return TooStale(reason=reason, oldest_step=min(row.step for row in stale))
         if work.read(choice):
+            lent = work.lent() if terms.has_layers else frozenset()
             used = sorted({n for n in choice.layers.values() if n and layers.candidates[n].source == MEMORY})
             return Assembled(
                 size_bytes=work.size_bytes,
                 tree=tree,
                 is_exact=is_exact,
-                experts=_origins(layers, choice) if terms.has_layers else (),
+                experts=_origins(layers, choice, lent) if terms.has_layers else (),
                 stale=stale,
                 layers=tuple(layers.candidates[n] for n in used),
                 routing=routing,
@@ -181,6 +183,15 @@ class _Work:
                 self._pass_over(f"{words} rank={rank}")
         return not marks
 
+    def lent(self) -> frozenset[Expert]:
+        """Return the experts of which some rank has read something from memory of other nodes. Collective."""
+        mine: set[Expert] = set()
+        for source in self._layers.sources:
+            if isinstance(source, MemorySource):
+                mine |= source.lent_experts
+        told: list[list[list[int]]] = exchange(self._world, [[e.layer, e.index] for e in sorted(mine)])  # type: ignore[assignment]  # our own rows
+        return frozenset(Expert(layer=layer, index=index) for rows in told for layer, index in rows)
+
     def _fill(self, groups: Mapping[int, Sequence[Expert | None]]) -> dict[Expert, MocError]:
         """Read these experts (None: the dense part) from these layers; return those that were bad. Not collective."""
         if not self._read:
@@ -226,12 +237,13 @@ class _Work:
             log.warning("%s", words)
 
 
-def _origins(layers: Layers, choice: Choice) -> tuple[ExpertOrigin, ...]:
-    rows = ((e, layers.candidates[number].source, layers.version(choice, e)) for e, number in choice.layers.items())
-    return tuple(
-        ExpertOrigin(expert=expert, level=level, step=version.step, source=version.holder)
-        for expert, level, version in sorted(rows, key=lambda row: row[0])
-    )
+def _origins(layers: Layers, choice: Choice, lent: Collection[Expert]) -> tuple[ExpertOrigin, ...]:
+    def origin_of(expert: Expert) -> ExpertOrigin:
+        level, version = layers.candidates[choice.layers[expert]].source, layers.version(choice, expert)
+        is_lent = expert in lent and level != STORAGE
+        return ExpertOrigin(expert=expert, level=PEERS if is_lent else level, step=version.step, source=version.holder)
+
+    return tuple(map(origin_of, sorted(choice.layers)))
 
 
 def _stale(layers: Layers, choice: Choice) -> tuple[StaleVersion, ...]:

@@ -6,10 +6,13 @@ at all where this node has all it needs. Every byte is checked by who reads it (
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
 
+from moc.errors import MocError, ShardCorruptError
 from moc.plan.layout import Unit
 from moc.plan.lineage import MEMORY
 from moc.plan.read import Placed, find_pieces
@@ -21,6 +24,8 @@ from moc.snapshot.seal import SealRecord
 from moc.state import Expert, RankCatalog, Shard
 
 __all__ = ["HeldPart", "MemorySource", "Part", "held_parts"]
+
+log = logging.getLogger(__name__)
 
 
 class Part(Protocol):
@@ -95,6 +100,7 @@ class MemorySource:
         self._lent = {rank: part for rank, part in sorted((lent or {}).items()) if rank not in own}
         assert self._own or self._lent, "a snapshot of which there is nothing"
         self._rows: dict[tuple[str, int], tuple[Part, int]] = {}
+        self._lent_experts: set[Expert] = set()
 
     @property
     def world_size(self) -> int:
@@ -116,25 +122,45 @@ class MemorySource:
 
     @property
     def _life(self) -> Mapping[str, object]:
-        return next(iter((self._own or self._lent).values())).life
+        for part in self._own.values():
+            return part.life
+        *others, last = self._lent.values()
+        for part in others:
+            with contextlib.suppress(ShardCorruptError):
+                return part.life
+        return last.life
 
     @property
     def lent_bytes(self) -> int:
         """Return how many bytes have come from other nodes so far."""
         return sum(part.lent_bytes for part in self._lent.values())
 
+    @property
+    def lent_experts(self) -> frozenset[Expert]:
+        """Return the experts of which something has come from other nodes so far."""
+        return frozenset(self._lent_experts)
+
     def slices(self, experts: Sequence[Expert], rank: int, size: int, *, step: int) -> list[Inventory]:
-        parts = {**self._own, **self._lent}
-        return [_versions(part, step) for holder, part in sorted(parts.items()) if holder % size == rank]
+        told = [_versions(part, step) for holder, part in self._own.items() if holder % size == rank]
+        for holder, part in self._lent.items():
+            if holder % size == rank:
+                try:
+                    told.append(_versions(part, step))
+                except ShardCorruptError as error:  # its experts are not whole then, for nobody
+                    log.warning("part of a snapshot cannot be had: rank=%d step=%d reason=%s", holder, step, error)
+        return told
 
     def placed(self, needed: Sequence[Shard]) -> Placing:
-        rows = self._place(self._own, needed)
+        rows, failures = self._place(self._own, needed)
         if self._lent and find_pieces(needed, rows)[1]:
-            rows += self._place(self._lent, needed)
-        return Placing(rows=tuple(rows))
+            lent, failures = self._place(self._lent, needed)
+            rows += lent
+        return Placing(rows=tuple(rows), failures=tuple(failures))
 
     def read(self, row: Placed) -> memoryview:
         part, index = self._rows[row.holder, row.position]
+        if row.shard.expert is not None and part.record.rank in self._lent:
+            self._lent_experts.add(row.shard.expert)
         return part.read(index)
 
     def state(self, rank: int) -> tuple[object, bool]:
@@ -143,17 +169,22 @@ class MemorySource:
         part = parts[holder]
         return _tree(part), holder == rank
 
-    def _place(self, parts: Mapping[int, Part], needed: Sequence[Shard]) -> list[Placed]:
+    def _place(self, parts: Mapping[int, Part], needed: Sequence[Shard]) -> tuple[list[Placed], list[MocError]]:
         wanted = {(shard.tensor, shard.part) for shard in needed}
-        rows = []
+        rows: list[Placed] = []
+        failures: list[MocError] = []
         for part in parts.values():
-            shards = part.catalog.shards
+            try:
+                shards = part.catalog.shards
+            except ShardCorruptError as error:
+                failures.append(error)
+                continue
             positions = accumulate((shard.size_bytes for shard in shards), initial=0)
             for index, (shard, position, crc) in enumerate(zip(shards, positions, part.record.crcs, strict=False)):
                 if (shard.tensor, shard.part) in wanted:
                     rows.append(Placed(shard=shard, holder=part.holder, position=position, crc32c=crc))
                     self._rows[part.holder, position] = (part, index)
-        return rows
+        return rows, failures
 
 
 def _versions(part: Part, step: int) -> Inventory:

@@ -107,6 +107,28 @@ def test_only_what_is_missing_here_is_asked_for(owner: Owner) -> None:
     assert source.lent_bytes == second.size_bytes
 
 
+def test_a_part_that_nobody_gives_is_missing_and_nothing_else_is(owner: Owner) -> None:
+    moment = owner.sender.seal(5, record=0)
+    own = HeldPart(owner.custody.arena, owner.custody.arena.seals(2)[0])
+    unreachable = LentPart((LIFE.number, *moment), 3, [lender(NOWHERE)], host=SystemHost())
+    source = MemorySource({}, {1: unreachable, 2: owner.part(moment, 2), 3: unreachable})
+    experts = [unit.expert for unit in own.units if unit.expert is not None]
+    wanted = [shard for shard in own.catalog.shards if shard.expert in experts[:1]]
+
+    (told,) = [told for rank in range(4) for told in source.slices(experts, rank, 4, step=5)]
+    assert sorted(told) == sorted(experts)
+    assert source.world_size == 4
+    placing = source.placed(wanted)
+
+    assert not find_pieces(wanted, placing.rows)[1]
+    assert [type(error) for error in placing.failures] == [ShardCorruptError] * 2
+    assert source.lent_experts == frozenset()
+    for row in placing.rows:
+        with source.read(row):
+            pass
+    assert source.lent_experts == set(experts[:1])
+
+
 def test_what_one_has_wrong_another_has_right(owner: Owner) -> None:
     moment = owner.sender.seal(5, record=0)
     with closing(Owner()) as other:
