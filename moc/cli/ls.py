@@ -6,13 +6,16 @@ The last column says what a checkpoint is to the next launch:
   off-chain   an abandoned future (a rewind, a late commit): never recovered
   not-finite  holds NaN or infinite values
   corrupt     its manifest does not pass its checksum
+Where checkpoints share experts with earlier ones there are two more columns:
+WRITTEN, how much of SIZE a checkpoint wrote itself, and STALE, how many of its
+experts are of an earlier step.
 
 JSON: {"repository": str, "lineage": [{"incarnation": int, "last_step": int or
 null}], "checkpoints": [{"name", "run", "incarnation", "step", "attempt",
 "size_bytes": int or null, "written_bytes": of these, what this attempt wrote,
-"objects": int or null, "modified_s": seconds since the epoch or null,
-"is_on_lineage": bool, "is_newest": bool, "is_finite": bool or null, "error":
-str or null}], "findings": [{"key", "kind", "message"}]}
+"objects": int or null, "stale_experts": int or null, "modified_s": seconds
+since the epoch or null, "is_on_lineage": bool, "is_newest": bool, "is_finite":
+bool or null, "error": str or null}], "findings": [{"key", "kind", "message"}]}
 Null stands for what a corrupt manifest cannot tell.
 
 Exit codes: 0 ok, 3 not a repository, 5 storage unavailable, 6 other format.
@@ -54,6 +57,7 @@ class Row:
             "size_bytes": self.manifest and self.manifest.size_bytes,
             "written_bytes": self.manifest and self.manifest.written_bytes,
             "objects": self.manifest and len(self.manifest.objects),
+            "stale_experts": self.manifest and len(self.manifest.stale_experts),
             "modified_s": self.stored.modified_s or None,
             "is_on_lineage": self.is_on_lineage,
             "is_newest": self.is_newest,
@@ -119,18 +123,19 @@ def _print_rows(rows: list[Row], url: str) -> None:
         say(f"moc ls: no checkpoints yet: repository={url}")
         return
     now_s = time.time()
-    cells = [
-        (
-            str(row.stored.name.step),
-            str(row.stored.name.incarnation),
-            row.stored.name.attempt,
-            "?" if row.manifest is None else describe_bytes(row.manifest.size_bytes),
-            describe_age(now_s - row.stored.modified_s) if row.stored.modified_s else "?",
-            row.marks(),
-        )
-        for row in rows
-    ]
-    print_table(("STEP", "INCARNATION", "ATTEMPT", "SIZE", "AGE", "IS"), cells, left=frozenset({"IS"}))
+    table: dict[str, list[str]] = {
+        "STEP": [str(row.stored.name.step) for row in rows],
+        "INCARNATION": [str(row.stored.name.incarnation) for row in rows],
+        "ATTEMPT": [row.stored.name.attempt for row in rows],
+        "SIZE": ["?" if row.manifest is None else describe_bytes(row.manifest.size_bytes) for row in rows],
+    }
+    if any(row.manifest is not None and row.manifest.stale_experts for row in rows):
+        written = ["?" if row.manifest is None else describe_bytes(row.manifest.written_bytes) for row in rows]
+        stale = ["?" if row.manifest is None else str(len(row.manifest.stale_experts)) for row in rows]
+        table |= {"WRITTEN": written, "STALE": stale}
+    ages = [describe_age(now_s - row.stored.modified_s) if row.stored.modified_s else "?" for row in rows]
+    table |= {"AGE": ages, "IS": [row.marks() for row in rows]}
+    print_table(tuple(table), list(zip(*table.values(), strict=True)), left=frozenset({"IS"}))
 
 
 def _read_manifests(repository: Repository, listed: tuple[StoredCheckpoint, ...]) -> dict[object, Manifest | MocError]:

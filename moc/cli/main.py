@@ -75,7 +75,9 @@ def _run(verb: str | None, arguments: list[str]) -> int:
     for name, summary in VERBS.items():
         if name != verb:
             subparsers.add_parser(name, help=summary, add_help=False)
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:  # said by the verb's own parser, so that its usage is shown
+        (chosen if verb in VERBS else parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(module.run(args))
     except MocError as error:

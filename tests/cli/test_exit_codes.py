@@ -52,6 +52,15 @@ def test_a_wrong_command_line_is_two(arguments: tuple[str, ...], history: Path) 
     assert result.stderr
 
 
+@pytest.mark.parametrize("arguments", [("restore", "20"), ("status", "-r", "x"), ("ls", "--newest")])
+def test_what_a_verb_does_not_know_is_said_with_its_own_usage(arguments: tuple[str, ...]) -> None:
+    result = moc(*arguments)
+
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"usage: moc {arguments[0]} [-h]")
+    assert f"unrecognized arguments: {' '.join(arguments[1:])}" in result.stderr
+
+
 def test_a_step_that_is_not_a_step_is_two(history: Path) -> None:
     result = moc("show", "newest", "-r", history)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from moc.routing import BEFORE_DROPS, Routing
 from moc.state import Expert
 from moc.store.local import LocalStore
 from tests.cli.console import moc, moc_json
-from tests.support.repository import build_partial_history
+from tests.support.repository import build_partial_history, tensor_bytes
 
 MAP = """\
     layer experts 0-3, and the routes lost if restored
@@ -88,6 +90,62 @@ def test_rows_for_programs(partial: Path, tmp_path: Path) -> None:
     }
     assert 0 < shown["written_bytes"] < shown["size_bytes"]
     assert (listed["written_bytes"], listed["size_bytes"]) == (shown["written_bytes"], shown["size_bytes"])
+
+
+def test_a_list_tells_what_each_has_written_and_how_many_experts_are_stale(partial: Path) -> None:
+    result, listed = moc("ls", "-r", partial), moc_json("ls", "-r", partial)["checkpoints"]
+
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["STEP", "INCARNATION", "ATTEMPT", "SIZE", "WRITTEN", "STALE", "AGE", "IS"]
+    assert [line[7] for line in lines[1:]] == ["0", "6", "8", "6"], "behind two sizes of two words"
+    assert [row["stale_experts"] for row in listed] == [0, 6, 8, 6]
+    assert max(map(len, result.stdout.splitlines())) <= COLUMNS
+
+
+def test_exported_weights_are_those_of_the_declared_versions(partial: Path, tmp_path: Path) -> None:
+    for step in ("20", "30", "40"):
+        target = tmp_path / step
+        assert moc("restore", "--step", step, "-r", partial, "--to", target, "--format", "safetensors").returncode == 0
+        shown = moc_json("show", step, "-r", partial)
+        steps = {(row["layer"], index): held for row in shown["experts"] for index, held in enumerate(row["steps"])}
+        assert len(set(steps.values())) > 1
+
+        content = (target / "model.safetensors").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        seen = set()
+        for name, row in json.loads(content[8 : 8 + length]).items():
+            if name == "__metadata__":
+                continue
+            found = re.search(r"layers\.(\d+)\..*experts?\.(\d+)\.", name)
+            expert = None if found is None else (int(found[1]), int(found[2]))
+            held = int(step) if expert is None else steps[expert]
+            begin, end = (8 + length + offset for offset in row["data_offsets"])
+            assert row["dtype"] == "F32"
+            assert content[begin:end] == tensor_bytes(name, "master", (end - begin) // 4, held), name
+            seen.add(expert)
+        assert seen == {None, *steps}
+
+
+def test_damage_in_what_an_earlier_checkpoint_wrote_is_named_and_fails_those_that_share_it(tmp_path: Path) -> None:
+    root = tmp_path / "repository"
+    builder = build_partial_history(LocalStore(root), last_step=40)
+    newest = builder.repository.read_manifest(builder.name(2, 40))
+    row = next(row for row in newest.objects if "000001-" in row.key)
+    content = bytearray((root / row.key).read_bytes())
+    content[row.header_bytes + 3] ^= 0x10
+    (root / row.key).write_bytes(content)
+
+    quick, full = moc("verify", "-r", root), moc("verify", "--read-data", "-r", root)
+    asked = moc("restore", "--step", "40", "-r", root, "--to", tmp_path / "asked")
+    facts = moc_json("verify", "--read-data", "-r", root, code=4)
+
+    assert quick.returncode == 0, "data are read on request"
+    assert full.returncode == 4
+    assert row.key in full.stdout + full.stderr
+    assert asked.returncode == 4
+    assert row.key in asked.stderr
+    assert not [path for path in (tmp_path / "asked").rglob("*") if path.is_file()]
+    assert row.key in json.dumps(facts)
 
 
 def test_show_still_answers_where_an_old_object_is_gone(tmp_path: Path) -> None:

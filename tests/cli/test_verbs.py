@@ -36,6 +36,7 @@ def test_ls_marks_the_newest_the_lineage_and_abandoned_futures(history: Path) ->
             "size_bytes",
             "written_bytes",
             "objects",
+            "stale_experts",
             "modified_s",
             "is_on_lineage",
             "is_newest",
