@@ -130,6 +130,41 @@ def test_a_node_that_says_nothing_is_waited_for_within_limits(is_hurried: bool) 
             save.result(DEADLINE_S)
 
 
+@pytest.mark.parametrize("jump_s", [1e6, -1e6])
+def test_a_clock_that_jumps_makes_nodes_silent_until_they_are_heard_and_frees_nothing(jump_s: float) -> None:
+    host = Host()
+    first, second = nodes(host)
+    first.council.hear(second.report())
+    before = first.council.others()
+    host.time_s += jump_s
+
+    after = first.council.others()
+
+    assert after.silent == ((1,) if jump_s > 0 else ())
+    assert replace(after, silent=()) == replace(before, silent=()), "silence says nothing of what a node holds"
+    second.verdicts = [Verdict(moment=MOMENT, size_bytes=1, error=None)]
+    first.council.hear(second.report())
+    assert first.council.others().silent == ()
+    assert list(first.council.others().verdicts) == second.verdicts
+
+
+def test_a_clock_that_jumps_forwards_in_a_joint_save_fails_it_and_the_next_one_is_made() -> None:
+    host = Host()
+    first, second = nodes(host)
+    with saving(host) as pool:
+        save = gather(pool, first)
+        host.time_s += 1e6
+        with pytest.raises(WaitTimeoutError, match=r"nodes=\[1\]"):
+            save.result(DEADLINE_S)
+
+        saves = [gather(pool, node) for node in (first, second)]
+        first.council.hear(second.report())
+        assert saves[0].result(DEADLINE_S) == (contribution(0), contribution(1))
+        first.verdicts = [Verdict(moment=MOMENT, size_bytes=18, error=None)]
+        second.council.hear(first.report())
+        assert saves[1].result(DEADLINE_S) == first.verdicts[0]
+
+
 def test_what_fails_at_one_node_fails_at_all_with_its_words_but_a_commit_stays_one() -> None:
     host = Host()
     first, second, third = nodes(host, 3)

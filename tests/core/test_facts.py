@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from moc.agent.runtime import own_address
 from moc.beginning import Beginning
 from moc.config import Config
+from moc.errors import UsageError
 from moc.facts import Facts, gather_facts
 from moc.format.manifest import Incarnation
 from moc.host import SystemHost
@@ -35,6 +39,59 @@ def _request(folder: Path, *, node: str, address: str) -> Request:
         fingerprint={},
         node_address=address,
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mode": "partial", "k_snapshot": 4, "k_persist": 1}, "k_snapshot=4 allowed=1..3"),
+        ({"mode": "partial", "k_persist": 9}, "k_persist=9 allowed=1..3"),
+        ({"replicas": 1}, "replicas=1 nodes=1 allowed=0..0"),
+        ({"memory_budget_bytes": 1000}, "allowed=memory_budget_bytes=1000"),
+    ],
+)
+def test_settings_that_do_not_fit_the_job_are_refused_on_all_ranks_with_what_is_allowed(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    def ask(rank: int) -> str:
+        with closing(SocketWorld(rank, 2, tmp_path / "world")) as world:
+            request = replace(_request(tmp_path, node="node", address="127.0.0.1"), config=Config(**settings))
+            state = PlainState(rank, 2, experts=3)
+            with pytest.raises(UsageError) as caught:
+                gather_facts(state, world, request, ep_sizes=(), host=SystemHost())
+            return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(ask, range(2))
+    assert first == second
+    assert words in first
+
+
+@pytest.mark.parametrize("budget_share", [0.9, 1.1])
+def test_the_budget_includes_replicas_of_other_nodes(tmp_path: Path, budget_share: float) -> None:
+    def ask(budget: int | None) -> list[str]:
+        def act(rank: int) -> str:
+            with closing(SocketWorld(rank, 2, tmp_path / f"world-{budget}")) as world:
+                config = Config(replicas=1, memory_budget_bytes=budget)
+                request = replace(_request(tmp_path, node=f"node-{rank}", address="127.0.0.1"), config=config)
+                try:
+                    _gather(rank, 2, world, request)
+                except UsageError as error:
+                    return str(error)
+                return ""
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(act, range(2)))
+
+    found = re.search(r"arena_bytes=(\d+) replica_bytes=(\d+) allowed=memory_budget_bytes=1$", ask(1)[0])
+    assert found is not None
+    own, replicas = int(found[1]), int(found[2])
+    assert replicas > own / 3
+
+    answers = ask(int(own + budget_share * replicas))
+
+    assert answers == (["", ""] if budget_share > 1 else [answers[0]] * 2)
+    assert bool(answers[0]) == (budget_share < 1)
 
 
 def _gather(rank: int, size: int, world: World, request: Request) -> Facts:

@@ -190,6 +190,7 @@ def test_what_was_counted_on_a_device_is_read_where_a_snapshot_is_taken(alone: W
         (0, 7, r"shape=\(\)"),
         (0, [[1], [2, 3]], "type=list"),
         (0, [1.0, 2.0], "dtype=float64"),
+        (0, [float("nan"), 1.0], "dtype=float64"),
         (0, [True, False], "dtype=bool"),
         (0, ["1", "2"], "dtype=<U1"),
         (0, [1, None], "dtype=object"),

@@ -34,11 +34,15 @@ BLOB = encode_state({}).to_bytes()
 
 
 class SlowHost(SystemHost):
-    """A machine whose storage answers when the test lets it."""
+    """A machine whose storage answers when the test lets it, and whose clock can be moved."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asked, self.answers = threading.Event(), threading.Event()
+        self.jump_s = 0.0
+
+    def now_s(self) -> float:
+        return super().now_s() + self.jump_s
 
     def open_store(self, url: str, *, trace: Trace) -> Store:
         self.asked.set()
@@ -97,12 +101,16 @@ class Desk:
         ordinal: int = 0,
         older: Mapping[Expert, int] = MappingProxyType({}),
         behind: Sequence[int] | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> Moment:
-        """Seal a snapshot of all ranks here; `older` are the steps of experts that it has not captured, or, where only
-        some ranks are `behind`, that these have not.
+        """Seal a snapshot of all ranks here, or of these.
+
+        `older` are the steps of experts that it has not captured, or that the ranks have not which are `behind`.
         """
         moment = (step, f"{ordinal:02x}{step:06x}")
         for catalog in self.custody.arena.catalogs:
+            if ranks is not None and catalog.rank not in ranks:
+                continue
             units = self.custody.arena.rank_layout(catalog.rank).units
             left = older if behind is None or catalog.rank in behind else {}
             slots = array("I", [record] * len(units))
@@ -177,6 +185,40 @@ def test_a_periodic_save_waits_for_the_look_at_what_a_dead_agent_has_committed(d
 
     desk.host.answers.set()
     desk.look_until(lambda: desk.saves.last_committed_step == 7)
+
+
+@pytest.mark.parametrize("jump_s", [1e6, -1e6])
+def test_a_clock_that_jumps_in_a_save_costs_nothing_that_is_complete(desk: Desk, jump_s: float) -> None:
+    desk.seal(7, record=0, flags=PERSIST)
+    desk.look()
+    assert desk.host.asked.wait(PATIENCE_S)
+    desk.host.jump_s = jump_s
+    desk.look()
+    assert desk.saves.outcomes() == [], "under way, whatever the time is"
+
+    desk.host.answers.set()
+    desk.look_until(lambda: desk.saves.last_committed_step == 7)
+    desk.seal(8, record=1, flags=PERSIST)
+    desk.look_until(lambda: desk.saves.last_committed_step == 8)
+    assert desk.saves.counters() == {"saves": 2, "failed": 0}
+
+
+@pytest.mark.parametrize(("jump_s", "is_given_up"), [(1e6, True), (-1e6, False)])
+def test_a_clock_that_jumps_while_a_seal_is_missing_gives_that_save_up_at_most(
+    desk: Desk, jump_s: float, *, is_given_up: bool
+) -> None:
+    desk.host.answers.set()
+    moment = desk.seal(7, record=0, flags=PERSIST, ranks=(0,))
+    desk.look()
+    desk.host.jump_s = jump_s
+    desk.look()
+    assert bool(desk.saves.counters()["failed"]) == is_given_up
+    assert ("not every rank sealed in time" in str(desk.saves.last_error)) == is_given_up
+
+    assert desk.seal(7, record=0, flags=PERSIST, ranks=(1,)) == moment
+    desk.seal(8, record=1, flags=PERSIST | EXPLICIT)
+    desk.look_until(lambda: desk.saves.last_committed_step == 8)
+    assert desk.saves.last_error is None
 
 
 def test_a_periodic_save_does_not_wait_for_another_one(desk: Desk) -> None:

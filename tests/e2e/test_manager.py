@@ -137,6 +137,8 @@ def test_other_world_sizes_take_over_every_tensor(zygote: Zygote, tmp_path: Path
         ("timeout_s", 0),
         ("plt_limit", 0),
         ("plt_limit", 1.5),
+        ("plt_limit", -0.1),
+        ("plt_limit", float("nan")),
         ("mode", "half"),
         ("k_snapshot", 2),
         ("k_persist", 2),

@@ -19,7 +19,7 @@ from moc.agent.peers.reception import Reception
 from moc.agent.peers.transport import Routes, Transport
 from moc.config import Config
 from moc.format.manifest import Incarnation, encode_incarnation
-from moc.host import SystemHost
+from moc.host import Host, SystemHost
 from moc.plan.freeing import Moment
 from moc.plan.layout import arrange_arena
 from moc.snapshot.arena import Arena, descriptor_room
@@ -154,10 +154,10 @@ class Sender:
 class Wire:
     """A courier from node 1 to node 0, and what it has told."""
 
-    def __init__(self, *, secret: str = "a secret", stall_s: float = 5.0) -> None:
+    def __init__(self, *, secret: str = "a secret", stall_s: float = 5.0, host: Host | None = None) -> None:
         self._told: queue.Queue[Delivery] = queue.Queue()
         self.courier = Courier(
-            member(SENDER, secret=secret), HOST, stall_s=stall_s, on_end=self._told.put, host=SystemHost(),
+            member(SENDER, secret=secret), HOST, stall_s=stall_s, on_end=self._told.put, host=host or SystemHost(),
             trace=Trace(),
         )  # fmt: skip
 

@@ -357,6 +357,32 @@ def test_a_host_that_lies_or_stalls_is_given_up_in_bounded_time(
         assert again.seconds < delivery.seconds, "who is away is tried once"
 
 
+class JumpingHost(SystemHost):
+    """A machine whose clock jumps forwards once, after it was looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def now_s(self) -> float:
+        self.looks -= 1
+        return super().now_s() + (1e6 if self.looks < 0 else 0.0)
+
+
+@pytest.mark.parametrize("looks", [2, 4, 6, 8])
+def test_a_clock_that_jumps_while_a_replica_is_sent_costs_one_try_at_most(
+    sender: Sender, guests: Guests, url: str, looks: int
+) -> None:
+    host = JumpingHost(looks)
+    wire = Wire(host=host)
+    with closing(wire.courier):
+        delivery = wire.send(sender.parcel(sender.seal(5, record=0), url))
+
+        assert host.looks < 0, "it has jumped meanwhile"
+        assert delivery.error is None
+        assert held_steps(guests) == [5]
+
+
 @pytest.mark.parametrize("act", [_drip, _drip_head])
 def test_a_replica_that_comes_drop_by_drop_is_given_up_at_its_deadline(act: Callable[[_Hostile], None]) -> None:
     host = SystemHost()

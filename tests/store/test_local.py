@@ -14,6 +14,7 @@ import pytest
 from moc.errors import (
     FencedError,
     ObjectMissingError,
+    StorageError,
     StoreDeniedError,
     StoreFullError,
     StoreUnavailableError,
@@ -324,6 +325,38 @@ def test_only_old_temporary_files_are_swept(tmp_path: Path) -> None:
 
     assert sorted(os.listdir(folder)) == [".b~124-0a1b2c3e", ".b~other", ".hidden", "b"]
     assert store.sweep(older_than_s=0.0) == 1
+
+
+class TomorrowsFilesystem(PosixFilesystem):
+    """The filesystem of a machine whose clock is a day ahead."""
+
+    def now_epoch_s(self) -> float:
+        return super().now_epoch_s() + 86_400.0
+
+
+class SweptFilesystem(PosixFilesystem):
+    """The real filesystem; while a file is made durable somebody else with a wrong clock sweeps, once."""
+
+    def __init__(self, root: Path) -> None:
+        self._sweepers = [LocalStore(root, filesystem=TomorrowsFilesystem())]
+
+    def fsync(self, handle: int) -> None:
+        super().fsync(handle)
+        while self._sweepers:
+            assert self._sweepers.pop().sweep(older_than_s=3600.0) == 1
+
+
+def test_a_wall_clock_that_is_ahead_costs_a_put_at_most(tmp_path: Path) -> None:
+    """The age of temporary files is the only thing that wall time decides here."""
+    root = tmp_path / "repository"
+    store = LocalStore(root, filesystem=SweptFilesystem(root))
+
+    with pytest.raises(StorageError):
+        put(store, "a/b", b"x")
+    assert store.list("") == []
+
+    put(store, "a/b", b"x")
+    assert [entry.key for entry in LocalStore(root, filesystem=TomorrowsFilesystem()).list("")] == ["a/b"]
 
 
 def test_a_listing_says_when_an_object_was_written(tmp_path: Path) -> None:

@@ -26,6 +26,18 @@ PICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}
 EVALUATING = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 RUNNING = {"code", "codeop", "imp", "runpy", "xmlrpc", "yaml"}
 MUTABLE = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
+WALL_TIME = {"time", "time_ns", "now", "utcnow", "today", "gmtime", "localtime"}
+KNOWS_THE_DATE = {  # to show it, or to compare it with when files were written
+    "moc/cli/doctor.py",
+    "moc/cli/gc.py",
+    "moc/cli/ls.py",
+    "moc/cli/show.py",
+    "moc/doctor/collect.py",
+    "moc/doctor/node.py",
+    "moc/store/filesystem.py",
+    "moc/store/s3.py",
+    "moc/trace.py",
+}
 PICKLES_BY_DESIGN = {"moc/adapters/export/deepspeed.py", "moc/adapters/export/publish.py"}  # DeepSpeed's own format
 
 
@@ -68,6 +80,21 @@ def test_nothing_is_pickled_outside_the_deepspeed_export(path: Path) -> None:
             found.append(ast.unparse(node))
 
     assert found == []
+
+
+def test_wall_time_decides_nothing_but_the_age_of_files() -> None:
+    """Clocks are set while jobs run: waits, silence, and who comes first go by monotonic time, or by no time at all."""
+    found = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("time", "datetime", "date")
+        and node.attr in WALL_TIME
+    }
+
+    assert found == KNOWS_THE_DATE
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
