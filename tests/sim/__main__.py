@@ -19,24 +19,25 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--first", action="store_true", help="stop at the first seed that fails")
     parser.add_argument("--partial", action="store_true", help="checkpoints of some experts only")
+    parser.add_argument("--nodes", action="store_true", help="two or three nodes, with and without replicas")
     parser.add_argument("--trace", action="store_true", help="print the whole log of the seed")
     options = parser.parse_args()
     gc.freeze()
     if options.seed is not None:
-        report = simulate(options.seed, is_partial=options.partial, keep_log=options.trace)
+        report = simulate(options.seed, is_partial=options.partial, has_nodes=options.nodes, keep_log=options.trace)
         print("\n".join(report.log))
         print(_line(report))
         return 1 if report.violations else 0
     first, _, last = (options.seeds or "0..99").partition("..")
     seeds = range(int(first), int(last or first) + 1)
-    return run_many(seeds, is_partial=options.partial, is_first_enough=options.first)
+    return run_many(seeds, is_partial=options.partial, has_nodes=options.nodes, is_first_enough=options.first)
 
 
-def run_many(seeds: range, *, is_partial: bool, is_first_enough: bool) -> int:
+def run_many(seeds: range, *, is_partial: bool, has_nodes: bool, is_first_enough: bool) -> int:
     """Run the seeds; print the failing ones as they come, and what happened in all."""
     began_s, counts, failed = time.monotonic(), Counter[str](), 0
     for done, seed in enumerate(seeds, start=1):
-        report = simulate(seed, is_partial=is_partial)
+        report = simulate(seed, is_partial=is_partial, has_nodes=has_nodes)
         counts.update(report.counts)
         if report.violations:
             failed += 1

@@ -37,12 +37,16 @@ class Knowledge:
     seen: dict[int, Record]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Held:
-    """A global snapshot that was announced while an agent held it."""
+    """A global snapshot that was announced while agents held it.
+
+    `places` has the node of each rank; `keepers` by node the agents that had its part: its own, others with replicas.
+    """
 
     number: int
     token: str
     step: int
-    agent: Process
+    places: tuple[int, ...]
+    keepers: tuple[tuple[Process, ...], ...]
     since_s: float

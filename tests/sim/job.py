@@ -9,6 +9,7 @@ from moc.config import Config
 from moc.errors import MocError
 from moc.session import Session
 from moc.survey import Request
+from tests.sim.machine import Machine
 from tests.sim.scheduler import Fiber
 from tests.sim.state import TinyState, first_whole, routes_at
 from tests.sim.world import Group, SimWorld
@@ -33,6 +34,7 @@ class Trainer:
 
     launch: Launch
     rank: int
+    node: int
     process: Process
     session: Session | None = None
     state: TinyState | None = None
@@ -54,6 +56,11 @@ class Launch:
     trainers: list[Trainer] = field(default_factory=list)
     actions: dict[int, str] = field(default_factory=dict)
     first_healed_step: int | None = None
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The node of each rank."""
+        return tuple(trainer.node for trainer in self.trainers)
 
     @property
     def has_failed(self) -> bool:
@@ -123,6 +130,14 @@ class Job:
                 self._end(launch)
         self.is_done = True
 
+    def _places(self, size: int) -> list[int]:
+        """Return the node of each rank."""
+        knobs, chance = self.sim.knobs, self.sim.chance
+        places = [rank * knobs.nodes // max(size, knobs.nodes) for rank in range(size)]
+        if knobs.shuffle_odds and chance.random() < knobs.shuffle_odds:
+            chance.shuffle(places)
+        return places
+
     def _wait(self) -> None:
         self._waiters.append(self.sim.scheduler.current)
         self.sim.scheduler.wait()
@@ -145,9 +160,10 @@ class Job:
             sim.scheduler.now_s,
             is_last=sim.is_healed and not sim.living("cli"),
         )
-        for rank in range(size):
-            process = sim.process("trainer", f"{self.name}{number}.{rank}")
-            trainer = Trainer(launch, rank, process)
+        for rank, node in enumerate(self._places(size)):
+            where = f"@{sim.nodes[node].number}" if len(sim.nodes) > 1 else ""
+            process = sim.process("trainer", f"{self.name}{number}.{rank}{where}", machine=sim.nodes[node])
+            trainer = Trainer(launch, rank, node, process)
             process.on_end.append(self.wake)
             launch.trainers.append(trainer)
         self.launches.append(launch)
@@ -167,7 +183,7 @@ def _train(sim: Simulation, trainer: Trainer) -> None:
         trainer.session = Session(
             state,
             world,
-            _request(sim, launch.job),
+            _request(sim, launch, process.machine),
             ep_sizes=(),
             software=software,
             host=process.host,
@@ -226,7 +242,7 @@ def _save(sim: Simulation, trainer: Trainer, session: Session) -> None:
     sim.auditor.note_committed(trainer, handle.step)
 
 
-def _request(sim: Simulation, job: Job) -> Request:
+def _request(sim: Simulation, launch: Launch, machine: Machine) -> Request:
     knobs = sim.knobs
     config = Config(
         snapshot_every=knobs.snapshot_every,
@@ -235,6 +251,7 @@ def _request(sim: Simulation, job: Job) -> Request:
         k_snapshot=knobs.k_snapshot,
         k_persist=knobs.k_persist,
         plt_limit=knobs.plt_limit,
+        replicas=min(knobs.replicas, len(set(launch.places)) - 1),
         versions=knobs.versions,
         keep_last=knobs.keep_last,
         keep_every=knobs.keep_every,
@@ -245,9 +262,10 @@ def _request(sim: Simulation, job: Job) -> Request:
         config=config,
         restore="auto",
         run_id=knobs.run_id,
-        take_over=sim.is_healed and not job.is_guest,
+        take_over=sim.is_healed and not launch.job.is_guest,
         on_mismatch=(),
-        runtime_root=sim.root,
+        runtime_root=machine.root,
+        node_address=machine.address,
         agent_idle_s=knobs.idle_s,
         fingerprint={"model": "tiny"},
     )

@@ -51,14 +51,27 @@ class Knobs:
     k_persist: int | None = None
     is_counting: bool = False  # routes are registered
     plt_limit: float = 1.0
+    nodes: int = 1
+    replicas: int = 0
+    shuffle_odds: float = 0.0  # that ranks change places with a launch
+    net_s: float = 0.0  # one way, at most
+    net_slow_odds: float = 0.0
+    net_slow_s: float = 0.0
+    net_lost_odds: float = 0.0  # of a request, and of an answer
+    net_cut_odds: float = 0.0
+    net_twice_odds: float = 0.0
+    net_flip_odds: float = 0.0  # that a bit of a piece of a snapshot changes on its way
+    part_s: float = 0.0  # how long machines do not hear each other, at most
 
     @property
     def is_partial(self) -> bool:
         return self.mode != "full"
 
     @staticmethod
-    def draw(chance: random.Random, *, is_partial: bool) -> Knobs:
+    def draw(chance: random.Random, *, is_partial: bool, has_nodes: bool) -> Knobs:
         knobs = _draw(chance)
+        if has_nodes:
+            knobs = _spread(knobs, chance)
         if not is_partial:
             return knobs
         k_snapshot = chance.choice((1, 2, 2, 3))
@@ -116,4 +129,38 @@ def _draw(chance: random.Random) -> Knobs:
         resize_odds=pick((0.0, 0.0, 0.5)),
         second_job_odds=pick((0.0, 0.5)),
         is_raced=rare() < 0.05,
+    )
+
+
+def _spread(knobs: Knobs, chance: random.Random) -> Knobs:
+    """Return the same job on several nodes."""
+    pick = chance.choice
+    nodes = pick((2, 2, 3))
+    return replace(
+        knobs,
+        nodes=nodes,
+        size=pick((nodes, nodes, nodes, nodes + 1)),
+        other_size=pick((1, nodes - 1, nodes, nodes + 1)),
+        resize_odds=pick((0.0, 0.0, 0.0, 0.3)),
+        shuffle_odds=pick((0.0, 0.0, 0.0, 0.3)),
+        replicas=pick((0, 1, 1)),
+        persist_every=pick((0, 0, 1, 4, 10)) * knobs.snapshot_every,  # memory is to be newer than storage
+        save_odds=pick((0.0, 0.0, 0.05, 0.2)),
+        idle_s=pick((20.0, 60.0)),
+        net_s=pick((0.0, 0.01, 0.2)),
+        net_slow_odds=pick((0.0, 0.0, 0.02, 0.1)),
+        net_slow_s=pick((1.0, 4.0, 15.0)),
+        net_lost_odds=pick((0.0, 0.0, 0.01, 0.1)),
+        net_cut_odds=pick((0.0, 0.0, 0.05)),
+        net_twice_odds=pick((0.0, 0.0, 0.05)),
+        net_flip_odds=pick((0.0, 0.0, 0.05)),
+        second_job_odds=pick((0.0, 0.0, 0.5)),
+        part_s=pick((2.0, 15.0, 40.0)),
+        restart_s=pick((0.5, 2.0, 8.0)),
+        chaos_s=pick((30.0, 60.0, 120.0)),
+        chaos_turns=pick((1000, 3000, 6000)),
+        event_s=pick((4.0, 10.0, 20.0)),  # apart enough for a snapshot to come to the others in between
+        event_odds=pick((0.0, 0.0, 0.002)),
+        trainer_kill_odds=pick((0.0, 0.0, 0.001)),
+        agent_kill_odds=pick((0.0, 0.0, 0.002)),
     )

@@ -12,6 +12,7 @@ from moc.cli.rewind import write_rewind
 from moc.errors import MocError
 from moc.repository import Repository
 from tests.sim.job import STORAGE_URL, Job
+from tests.sim.machine import Machine
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
@@ -43,6 +44,8 @@ class Nemesis:
             (2, self._terminate),
             (3, self._second_job),
         )
+        if sim.knobs.nodes > 1:
+            self._acts += ((12, self._lose_machine), (5, self._part), (2, self._isolate), (2, self._kill_agents))
         self._later()
 
     def at_span(self, process: Process, event: str, span: str) -> None:
@@ -58,6 +61,7 @@ class Nemesis:
         """Let nothing fail any more."""
         self.is_awake = False
         self.sim.storage.is_down = self.sim.storage.are_faults_on = False
+        self.sim.network.heal()
         for process in self.sim.living():
             process.proceed()
 
@@ -118,6 +122,36 @@ class Nemesis:
             storage.is_down = False
 
         self._soon(20.0, mend)
+
+    # Machines and what is between them
+
+    def _lose_machine(self) -> None:
+        self.sim.lose(self.chance.randrange(len(self.sim.nodes)))
+
+    def _kill_agents(self) -> None:
+        for process in self.sim.living("agent"):
+            process.kill("by the nemesis, all agents")
+
+    def _part(self) -> None:
+        """Two machines do not hear each other for a while."""
+        one, other = self.chance.sample(self.sim.nodes, 2)
+        self._part_for_a_while([(one, other)])
+
+    def _isolate(self) -> None:
+        """One machine is not heard by the others for a while."""
+        alone = self.chance.choice(self.sim.nodes)
+        self._part_for_a_while([(alone, other) for other in self.sim.nodes if other is not alone])
+
+    def _part_for_a_while(self, pairs: list[tuple[Machine, Machine]]) -> None:
+        network = self.sim.network
+        for one, other in pairs:
+            network.part(one, other, is_parted=True)
+
+        def mend() -> None:
+            for one, other in pairs:
+                network.part(one, other, is_parted=False)
+
+        self._soon(self.sim.knobs.part_s, mend)
 
     # What users do
 

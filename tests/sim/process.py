@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from moc.host import SystemHost
+from moc.network.port import Serve
 from moc.store.port import Store
 from moc.trace import Trace
+from tests.sim.machine import Machine
+from tests.sim.place import Place, SimCall
 from tests.sim.scheduler import Fiber, Killed, Scheduler
 
 if TYPE_CHECKING:
@@ -32,8 +35,9 @@ R = TypeVar("R")
 class Process:
     """One simulated process; `kind` is "trainer", "agent", "cli" or "launcher"."""
 
-    def __init__(self, sim: Simulation, kind: str, name: str, pid: int) -> None:
-        self.sim, self.kind, self.name, self.pid = sim, kind, name, pid
+    def __init__(self, sim: Simulation, kind: str, name: str, pid: int, machine: Machine) -> None:
+        self.sim, self.kind, self.name, self.pid, self.machine = sim, kind, name, pid, machine
+        self.begun_s = sim.scheduler.now_s
         self.fibers: list[Fiber] = []
         self.is_dead = self.is_stopped = False
         self.stopped_s = float("-inf")  # when it was stopped last
@@ -103,6 +107,7 @@ class Process:
         os.close(self.death_receive)
         for act in self.on_end:
             act()
+        self.sim.network.note_end(self)
 
     def bury(self) -> None:
         """End what is left when the simulation is over."""
@@ -249,7 +254,7 @@ class SimHost:
 
     def start_agent(self, folder: Path, *, run: str, idle_s: float, log: Path, timeout_s: float) -> None:
         self._process.enter()
-        agent = self._process.sim.start_agent(folder, run=run, idle_s=idle_s)
+        agent = self._process.sim.start_agent(folder, run=run, idle_s=idle_s, machine=self._process.machine)
         if not agent.wait_ready(timeout_s):
             raise TimeoutError(f"not started in time: timeout_s={timeout_s}")
 
@@ -270,3 +275,10 @@ class SimHost:
     def open_store(self, url: str, *, trace: Trace) -> Store:
         self._process.enter()
         return self._process.sim.storage.open(self._process, url, trace)
+
+    def listen(self, serve: Serve, *, address: str, port: int) -> Place:
+        self._process.enter()
+        return Place(self._process.sim.network, self._process, serve, address=address, port=port)
+
+    def dial(self, url: str, *, stall_s: float, judge: Callable[[], None]) -> SimCall:
+        return SimCall(self._process.sim.network, self._process, url, stall_s=stall_s, judge=judge)

@@ -10,6 +10,7 @@ import heapq
 import random
 import select
 import traceback
+from asyncio import AbstractEventLoop, events
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,18 @@ class StuckError(Exception):
 class Fiber:
     """A simulated thread; what `Host.spawn` returns."""
 
-    __slots__ = ("deadline_s", "greenlet", "handle", "is_ended", "is_woken", "joiners", "name", "process", "scheduler")
+    __slots__ = (
+        "deadline_s",
+        "greenlet",
+        "handle",
+        "is_ended",
+        "is_woken",
+        "joiners",
+        "loop",
+        "name",
+        "process",
+        "scheduler",
+    )
 
     def __init__(self, scheduler: Scheduler, process: Process, target: Callable[[], None], name: str) -> None:
         self.scheduler, self.process, self.name = scheduler, process, name
@@ -43,6 +55,7 @@ class Fiber:
         self.handle: int | None = None
         self.is_woken, self.is_ended = True, False
         self.joiners: list[Fiber] = []
+        self.loop: AbstractEventLoop | None = None  # that runs on it: asyncio knows one loop per real thread
 
     def join(self, timeout: float | None = None) -> None:
         if self.process.is_dead:  # whoever joins a thread is of the same process, and on its way out
@@ -128,7 +141,10 @@ class Scheduler:
             fiber.process.note_end(fiber)
             return
         fiber.greenlet.parent = getcurrent()
+        loop = events._get_running_loop()
+        events._set_running_loop(fiber.loop)
         fiber.greenlet.throw(Killed)
+        events._set_running_loop(loop)
 
     # The loop
 
@@ -146,7 +162,7 @@ class Scheduler:
                 self._jump()
                 continue
             self._current = ready[self._chance.randrange(len(ready))] if len(ready) > 1 else ready[0]
-            self._current.greenlet.switch()
+            self._go_on(self._current)
             self._current = None
             self.now_s += self._chance.random() * self._tick_s
 
@@ -159,6 +175,12 @@ class Scheduler:
             self.defects.append(f"thread {fiber.process.name}/{fiber.name} ended with\n{traceback.format_exc()}")
         self._end(fiber)
         fiber.process.note_end(fiber)
+
+    def _go_on(self, fiber: Fiber) -> None:
+        events._set_running_loop(fiber.loop)
+        fiber.greenlet.switch()
+        fiber.loop = events._get_running_loop()
+        events._set_running_loop(None)
 
     def describe(self) -> str:
         """Return where every fiber is, for a simulation that does not end."""

@@ -18,7 +18,9 @@ from moc.agent.server import Agent
 from tests.sim.auditor import Auditor
 from tests.sim.job import Job
 from tests.sim.knobs import Knobs
+from tests.sim.machine import Machine
 from tests.sim.nemesis import Nemesis
+from tests.sim.network import SimNetwork
 from tests.sim.process import Process
 from tests.sim.scheduler import Fiber, Scheduler, StuckError
 from tests.sim.storage import Storage
@@ -71,10 +73,10 @@ class SimAgent:
 class Simulation:
     """Owns everything of one seed."""
 
-    def __init__(self, seed: int, *, is_partial: bool, keep_log: bool) -> None:
+    def __init__(self, seed: int, *, is_partial: bool, has_nodes: bool, keep_log: bool) -> None:
         self.seed = seed
         self.chance = random.Random(seed)
-        self.knobs = Knobs.draw(self.chance, is_partial=is_partial)
+        self.knobs = Knobs.draw(self.chance, is_partial=is_partial, has_nodes=has_nodes)
         self.root = Path(tempfile.mkdtemp(prefix="moc-sim-", dir=MEMORY if MEMORY.is_dir() else None))
         self._digest = hashlib.sha256()
         self._log: deque[str] = deque(maxlen=None if keep_log else TAIL)
@@ -82,19 +84,41 @@ class Simulation:
         self._fence_of: dict[int, Process] = {}
         self.agents: list[SimAgent] = []
         self.jobs: list[Job] = []
+        self.machines: list[Machine] = []
+        self.nodes = [self.new_machine() for _ in range(self.knobs.nodes)]
+        """The machines that the job runs on; a lost one is replaced by an empty one."""
         self.is_healed = False
         self._healed_s = 0.0
         self.scheduler = Scheduler(self.chance, switch_odds=self.knobs.switch_odds, tick_s=self.knobs.tick_s)
+        self.network = SimNetwork(self, self.chance)
         self.auditor = Auditor(self)
         self.storage = Storage(self, self.knobs, self.chance)
         self.nemesis = Nemesis(self, self.chance)
         self.note(None, f"knobs {self.knobs}")
 
-    # Processes
+    # Machines and processes
 
-    def process(self, kind: str, name: str) -> Process:
+    def new_machine(self) -> Machine:
+        number = len(self.machines) + 1
+        self.machines.append(Machine(number, self.root / f"m{number}"))
+        return self.machines[-1]
+
+    def machine_at(self, address: str) -> Machine:
+        return next(machine for machine in self.machines if machine.address == address)
+
+    def lose(self, node: int) -> None:
+        """A machine is gone with everything on it, and an empty one comes in its place."""
+        lost = self.nodes[node]
+        lost.is_lost = True
+        self.note(None, "machine is lost", {"node": node, "machine": lost.number})
+        for process in list(self._processes.values()):
+            if process.machine is lost and process.kind != "launcher" and process.is_alive:
+                process.kill("with its machine")
+        self.nodes[node] = self.new_machine()
+
+    def process(self, kind: str, name: str, *, machine: Machine | None = None) -> Process:
         pid = 1000 + len(self._processes)
-        process = self._processes[pid] = Process(self, kind, name, pid)
+        process = self._processes[pid] = Process(self, kind, name, pid, machine or self.nodes[0])
         self._fence_of[os.fstat(process.death_receive).st_ino] = process
         return process
 
@@ -109,9 +133,10 @@ class Simulation:
             if p.is_alive and p.fibers and (p.kind == kind or (kind is None and p.kind != "launcher"))
         ]
 
-    def start_agent(self, folder: Path, *, run: str, idle_s: float) -> SimAgent:
+    def start_agent(self, folder: Path, *, run: str, idle_s: float, machine: Machine) -> SimAgent:
         """Do what `python -m moc.agent` does."""
-        process = self.process("agent", f"agent{len(self.agents) + 1}")
+        where = f"@{machine.number}" if len(self.nodes) > 1 else ""
+        process = self.process("agent", f"agent{len(self.agents) + 1}{where}", machine=machine)
         agent = SimAgent(process, folder, run)
         process.on_end.append(agent.note_started)
 
@@ -125,9 +150,10 @@ class Simulation:
         process.start(main)
         return agent
 
-    def agent_of(self, run: str) -> Process | None:
-        """Return the agent of a run that listens, None if there is none."""
-        found = [a for a in self.agents if a.run == run and a.process.is_alive and a.has_ended_start]
+    def agent_at(self, run: str, machine: Machine) -> Process | None:
+        """Return the agent of a run that listens on a machine, None if there is none."""
+        rows = [a for a in self.agents if a.run == run and a.process.machine is machine]
+        found = [a for a in rows if a.process.is_alive and a.has_ended_start]
         return found[-1].process if found else None
 
     def server_of(self, process: Process) -> Agent:
@@ -220,12 +246,12 @@ class _LogLines(logging.Handler):
             self._sim.auditor.fail("defect", logging.Formatter().formatException(record.exc_info))
 
 
-def simulate(seed: int, *, is_partial: bool = False, keep_log: bool = False) -> Report:
-    """Run one seed, in mode full or partial, and leave no descriptor behind."""
+def simulate(seed: int, *, is_partial: bool = False, has_nodes: bool = False, keep_log: bool = False) -> Report:
+    """Run one seed, in mode full or partial, on one node or several, and leave no descriptor behind."""
     before = set(os.listdir("/proc/self/fd"))
     gc.disable()  # nothing may be closed by a collection that comes at a time of its own
     try:
-        report = Simulation(seed, is_partial=is_partial, keep_log=keep_log).run()
+        report = Simulation(seed, is_partial=is_partial, has_nodes=has_nodes, keep_log=keep_log).run()
     finally:
         gc.enable()
         gc.collect()

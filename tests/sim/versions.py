@@ -39,11 +39,11 @@ def stored_versions(name: StoredName, body: Mapping[str, Any]) -> dict[Expert, V
     }
 
 
-def consistent_steps(arena: Arena, records: Sequence[SealRecord]) -> dict[Expert, int]:
-    """Return the step of each expert that is the same in the records of all ranks that hold a slice of it."""
+def consistent_steps(arenas: Mapping[int, Arena], records: Mapping[int, SealRecord]) -> dict[Expert, int]:
+    """Return the step of each expert that is the same in the records of all ranks that hold a slice of it; by rank."""
     steps: dict[Expert, set[int]] = {}
-    for rank, record in enumerate(records):
-        for unit, step in zip(arena.rank_layout(rank).units, record.steps, strict=True):
+    for rank, record in records.items():
+        for unit, step in zip(arenas[rank].rank_layout(rank).units, record.steps, strict=True):
             if unit.expert is not None:
                 steps.setdefault(unit.expert, set()).add(step)
     return {expert: min(found) for expert, found in steps.items() if len(found) == 1}
