@@ -8,19 +8,13 @@ import sys
 
 import pytest
 
+from tests.sim.seeds import find, keep_promises
 from tests.sim.simulation import simulate
-from tests.support.mutant import ROOT, Copy, Mutation
+from tests.support.mutant import ROOT, Mutation
 
 SEEDS, CHUNK = 150, 25
 PARTIAL_SEEDS = 50
 SEARCHED = "0..399"  # where a planted defect must show
-
-
-def keep_promises(seeds: range, *, is_partial: bool = False) -> None:
-    for seed in seeds:
-        report = simulate(seed, is_partial=is_partial)
-        words = f"replay: python -m tests.sim --seed {seed} --trace" + " --partial" * is_partial
-        assert not report.violations, "\n".join((words, *report.log, *report.violations))
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
@@ -132,11 +126,11 @@ PLANTED = (
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mutation", PLANTED, ids=lambda mutation: mutation.name)
 def test_a_planted_defect_is_found_and_named(mutation: Mutation) -> None:
-    _find(mutation, SEARCHED)
+    find(mutation, SEARCHED)
 
 
 def test_a_planted_defect_is_found_in_the_first_seeds() -> None:
-    _find(PLANTED[1], "0..60")
+    find(PLANTED[1], "0..60")
 
 
 PLANTED_PARTIAL = (
@@ -175,15 +169,4 @@ PLANTED_PARTIAL = (
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mutation", PLANTED_PARTIAL, ids=lambda mutation: mutation.name)
 def test_a_planted_defect_of_partial_checkpoints_is_found_and_named(mutation: Mutation) -> None:
-    _find(mutation, SEARCHED, "--partial")
-
-
-def _find(mutation: Mutation, seeds: str, *options: str) -> None:
-    """Run seeds of a mutated copy until one fails; `mutation.tests` are the promises that may be named."""
-    with Copy() as copy:
-        copy.apply(mutation)
-
-        ended = copy.python("-m", "tests.sim", "--seeds", seeds, "--first", *options)
-
-        assert ended.returncode == 1, ended.stdout[-3000:] + ended.stderr[-3000:]
-        assert any(f"{promise}: " in ended.stdout for promise in mutation.tests), ended.stdout[-3000:]
+    find(mutation, SEARCHED, "--partial")
