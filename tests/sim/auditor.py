@@ -16,7 +16,7 @@ from moc.errors import MocError
 from moc.report import RecoveryReport
 from moc.snapshot.arena import Arena
 from moc.state import Expert
-from tests.sim.facts import LifeFact, Survey
+from tests.sim.facts import Held, LifeFact, Survey
 from tests.sim.ledger import Moment
 from tests.sim.memories import Memories
 from tests.sim.model import Links, Record, chain, newest_on, parse_name, position
@@ -44,7 +44,6 @@ __all__ = ["Auditor"]
 Found = tuple[Whole, int, Routes | None]
 NOTHING_ROUTED = np.zeros((LAYERS, EXPERTS_PER_LAYER), dtype=np.int64)
 WITHHELD = "simulated: "  # what every error of the simulated storage begins with
-ELSEWHERE = ("elements are missing", "no whole version", "no replica can be had")  # of what a node does not have itself
 NOT_USABLE = "is not usable in"
 TOO_STALE = "expert(s) are older than step"
 LIVING_S = 10.0  # a job whose ranks all stepped this lately must not be taken over
@@ -134,7 +133,7 @@ class Auditor(Memories):
         self.count("refused")
         is_late = self.begun_s > trainer.launch.begun_s  # another life began meanwhile, and may have taken the memory
         is_lacking = type(error).__name__ == "NoCheckpointError" and not is_late
-        if "InternalError" in str(error) or (is_lacking and not self._may_lie_elsewhere(str(error))):
+        if "InternalError" in str(error) or (is_lacking and WITHHELD not in str(error)):
             self.fail("attach", f"{trainer.process.name}: {type(error).__name__}: {error}")
 
     def note_fenced(self, victim: Process, *, by: Process) -> None:
@@ -202,8 +201,8 @@ class Auditor(Memories):
         if found is None:
             self.fail("lineage", f"{where}: off the lineage")
             return None
-        # What storage withheld in every try may be passed over for an older one, and so may what has lost too many
-        # tokens for a whole state. The report names it.
+        # What storage or other nodes withheld in every try may be passed over for an older one, and so may what has
+        # lost too many tokens for a whole state. The report names it.
         reasons = {r.candidate.rpartition(" attempt=")[0]: r.reason for r in report.rejected}
         passed = {name for name, reason in reasons.items() if WITHHELD in reason or TOO_STALE in reason}
         is_too_stale = any(TOO_STALE in reason for reason in reasons.values())
@@ -221,7 +220,8 @@ class Auditor(Memories):
                 self._judge_memory(report, self.remembered.get((held.token, step), {}))
             better = position(links, held.number, held.step)
             is_same = records.get(held.number) is not None and records[held.number].token == held.token
-            if better is not None and better < found and is_same and not is_too_stale:
+            is_behind = better is not None and better < found and is_same
+            if is_behind and not is_too_stale and not _was_withheld(held, passed):
                 self.fail("recovery", f"{where}: behind the snapshot of step {held.step} of life {held.number}")
         tokens = [r.token for r in (*self.records.get(number, ()), *records.values()) if r.number == number]
         for token in dict.fromkeys(tokens):
@@ -297,12 +297,6 @@ class Auditor(Memories):
         ):
             self.fail("recovery", f"a candidate was rejected although nothing rots: {candidate}: {reason}")
 
-    def _may_lie_elsewhere(self, reason: str) -> bool:
-        """Return whether a candidate is refused because ranks have changed places (docs/failure-model.md, limits)."""
-        knobs = self.sim.knobs
-        is_moved = knobs.nodes > 1 and knobs.shuffle_odds + knobs.resize_odds > 0
-        return is_moved and any(words in reason for words in ELSEWHERE)
-
     def _compare(self, trainer: Trainer, token: str) -> None:
         state = trainer.state
         assert state is not None
@@ -348,3 +342,13 @@ class Auditor(Memories):
         ]
         if leftover:
             self.fail("leftovers", f"objects that nobody names are left: {leftover}")
+
+
+def _was_withheld(held: Held, passed: set[str]) -> bool:
+    """Return whether a recovery has passed over a snapshot in memory that is this one, or newer."""
+    for name in passed:
+        source, step, incarnation = name.rsplit(" ", 2)
+        is_memory = source in ("memory", "peer memory")
+        if is_memory and incarnation == f"incarnation={held.number}" and int(step.removeprefix("step=")) >= held.step:
+            return True
+    return False

@@ -41,12 +41,11 @@ class Knowledge:
 class Held:
     """A global snapshot that was announced while agents held it.
 
-    `places` has the node of each rank; `keepers` by node the agents that had its part: its own, others with replicas.
+    `keepers` are by node the agents that had its part: its own, others with replicas.
     """
 
     number: int
     token: str
     step: int
-    places: tuple[int, ...]
     keepers: tuple[tuple[Process, ...], ...]
     since_s: float

@@ -83,23 +83,26 @@ class Memories(Ledger):
 
     def surviving(self, trainer: Trainer) -> list[Held]:
         """Return the snapshots announced before a launch began of which every part is with an agent that has lived ever
-        since, where the launch has its ranks as that life had them.
+        since, on a machine of the launch. An agent that was alone lends nothing to others.
         """
-        begun_s, places = trainer.launch.begun_s, trainer.launch.places
-        is_one = len(set(places)) == 1  # a node alone takes over the memory of any number of ranks
+        launch = trainer.launch
+        machines = {other.process.machine.number for other in launch.trainers}
         return [
             held
             for held in self.held.values()
-            if held.since_s < begun_s
-            and (held.places == places or (is_one and len(held.keepers) == 1 and held.places[0] == places[0]))
-            and all(any(self._holds(agent, held.token, None) for agent in agents) for agents in held.keepers)
+            if held.since_s < launch.begun_s
+            and (len(held.keepers) > 1 or len(machines) == 1)
+            and all(
+                any(a.machine.number in machines and self._holds(a, held.token, None) for a in agents)
+                for agents in held.keepers
+            )
         ]
 
     # Inside
 
     def _must_be_global(self, trainer: Trainer, step: int) -> None:
         """All ranks' seals of a moment that is at least as new exist, and the replicas that were to be made."""
-        session, launch = trainer.session, trainer.launch
+        session = trainer.session
         assert session is not None
         life = session._life.record
         nodes = self._nodes_of(trainer)
@@ -120,7 +123,7 @@ class Memories(Ledger):
         held, now_s = self.held.get(life.token), self.sim.scheduler.now_s
         if held is None or step > held.step or keepers != held.keepers:
             newest = step if held is None else max(step, held.step)
-            self.held[life.token] = Held(life.number, life.token, newest, launch.places, keepers, now_s)
+            self.held[life.token] = Held(life.number, life.token, newest, keepers, now_s)
 
     def _must_have_replicas(self, token: str, nodes: list[_Node], common: list[Snapshot]) -> None:
         """A global moment is with every host of every node, if that host did not refuse or was not reached."""
