@@ -6,8 +6,9 @@ The only bytes that may change unseen are those of objects that no manifest name
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import cache
 
 import pytest
@@ -20,6 +21,7 @@ from moc.store.memory import MemoryStore
 from moc.store.port import StoreProperties
 from moc.verify import verify_repository
 from tests.golden.scenarios import Golden, small_state, tiny_catalog, tiny_shard
+from tests.support.repository import Model, RepositoryBuilder
 
 FLIPS = 60  # of each file in the quick version
 CUTS = 25
@@ -48,6 +50,20 @@ def _files() -> dict[str, bytes]:
     return {entry.key: store.read(entry.key, limit_bytes=1 << 20) for entry in store.list("")}
 
 
+@cache
+def _shared_files() -> dict[str, bytes]:
+    """Return a repository of a whole checkpoint and a partial one, which shares an expert of two with it."""
+    store = MemoryStore()
+    model = Model(world_size=1, moe_layers=1, experts=2, hidden=2, dense=(("w", (2, 2)),))
+    builder = RepositoryBuilder(store, run="run-7", model=model)
+    builder.begin(1)
+    base = builder.commit(1, 10)
+    grown = Parent(incarnation=1, step=10, attempt=base.name.attempt)
+    newest = builder.commit(1, 20, parent=grown, base=base, written=builder.turn(20))
+    assert [row.source for row in newest.stale_experts] == [base.name]
+    return {entry.key: store.read(entry.key, limit_bytes=1 << 20) for entry in store.list("")}
+
+
 def _is_harmless(key: str) -> bool:
     """Return whether nobody reads this file: an object that no manifest names."""
     return key.startswith("objects/000001-")
@@ -56,15 +72,23 @@ def _is_harmless(key: str) -> bool:
 KINDS = ("FORMAT", "incarnations/000001", "incarnations/000002", "manifests/", "victims/", "r00000-d", "r00000-e00")
 
 
+SHARED_KINDS = ("manifests/*10-", "manifests/*20-", "objects/*10-*-e00", "objects/*20-*-d", "objects/*20-*-e00")
+
+
 def _key(kind: str) -> str:
     (key,) = (key for key in _files() if kind in key and not _is_harmless(key))
     return key
 
 
-def _unseen(key: str, changes: Iterable[bytes]) -> Iterator[int]:
+def _shared_key(kind: str) -> str:
+    (key,) = (key for key in _shared_files() if fnmatch(key, f"{kind}*"))
+    return key
+
+
+def _unseen(key: str, changes: Iterable[bytes], files: Mapping[str, bytes] | None = None) -> Iterator[int]:
     """Yield the numbers of the changes that verify says nothing about, or whose finding names another file."""
     store = LocalMemory()
-    for name, content in _files().items():
+    for name, content in (_files() if files is None else files).items():
         store.put(name, [memoryview(content)])
     repository = Repository(store)
     assert verify_repository(repository, read_data_fraction=1).all_findings == ()
@@ -106,6 +130,18 @@ def test_cut_and_lengthened_files_are_found_and_named(kind: str) -> None:
     assert [tails[i] for i in _unseen(key, (content + tail for tail in tails))] == []
 
 
+@pytest.mark.parametrize("kind", SHARED_KINDS)
+def test_flipped_bits_and_other_lengths_are_found_where_checkpoints_share_experts(kind: str) -> None:
+    files, key = _shared_files(), _shared_key(kind)
+    content, chance = files[key], random.Random(kind)
+    bits = chance.sample(range(8 * len(content)), FLIPS)
+    lengths = [0, len(content) - 1, *chance.sample(range(len(content)), CUTS)]
+
+    assert [bits[i] for i in _unseen(key, _flipped(content, bits), files)] == []
+    assert [lengths[i] for i in _unseen(key, (content[:length] for length in lengths), files)] == []
+    assert list(_unseen(key, [content + bytes(4096)], files)) == []
+
+
 def test_what_nobody_reads_may_change_unseen() -> None:
     keys = [key for key in _files() if _is_harmless(key)]
     assert len(keys) == 2, "the objects of the checkpoint that was dropped"
@@ -125,4 +161,16 @@ def test_every_bit_and_every_length(kind: str) -> None:
 
     assert list(_unseen(key, _flipped(content, range(8 * len(content))))) == []
     assert list(_unseen(key, (content[:length] for length in range(len(content))))) == []
+    print(f"{key}: {8 * len(content)} bits, {len(content)} lengths")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", SHARED_KINDS)
+def test_every_bit_and_every_length_where_checkpoints_share_experts(kind: str) -> None:
+    files, key = _shared_files(), _shared_key(kind)
+    content = files[key]
+
+    assert list(_unseen(key, _flipped(content, range(8 * len(content))), files)) == []
+    assert list(_unseen(key, (content[:length] for length in range(len(content))), files)) == []
     print(f"{key}: {8 * len(content)} bits, {len(content)} lengths")
