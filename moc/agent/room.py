@@ -36,5 +36,5 @@ def refuse_if_too_large(
         )
         raise UsageError(
             f"snapshots do not fit: {sizes} allowed={free} ({room.limit}, less a reserve of "
-            f"{RESERVE_BYTES}); fewer versions or ranks per node make it smaller{hint}"
+            f"{RESERVE_BYTES}); fewer versions, replicas or ranks per node make it smaller{hint}"
         )

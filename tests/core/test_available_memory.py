@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from moc.agent.memory import available_memory
+from moc.agent.room import refuse_if_too_large
+from moc.errors import UsageError
 
 GIB = 1 << 30
 FREE_KIB = 8 * GIB // 1024
@@ -97,3 +99,11 @@ def test_a_cgroup_that_holds_more_than_its_limit_leaves_nothing(tmp_path: Path) 
     machine.write_v2("", limit=GIB, used=2 * GIB)
 
     assert available_memory(tmp_path).size_bytes == 0
+
+
+def test_replicas_of_other_nodes_are_memory_that_must_be_there() -> None:
+    refuse_if_too_large(1, None, replica_bytes=1)
+    with pytest.raises(UsageError, match=rf"arena_bytes=1 replica_bytes={1 << 60} allowed=\d+ "):
+        refuse_if_too_large(1, None, replica_bytes=1 << 60)
+    with pytest.raises(UsageError, match="arena_bytes=1 replica_bytes=2 allowed=memory_budget_bytes=2"):
+        refuse_if_too_large(1, 2, replica_bytes=2)
