@@ -51,9 +51,8 @@ def stack_of(custody: Custody, life: Life, first: tuple[int, Moment]) -> list[Ma
     known = {(record.incarnation, (record.step, record.attempt)) for record in source.values()} | life.layers
     known |= {life.base} if life.base is not None else set()
     known |= {(life.record.number, moment) for moment in custody.complete if is_own}
-    keys = [first, *sorted((key for key in known if key < first), reverse=True)]
-    ranks = set(custody.life.ranks)
-    return [records for key in keys if set(records := custody.records_of(*key)) == ranks]
+    older = (custody.records_of(*key) for key in sorted(known, reverse=True) if key < first)
+    return [custody.records_of(*first), *(records for records in older if set(records) == set(custody.life.ranks))]
 
 
 def mend(arena: Arena, stack: Sequence[Mapping[int, SealRecord]]) -> Mended:
