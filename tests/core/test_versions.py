@@ -210,3 +210,11 @@ def test_the_number_of_checkpoints_looked_at_is_bounded() -> None:
     known = [_candidate(STORAGE, step) for step in range(2 * STORED_LAYERS, 0, -1)]
 
     assert len(older_layers(known[0], known, snapshots=1)) == STORED_LAYERS
+
+
+def test_of_slices_that_tell_different_counts_the_largest_is_what_the_expert_has_learned() -> None:
+    """A rank that missed a snapshot does not know what the version of another one has learned, and tells 0."""
+    slices = [{EXPERTS[0]: Version(step=5, learned=learned, holder="newer")} for learned in (0, 50, 0)]
+
+    for told in itertools.permutations(slices):
+        assert consistent(told)[EXPERTS[0]].learned == 50
