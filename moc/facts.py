@@ -26,6 +26,9 @@ from moc.training import TrainingState, World
 
 __all__ = ["Facts", "describe_life", "gather_facts"]
 
+COMMON_SETTINGS = ("snapshot_every", "persist_every", "mode", "k_snapshot", "k_persist", "replicas", "plt_limit")
+"""On what all ranks must agree, so that they, and the agents of their nodes, choose alike without a message."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
@@ -75,6 +78,7 @@ def gather_facts(
             "pid": host.pid,
             "catalog": state.catalog.to_json(),
             "fingerprint": dict(request.fingerprint),
+            "settings": {name: getattr(request.config, name) for name in COMMON_SETTINGS},
         },
     )
     rows: list[dict[str, Any]] = exchange(world, mine)  # type: ignore[assignment]  # our own dicts come back
@@ -82,11 +86,7 @@ def gather_facts(
     topology = Topology(
         world_size=world.size, node_of_rank=tuple(nodes.index(row["node"]) for row in rows), ep_sizes=ep_sizes
     )
-    if topology.node_count > 1 and request.config.mode != "full":
-        raise TopologyError(
-            f"experts take turns on one node only: mode={request.config.mode} nodes={topology.node_count} "
-            "allowed=mode='full'"
-        )
+    _refuse_differing([row["settings"] for row in rows])
     differing = [rank for rank, row in enumerate(rows) if row["fingerprint"] != rows[0]["fingerprint"]]
     if differing:
         raise TopologyError(f"ranks run different experiments: fingerprint of ranks {differing} differs from rank 0's")
@@ -106,6 +106,17 @@ def gather_facts(
     for node in range(topology.node_count):
         _refuse_over_budget(facts, node, request.config)
     return facts
+
+
+def _refuse_differing(rows: Sequence[Mapping[str, object]]) -> None:
+    """Raise UsageError, on all ranks alike, if the settings differ by which they choose what to save, and when."""
+    for name in COMMON_SETTINGS:
+        values = [row[name] for row in rows]
+        if differing := [rank for rank, value in enumerate(values) if value != values[0]]:
+            raise UsageError(
+                f"ranks run with different settings: {name}={values[0]!r} on rank 0, {values[differing[0]]!r} on rank "
+                f"{differing[0]} allowed=one value on all ranks"
+            )
 
 
 def _gather_addresses(topology: Topology, world: World, request: Request) -> tuple[str, ...]:

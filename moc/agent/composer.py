@@ -5,13 +5,14 @@ In mode `full` a checkpoint is its snapshot, all of one step, and nothing is loo
 the life has inherited from one in another mode, it grows from the newest one on the lineage up to the fork, then from
 what this life has committed. Ranks are told nothing: the base alone says whose turn it is
 (docs/decisions/0020-the-agent-decides-what-to-persist.md). One that cannot be read makes the next checkpoint a whole
-one.
+one. A save is composed of what the nodes offer for it, of which there is one on one node.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moc.errors import MocError, PlanDivergedError
@@ -21,6 +22,7 @@ from moc.persist import Receipt, read_capture
 from moc.plan.composition import Base, Composition, Sealed, Terms, compose, is_newer, next_base, steps_of_experts
 from moc.plan.freeing import Moment
 from moc.plan.lineage import chain, faults_of, is_on_chain, merge_incarnations
+from moc.plan.offers import Attempt, Offer, Offered, join, offered_experts
 from moc.plan.rotation import Rotation, expert_counts, rotation_of
 from moc.plan.select import DynamicK, LoadAware, Policy, SelectAll, Sequential
 from moc.repository import Repository
@@ -54,7 +56,12 @@ class Composer:
         self._base: Base | None = None
         self._has_warned = False
 
-    def compose(
+    @property
+    def base(self) -> CheckpointName | None:
+        """What the next save grows from, as far as it was looked up."""
+        return None if self._base is None else self._base.name
+
+    def offer(
         self,
         name: CheckpointName,
         records: Sequence[SealRecord],
@@ -63,26 +70,49 @@ class Composer:
         *,
         is_whole: bool,
         is_inherited: bool,
+        is_joint: bool,
         lenders: Sequence[SealRecord] = (),
-    ) -> Composition:
-        """Return what the checkpoint of this name writes of the snapshot, and what it keeps.
+    ) -> Offer:
+        """Return what these ranks have for the checkpoint of this name. With `is_joint`, other nodes offer too.
 
-        One that `is_inherited` from an earlier life may be of several steps whatever the mode is now. The `lenders` are
-        the seals of older snapshots that some of its experts are from: they know what these have learned.
-
-        Raises: PlanDivergedError for what cannot be a checkpoint, ShardCorruptError for a state that has changed.
+        The `lenders` are the seals of older snapshots that some of its experts are from: they know what these have
+        learned. Raises: ShardCorruptError for a state that has changed.
         """
         steps = _steps(arena, records)
+        captures = _captures(arena, (*records, *lenders), steps)
+        is_of_earlier_mode = is_inherited and (is_joint or any(step != name.step for step in steps.values()))
+        grows = descriptor["config"]["mode"] != FULL or is_of_earlier_mode
+        base = self._base_of(name) if grows else None
+        return Offer(
+            moment=(name.step, name.attempt),
+            experts=offered_experts(steps, captures, name.step),
+            is_whole=is_whole,
+            is_inherited=is_inherited,
+            base=None if base is None else _attempt(base.name),
+            finite=() if base is None else tuple(sorted(map(_attempt, base.finite))),
+            routing=captures[0].routing if captures else None,
+        )
+
+    def compose(self, name: CheckpointName, offers: Sequence[Offer], descriptor: Mapping[str, Any]) -> Composition:
+        """Return what the checkpoint of this name writes of the snapshot that was offered, and what it keeps.
+
+        One that is inherited from an earlier life may be of several steps whatever the mode is now.
+        Raises: PlanDivergedError for what cannot be a checkpoint; MocError where another node's base cannot be read.
+        """
+        offered = join(offers)
+        base = self._follow(name, offered)
         sealed = Sealed(
             name=name,
-            steps=steps,
+            steps=offered.steps,
             digest=descriptor["digest"],
             fingerprint=descriptor["fingerprint"],
-            captures=_captures(arena, (*records, *lenders), steps),
+            routing=offered.routing,
+            learned=offered.learned,
         )
-        is_of_earlier_mode = is_inherited and any(step != name.step for step in steps.values())
+        is_of_several_steps = any(step != name.step for step in offered.steps.values())
+        is_of_earlier_mode = offered.is_inherited and (len(offers) > 1 or is_of_several_steps)
         if descriptor["config"]["mode"] != FULL or is_of_earlier_mode:
-            return compose(sealed, self._base_of(name), None if is_whole else self._terms(descriptor, sealed))
+            return compose(sealed, base, None if offered.is_whole else self._terms(descriptor, sealed))
         composition = compose(sealed, None, None)
         if composition.stale:
             row = composition.stale[0]
@@ -91,19 +121,38 @@ class Composer:
             )
         return composition
 
-    def stored(
-        self, name: CheckpointName, moment: Moment, records: Sequence[SealRecord], arena: Arena
-    ) -> Manifest | None:
+    def stored(self, name: CheckpointName, moment: Moment, offers: Sequence[Offer]) -> Manifest | None:
         """Return the checkpoint that a second one of its moment would grow from, if that would add nothing to it."""
-        base = self._base_of(name)
-        if base is None or (base.name.step, base.name.attempt) != moment or is_newer(_steps(arena, records), base):
+        offered = join(offers)
+        base = self._follow(name, offered)
+        if base is None or (base.name.step, base.name.attempt) != moment or is_newer(offered.steps, base):
             return None
         return base.manifest
+
+    def note_commit_elsewhere(self, name: CheckpointName) -> None:
+        """Let the next save grow from a checkpoint that another node has committed, which is read then."""
+        self._base, self._listed = None, (name,)
 
     def note_commit(self, manifest: Manifest, composition: Composition, receipts: Iterable[Receipt]) -> None:
         """Let the next save grow from this checkpoint."""
         is_written_finite = all(receipt.is_finite for receipt in receipts)
         self._base = next_base(manifest, composition, is_written_finite=is_written_finite)
+
+    def _follow(self, name: CheckpointName, offered: Offered) -> Base | None:
+        """Return the newest base that was offered; one that this node does not know is read."""
+        if offered.base is None:
+            return None
+        incarnation, step, attempt = offered.base
+        wanted = CheckpointName(run=self._life.run, incarnation=incarnation, step=step, attempt=attempt)
+        if wanted >= name:
+            raise PlanDivergedError(f"a node would have a checkpoint grow from a later one: name={name} base={wanted}")
+        base = self._base
+        if base is None or base.name != wanted:
+            base = Base.of(self._repository.read_manifest(wanted))
+        if self._base is None or self._base.name < wanted:
+            self._base = base
+        sources = {wanted, *(row.source for row in base.manifest.stale_experts)}
+        return replace(base, finite=frozenset(source for source in sources if _attempt(source) in offered.finite))
 
     def _base_of(self, name: CheckpointName) -> Base | None:
         """Return what the checkpoint of this name grows from; None where there is nothing that it can share."""
@@ -137,7 +186,7 @@ class Composer:
             topology = Topology.from_json(descriptor["topology"])
             rotation = rotation_of(expert_counts(sealed.steps), topology.ep_sizes)
         return Terms(
-            policy=self._policy(descriptor["config"], is_counted=bool(sealed.captures)),
+            policy=self._policy(descriptor["config"], is_counted=sealed.routing is not None),
             rotation=rotation,
             interval=max(1, descriptor["config"]["persist_every"]),
             faults=faults_of(self._lineage),
@@ -153,6 +202,10 @@ class Composer:
         if not is_counted:
             return Sequential(k)
         return LoadAware(k) if is_by_load else DynamicK(k, config["plt_limit"])
+
+
+def _attempt(name: CheckpointName) -> Attempt:
+    return (name.incarnation, name.step, name.attempt)
 
 
 def _steps(arena: Arena, records: Iterable[SealRecord]) -> dict[Expert, int | None]:

@@ -142,8 +142,6 @@ class Custody:
         """The moments of this life that anybody holds, as of the last look, and which ranks do."""
         self.passed: dict[int, Moment] = {}
         """How far each of this node's ranks had come, before the last look at what they hold."""
-        self.wishes: set[Moment] = set()
-        """Moments held here that another node's agent wants saved."""
         self._passed: dict[int, Moment] = {}
 
     @property
@@ -191,11 +189,13 @@ class Custody:
         with self._pins_lock:
             return set(self._pins)
 
-    def scan(self, *, ended: Collection[int] = (), others: Others = NOBODY) -> list[Moment]:
+    def scan(
+        self, *, ended: Collection[int] = (), others: Others = NOBODY, wished: Collection[Moment] = ()
+    ) -> list[Moment]:
         """Look at all records, free what nothing needs. `ended` are this node's ranks whose trainers are dead, `others`
-        what the agents of other nodes have reported.
+        what the agents of other nodes have reported, `wished` what these want saved.
 
-        Return the complete saves of this life that have not ended, ascending.
+        Return the complete ones of this life's saves that have not ended and of what is wished, ascending.
         """
         passed = self._read_passed()  # before the records: what a rank has passed, it shows or will never have
         # A dead rank seals no more: without this the others would hold what it lacks until their own end.
@@ -207,7 +207,6 @@ class Custody:
         seals = [*own, *others.seals]
         self.hopeless = hopeless_moments(seals, ranks, incarnation, passed={**others.passed, **passed})
         self.holders = holders_of(seals, incarnation)
-        self.wishes = {moment for moment in others.wishes if self.holds(moment)} - self._settled
         self.complete = complete = complete_moments(seals, ranks, incarnation)
         if complete and complete[-1] != self.newest:
             self.newest = complete[-1]
@@ -220,7 +219,7 @@ class Custody:
         # With a global step the new life stands on its own.
         whole = self._whole_snapshot(self.life)
         source = None if self.stable is not None else whole
-        wanted = self.unfinished_saves() | self.wishes
+        wanted = self.unfinished_saves().union(wished)
         pinned = self.pinned() | {(incarnation, moment) for moment in wanted} | self._kept_in_partial_modes(whole)
         if self.life.hosts:
             kept = [*self.unreplicated(), *([] if self.stable is None else [self.stable])]
@@ -256,8 +255,8 @@ class Custody:
             for r in self._records.values()
             if (r.incarnation, r.step) == (number, self.committed[0])
         ]
-        # Of the commits of a life that was adopted only the step is known, until its agent has looked them up.
-        return number, self.committed if self.committed[1] else max(same, default=self.committed)
+        # A second checkpoint has no snapshot of its own, and of an adopted life's commits only the step is known.
+        return number, self.committed if self.committed in same else max(same, default=self.committed)
 
     def note_commit(self, moment: Moment) -> None:
         """Say that a moment of the present life is committed."""

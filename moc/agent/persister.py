@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moc.agent.composer import Composer
+from moc.agent.jobs import Outcome, SaveJob, Written
 from moc.agent.peers.council import Council
 from moc.agent.peers.report import Contribution, Verdict
 from moc.commit import CommitPlan, build_manifest, commit, refuse_if_fenced
@@ -28,12 +29,12 @@ from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Parent, decode_lineage
 from moc.gc import Retention
 from moc.host import Host
-from moc.persist import Receipt, checkpoint_name, persist_rank
-from moc.plan.freeing import Moment
+from moc.persist import Receipt, persist_rank
+from moc.plan.composition import Composition
+from moc.plan.offers import Offer, joined
 from moc.repository import Repository
-from moc.routing import Routing
-from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
+from moc.state import Expert
 from moc.trace import Trace
 
 __all__ = ["Outcome", "Persister", "SaveJob", "Written"]
@@ -45,61 +46,11 @@ WRITERS = 4  # ranks persisted at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SaveJob:
-    """One save: the seals of all ranks at one moment, pinned until `on_end`, and the life whose checkpoint they become.
+class _Composed:
+    """What a save consists of; `digest` is what the nodes have agreed on, None where none of them needed to."""
 
-    Without records the job only looks up what the life has committed. `descriptor` is that of the arena the seals are
-    in. `is_whole` says that all experts are written which memory has newer than storage. With a `council` the records
-    are those of this node, and the agents of the others make their part. `lenders` are the seals of older snapshots
-    that hold some of the experts: see `moc.agent.mending`.
-    """
-
-    arena: Arena
-    records: Mapping[int, SealRecord]
-    life: Incarnation
-    descriptor: Mapping[str, Any]
-    pinned: tuple[int, Moment] | None
-    is_whole: bool
-    council: Council | None = None
-    lenders: tuple[SealRecord, ...] = ()
-
-    @property
-    def pins(self) -> frozenset[tuple[int, Moment]]:
-        """What must not be freed meanwhile: the snapshot, and those that lend it experts."""
-        lent = {(record.incarnation, (record.step, record.attempt)) for record in self.lenders}
-        return frozenset(lent if self.pinned is None else {self.pinned, *lent})
-
-    @property
-    def name(self) -> CheckpointName:
-        return checkpoint_name(next(iter(self.records.values())))
-
-    @property
-    def moment(self) -> Moment:
-        """The moment of the seals: the checkpoint's, but for one that is made of a moment a second time."""
-        return (self.name.step, self.name.attempt) if self.pinned is None else self.pinned[1]
-
-    @property
-    def is_inherited(self) -> bool:
-        """Return whether the seals are an earlier life's: what the job's life was recovered from."""
-        return self.pinned is not None and self.pinned[0] != self.life.number
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a save ended; `error` is None when it is committed."""
-
-    name: CheckpointName
-    size_bytes: int
-    seconds: float
-    error: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """What one save has put into storage, and how long that took."""
-
-    size_bytes: int
-    seconds: float
+    composition: Composition
+    digest: str | None = None
 
 
 class Persister:
@@ -162,6 +113,7 @@ class Persister:
             log.exception("save failed: name=%s", job.name)
         if error is not None and job.council is not None:
             self._prepared = None  # list anew: what failed here, or so it seemed, another node may have committed
+            job.council.withdraw()
         return Outcome(name=name, size_bytes=size, seconds=self._host.now_s() - began_s, error=error)
 
     def _recall(self, job: SaveJob) -> list[Outcome]:
@@ -179,51 +131,83 @@ class Persister:
     def _save(self, job: SaveJob) -> tuple[CheckpointName, int]:
         """Return name and size of the checkpoint that has the job's moment."""
         repository, records = self._prepare(job), tuple(job.records.values())
-        assert self._composer is not None, "prepared before"
+        assert self._composer is not None, "prepared"
         if job.name in self._commits:
             # By an agent that died before it could say so; a key is written with one content only.
             return job.name, repository.read_manifest(job.name).written_bytes
-        if job.moment != (job.name.step, job.name.attempt):
-            stored = self._composer.stored(job.name, job.moment, records, job.arena)
-            if stored is not None:
-                return stored.name, stored.written_bytes
-        composition = self._composer.compose(
+        composed = self._compose(job, records)
+        if not isinstance(composed, _Composed):
+            return composed
+        composition = composed.composition
+        receipts = self._write(job, repository, frozenset(composition.written))
+        plan, parent = _commit_plan(job.descriptor), self._parent(job)
+        if job.council is not None:
+            joint = self._gather(job, job.council, parent, receipts, composed)
+            if isinstance(joint, Verdict):
+                return self._take_over(job, joint)
+            receipts = [receipt for part in joint for receipt in part.receipts]
+            if composed.digest is None:
+                composition = replace(composition, routing=joint[0].routing)
+        manifest = build_manifest(plan, job.name, parent, receipts, composition=composition)
+        commit(repository, manifest, trace=self._trace)
+        self._commits.append(job.name)
+        if job.council is not None:  # before retention: another node waits a while only until it commits itself
+            job.council.announce(Verdict(moment=job.target, size_bytes=manifest.written_bytes, error=None))
+        self._composer.note_commit(manifest, composition, receipts)
+        log.info("committed: name=%s bytes=%d kept=%d", job.name, manifest.written_bytes, len(composition.kept))
+        self._retain(job)
+        return manifest.name, manifest.written_bytes
+
+    def _compose(self, job: SaveJob, records: Sequence[SealRecord]) -> _Composed | tuple[CheckpointName, int]:
+        """Return what to write and to keep; or name and size of the checkpoint that makes this one needless.
+
+        Blocks: for the offers of other nodes, where experts take turns. Raises PlanDivergedError where another node has
+        composed something else.
+        """
+        composer, council = self._composer, job.council if job.is_offered else None
+        assert composer is not None, "prepared before"
+        mine = composer.offer(
             job.name,
             records,
             job.arena,
             job.descriptor,
             is_whole=job.is_whole,
             is_inherited=job.is_inherited,
+            is_joint=council is not None,
             lenders=job.lenders,
         )
-        experts, began_s = frozenset(composition.written), self._host.now_s()
+        offers: tuple[Offer, ...] = (mine,)
+        if council is not None:
+            with self._trace.span("save.offer", step=job.name.step, attempt=job.name.attempt, node=council.node):
+                found = council.consult(mine, timeout_s=float(job.descriptor["timeout_s"]))
+            if isinstance(found, Verdict):
+                return self._take_over(job, found)
+            offers = found
+        if job.moment != job.target:
+            stored = composer.stored(job.name, job.moment, offers)
+            if stored is not None:
+                return stored.name, stored.written_bytes
+        composition = composer.compose(job.name, offers, job.descriptor)
+        if council is None:
+            return _Composed(composition=composition)
+        if composer.base is not None and composer.base.incarnation == job.life.number:
+            self._commits = sorted({*self._commits, composer.base})  # of which another node may have known alone
+        council.confirm(joined(mine, offers, composition.digest))
+        return _Composed(composition=composition, digest=composition.digest)
+
+    def _write(self, job: SaveJob, repository: Repository, experts: frozenset[Expert]) -> list[Receipt]:
+        """Put the objects of this node's ranks."""
+        began_s = self._host.now_s()
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
             receipts = self._host.map(
                 lambda record: persist_rank(job.arena, record, repository, experts=experts, trace=self._trace),
-                records,
+                tuple(job.records.values()),
                 workers=_writers(repository),
                 name="moc-write",
             )
         size_bytes = sum(row.size_bytes for receipt in receipts for row in receipt.rows)
         self.written = Written(size_bytes=size_bytes, seconds=self._host.now_s() - began_s)
-        plan, parent = _commit_plan(job.descriptor), self._parent(job)
-        if job.council is not None:
-            joint = self._gather(job, job.council, parent, receipts, composition.routing)
-            if isinstance(joint, Verdict):
-                self._commits.append(job.name)
-                return job.name, joint.size_bytes
-            receipts = [receipt for part in joint for receipt in part.receipts]
-            composition = replace(composition, routing=joint[0].routing)
-        manifest = build_manifest(plan, job.name, parent, receipts, composition=composition)
-        commit(repository, manifest, trace=self._trace)
-        self._commits.append(job.name)
-        if job.council is not None:  # before retention: another node waits a while only until it commits itself
-            moment = (job.name.step, job.name.attempt)
-            job.council.announce(Verdict(moment=moment, size_bytes=manifest.written_bytes, error=None))
-        self._composer.note_commit(manifest, composition, receipts)
-        log.info("committed: name=%s bytes=%d kept=%d", job.name, manifest.written_bytes, len(composition.kept))
-        self._retain(job)
-        return manifest.name, manifest.written_bytes
+        return receipts
 
     def _gather(
         self,
@@ -231,24 +215,43 @@ class Persister:
         council: Council,
         parent: Parent | None,
         receipts: Sequence[Receipt],
-        routing: Routing | None,
+        composed: _Composed,
     ) -> tuple[Contribution, ...] | Verdict:
         """Return the contributions of all nodes, or what another one has made of them. Blocks: for the other nodes.
 
-        Raises PlanDivergedError where nodes do not know the same commits: the manifest would not follow from the
-        contributions alone.
+        Raises PlanDivergedError where the manifest would not follow from the contributions alone: nodes do not know the
+        same commits, or have composed different checkpoints.
         """
-        step, attempt = job.name.step, job.name.attempt
-        mine = Contribution(moment=(step, attempt), parent=parent, receipts=tuple(receipts), routing=routing)
+        step, attempt = job.target
+        mine = Contribution(
+            moment=job.target,
+            parent=parent,
+            receipts=tuple(receipts),
+            routing=composed.composition.routing if composed.digest is None else None,
+            composed=composed.digest,
+        )
         with self._trace.span("save.gather", step=step, attempt=attempt, node=council.node):
             joint = council.gather(mine, timeout_s=float(job.descriptor["timeout_s"]))
         if isinstance(joint, Verdict):
-            log.info("committed by another node: name=%s bytes=%d", job.name, joint.size_bytes)
             return joint
         parents = [part.parent for part in joint]
         if any(other != parent for other in parents):
             raise PlanDivergedError(f"nodes follow different commits: step={step} parents={parents}")
+        digests = [part.composed for part in joint]
+        if any(other != composed.digest for other in digests):
+            raise PlanDivergedError(f"nodes have composed different checkpoints: step={step} digests={digests}")
         return joint
+
+    def _take_over(self, job: SaveJob, verdict: Verdict) -> tuple[CheckpointName, int]:
+        """Return name and size of the checkpoint that another node has committed."""
+        assert self._composer is not None, "prepared before"
+        log.info("committed by another node: name=%s bytes=%d", job.name, verdict.size_bytes)
+        if job.moment == job.target:
+            self._commits.append(job.name)
+            self._composer.note_commit_elsewhere(job.name)
+        else:
+            self._prepared = None  # list anew: its first checkpoint may have been enough
+        return job.name, verdict.size_bytes
 
     def _retain(self, job: SaveJob) -> None:
         """Do a round of retention; its failure is not the save's."""

@@ -10,20 +10,20 @@ import os
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from moc.agent import wire
-from moc.agent.composer import FULL
 from moc.agent.custody import Custody
+from moc.agent.jobs import Outcome, SaveJob, Written, is_full, is_made_at_once, is_whole, once_more
 from moc.agent.mending import mend, stack_of
 from moc.agent.peers.council import Council
-from moc.agent.peers.report import NOBODY, Others, Verdict
-from moc.agent.persister import Outcome, Persister, SaveJob, Written
+from moc.agent.peers.report import NOBODY, Others, Verdict, Wish
+from moc.agent.persister import Persister
 from moc.format.keys import CheckpointName
 from moc.host import Host
-from moc.plan.freeing import Moment, second_attempt
-from moc.snapshot.seal import EXPLICIT, SealRecord
+from moc.plan.freeing import Moment
+from moc.snapshot.seal import EXPLICIT
 from moc.trace import Trace
 
 __all__ = ["Saves", "Waiter"]
@@ -60,7 +60,7 @@ class Saves:
         self._waiters: list[Waiter] = []
         self._saves_ended = self._saves_failed = 0
         self.council: Council | None = None
-        self.wishes: set[Moment] = set()
+        self.wishes: set[Wish] = set()
         """What all nodes are to save although it was not flagged: the last moment before this agent leaves."""
         self.last_committed_step: int | None = None
         self.last_error: str | None = None
@@ -127,27 +127,49 @@ class Saves:
         """
         others = NOBODY if self.council is None else self.council.others()
         self._hear(custody, others)
-        complete = custody.scan(ended=ended, others=others)
+        wished = self._wished(custody, others)
+        complete = custody.scan(ended=ended, others=others, wished={wish.moment for wish in wished})
+        wished = [wish for wish in wished if custody.holds(wish.moment)]
+        flagged, joined = custody.unfinished_saves(), {wish.moment for wish in wished if not wish.is_second}
         for moment in complete:
-            is_late = any(moment < wish for wish in self.wishes)  # what this agent leaves with is offered already
-            if not is_late and (may_start or moment in custody.wishes):
-                self._start(custody, moment)
-            elif self.council is not None and moment != custody.newest and not self._is_under_way(custody, moment):
-                self.give_up(custody, moment, "the agent is leaving, and has a newer one")
-        timeout_s = float(custody.life.descriptor["timeout_s"])
-        unfinished = custody.unfinished_saves() | custody.wishes
-        self._first_seen_s = {moment: seen for moment, seen in self._first_seen_s.items() if moment in unfinished}
-        for moment in unfinished:
-            first_s = self._first_seen_s.setdefault(moment, self._host.now_s())
-            held = custody.holders.get(moment, set())
-            if lacking := sorted((ended | others.ended) - held):
-                self.give_up(custody, moment, f"ranks {lacking} ended before they had sealed it")
-            elif moment in custody.hopeless:
-                self.give_up(custody, moment, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
-            elif not self._is_under_way(custody, moment) and self._host.now_s() - first_s > timeout_s:
-                missing = sorted(set(custody.life.world) - held)
-                self.give_up(custody, moment, f"not every rank sealed in time: ranks={missing} timeout_s={timeout_s}")
+            if moment in flagged | joined:
+                self._look_at(custody, moment, may_start=may_start, is_wished=moment in joined)
+            if Wish(moment=moment, is_second=True) in wished:
+                self._start(custody, Wish(moment=moment, is_second=True), is_awaited=True)
+        pending = {moment: moment for moment in flagged - {wish.moment for wish in self.wishes}}
+        pending |= {wish.target: wish.moment for wish in wished}
+        self._give_up_hopeless(custody, pending, ended | others.ended)
         custody.arena.publish(global_step=custody.global_step, committed_step=self.last_committed_step)
+
+    def _wished(self, custody: Custody, others: Others) -> list[Wish]:
+        """Return what agents of other nodes leave with, as far as that has not ended here."""
+        number = custody.life.record.number
+        return sorted(wish for wish in others.wishes if (number, wish.target) not in self._outcomes)
+
+    def _look_at(self, custody: Custody, moment: Moment, *, may_start: bool, is_wished: bool) -> None:
+        """Start the save of a complete moment, or give it up if this agent leaves with another one."""
+        is_late = any(moment < wish.moment for wish in self.wishes)  # what this agent leaves with is offered already
+        if not is_late and (may_start or is_wished):
+            self._start(custody, Wish(moment=moment, is_second=False), is_awaited=is_wished)
+            return
+        is_other = bool(self.wishes) or moment != custody.newest
+        if self.council is not None and is_other and not self._is_under_way(custody, moment):
+            self.give_up(custody, moment, "the agent is leaving, and has a newer one")
+
+    def _give_up_hopeless(self, custody: Custody, pending: Mapping[Moment, Moment], ended: Collection[int]) -> None:
+        """Give up what cannot become complete; `pending` are the moments of checkpoints, and those of their seals."""
+        timeout_s = float(custody.life.descriptor["timeout_s"])
+        self._first_seen_s = {target: seen for target, seen in self._first_seen_s.items() if target in pending}
+        for target, moment in pending.items():
+            first_s = self._first_seen_s.setdefault(target, self._host.now_s())
+            held = custody.holders.get(moment, set())
+            if lacking := sorted(set(ended) - held):
+                self.give_up(custody, target, f"ranks {lacking} ended before they had sealed it")
+            elif moment in custody.hopeless:
+                self.give_up(custody, target, f"ranks {list(custody.hopeless[moment])} skipped their snapshot")
+            elif not self._is_under_way(custody, target) and self._host.now_s() - first_s > timeout_s:
+                missing = sorted(set(custody.life.world) - held)
+                self.give_up(custody, target, f"not every rank sealed in time: ranks={missing} timeout_s={timeout_s}")
 
     def _hear(self, custody: Custody, others: Others) -> None:
         """Take over how saves have ended at other nodes: what is committed there is, what failed there fails here."""
@@ -196,12 +218,15 @@ class Saves:
         records = source.recovery_source(custody.life) if needs_source else {}
         if moment is not None and not records:
             mended = mend(custody.arena, stack_of(custody, custody.life, (life.number, moment)))
-            is_made = self._is_committed(custody, moment) or self._is_queued(custody, moment)
-            # Its checkpoint may lack what had no turn yet, or what the snapshot has in pieces.
-            is_enough = _is_whole(custody, mended.records) and not mended.lenders
-            if not (is_made and is_enough):
-                self.wishes = {moment}
-                self._offer(custody, moment, is_last=True)
+            # Its own checkpoint may lack what had no turn yet, or what the snapshot has in pieces.
+            is_enough = is_whole(custody.life.descriptor, mended.records) and not mended.lenders
+            # Or it has failed, and the other nodes still say so.
+            outcome = None if self.council is None else self._outcomes.get((life.number, moment))
+            has_failed = outcome is not None and outcome.error is not None
+            last = Wish(moment=moment, is_second=has_failed or not is_enough)
+            if not self._is_committed(custody, last) and not self._is_queued(custody, last.target):
+                self.wishes = {last}
+                self._offer(custody, last, is_last=True)
             return
         if not records:
             return
@@ -214,7 +239,8 @@ class Saves:
         own = {rank: replace(record, incarnation=life.number) for rank, record in mended.records.items()}
         job = SaveJob(
             arena=source.arena,
-            records=own if _is_whole(source, own) and _is_of_one_step(own) else _once_more(own),
+            # Whether it is whole one node cannot tell alone, and all must give the checkpoint one name.
+            records=own if self.council is None and is_made_at_once(source.life.descriptor, own) else once_more(own),
             life=life,
             descriptor=source.life.descriptor,
             pinned=key,
@@ -255,15 +281,15 @@ class Saves:
         with self._lock:
             ended, self._ended = self._ended, []
         for job, outcome in ended:
-            moment = job.moment if job.records else (outcome.name.step, outcome.name.attempt)
+            target = job.target if job.records else (outcome.name.step, outcome.name.attempt)
             is_present = custody is not None and job.life.number == custody.life.record.number
             if is_present and custody is not None:
-                custody.settle(moment)
+                custody.settle(job.moment if job.records else target)
                 if outcome.error is None:
                     custody.note_commit((outcome.name.step, outcome.name.attempt))
             if is_present and outcome.error is None:
                 self.last_committed_step = max(outcome.name.step, self.last_committed_step or 0)
-            self._remember(outcome)
+            self._remember(outcome, (job.life.number, target))
 
     def note_end(self, job: SaveJob, outcomes: list[Outcome]) -> None:
         """Thread: the persist thread."""
@@ -278,63 +304,62 @@ class Saves:
         """Finish what is queued and stop the persist thread."""
         self._persister.close()
 
-    def _is_committed(self, custody: Custody, moment: Moment) -> bool:
+    def _is_committed(self, custody: Custody, wish: Wish) -> bool:
         """Return whether all that a moment of the present life asks for is committed.
 
         In mode full all snapshots of one step are equal; else an earlier one of the step may have stored less.
         """
-        if _is_full(custody):
-            return self.last_committed_step is not None and self.last_committed_step >= moment[0]
-        outcome = self._outcomes.get((custody.life.record.number, moment))
+        if is_full(custody.life.descriptor) and not wish.is_second:
+            return self.last_committed_step is not None and self.last_committed_step >= wish.moment[0]
+        outcome = self._outcomes.get((custody.life.record.number, wish.target))
         return outcome is not None and outcome.error is None
 
-    def _is_under_way(self, custody: Custody, moment: Moment) -> bool:
-        """Return whether a save of the present life waits, is made, or has ended and is not collected yet."""
-        if self._is_queued(custody, moment):  # first: the persist thread notes the end as it takes it off
+    def _is_queued(self, custody: Custody, target: Moment) -> bool:
+        """Return whether the save of a checkpoint of the present life waits, or is made."""
+        number = custody.life.record.number
+        with self._lock:
+            jobs = [job for _, job in self._under_way.values() if job.records]
+        return any((job.life.number, job.target) == (number, target) for job in jobs)
+
+    def _is_under_way(self, custody: Custody, target: Moment) -> bool:
+        """Return whether the save of a checkpoint is queued, or has ended and is not collected yet."""
+        if self._is_queued(custody, target):  # first: the persist thread moves it from here to there
             return True
         number = custody.life.record.number
         with self._lock:
-            ended = [outcome.name for _, outcome in self._ended]
-        return any((name.incarnation, (name.step, name.attempt)) == (number, moment) for name in ended)
+            ended = [job for job, _ in self._ended if job.records]
+        return any((job.life.number, job.target) == (number, target) for job in ended)
 
-    def _is_queued(self, custody: Custody, moment: Moment) -> bool:
-        """Return whether a save of the present life waits or is made. What it borrows is no save of its own."""
-        with self._lock:
-            return any(job.pinned == (custody.life.record.number, moment) for _, job in self._under_way.values())
-
-    def _start(self, custody: Custody, moment: Moment) -> None:
-        if self._is_under_way(custody, moment):
+    def _start(self, custody: Custody, wish: Wish, *, is_awaited: bool) -> None:
+        """Queue a save, or give it up where another one is under way and nobody waits for it."""
+        if self._is_under_way(custody, wish.target):
             return
-        records = custody.records_of(custody.life.record.number, moment)
-        is_awaited = any(record.flags & EXPLICIT for record in records.values()) or moment in custody.wishes
+        records = custody.records_of(custody.life.record.number, wish.moment)
+        is_awaited |= any(record.flags & EXPLICIT for record in records.values())
         with self._lock:
             under_way = [job for _, job in self._under_way.values()]
         if under_way and not is_awaited:
-            if any(
-                job.records for job in under_way
-            ):  # else only a look at the storage, which wakes the loop at its end
-                self.give_up(custody, moment, "the previous save is still under way")
+            if any(job.records for job in under_way):  # else a look at the storage, which wakes the loop at its end
+                self.give_up(custody, wish.target, "the previous save is still under way")
             return
-        self._offer(custody, moment)
+        self._offer(custody, wish)
 
-    def _offer(self, custody: Custody, moment: Moment, *, is_last: bool = False) -> None:
+    def _offer(self, custody: Custody, wish: Wish, *, is_last: bool = False) -> None:
         life = custody.life.record
-        stack = stack_of(custody, custody.life, (life.number, moment))
-        mended = mend(custody.arena, stack if is_last else stack[:1])
-        is_whole = _is_whole(custody, mended.records)
-        is_another = is_last and (not is_whole or bool(mended.lenders))
+        stack = stack_of(custody, custody.life, (life.number, wish.moment))
+        mended = mend(custody.arena, stack if is_last or wish.is_second else stack[:1])
         job = SaveJob(
             arena=custody.arena,
-            records=_once_more(mended.records) if is_another else mended.records,
+            records=once_more(mended.records) if wish.is_second else mended.records,
             life=life,
             descriptor=custody.life.descriptor,
-            pinned=(life.number, moment),
-            is_whole=is_last or is_whole,
+            pinned=(life.number, wish.moment),
+            is_whole=wish.is_second or is_whole(custody.life.descriptor, mended.records),
             council=self.council,
             lenders=mended.lenders,
         )
         if not self._queue(custody, job, is_last=is_last):
-            self.give_up(custody, moment, "too many saves wait")
+            self.give_up(custody, wish.target, "too many saves wait")
 
     def _queue(self, custody: Custody, job: SaveJob, *, is_last: bool = False) -> bool:
         for key in job.pins:
@@ -349,32 +374,13 @@ class Saves:
             custody.unpin(*key)
         return False
 
-    def _remember(self, outcome: Outcome) -> None:
+    def _remember(self, outcome: Outcome, key: tuple[int, Moment] | None = None) -> None:
+        """Note how the save of a checkpoint has ended, `key`; what it ended with may be an earlier checkpoint."""
         self.last_error = outcome.error
-        key = (outcome.name.incarnation, (outcome.name.step, outcome.name.attempt))
+        key = key or (outcome.name.incarnation, (outcome.name.step, outcome.name.attempt))
         if key not in self._outcomes:  # every rank that skips a snapshot gives up the same save
             self._saves_ended += 1
             self._saves_failed += outcome.error is not None
         self._outcomes[key] = outcome
         while len(self._outcomes) > OUTCOME_LIMIT:
             self._outcomes.popitem(last=False)
-
-
-def _is_whole(custody: Custody, records: Mapping[int, SealRecord]) -> bool:
-    """Return whether the checkpoint that a moment asks for has all experts that memory has newer than storage."""
-    return _is_full(custody) or any(record.flags & EXPLICIT for record in records.values())
-
-
-def _is_full(custody: Custody) -> bool:
-    return str(custody.life.descriptor["config"]["mode"]) == FULL
-
-
-def _is_of_one_step(records: Mapping[int, SealRecord]) -> bool:
-    return all(step == record.step for record in records.values() for step in record.steps)
-
-
-def _once_more(records: Mapping[int, SealRecord]) -> dict[int, SealRecord]:
-    """Return the seals for a second checkpoint of their moment: with other experts it is another one, and a key is
-    written with one content only.
-    """
-    return {rank: replace(record, attempt=second_attempt(record.attempt)) for rank, record in records.items()}

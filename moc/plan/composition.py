@@ -11,7 +11,8 @@ written all the same: a manifest names experts of other attempts only where they
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -21,7 +22,7 @@ from moc.format.manifest import Manifest, ObjectRow
 from moc.format.stale import StaleExpert
 from moc.plan.rotation import Rotation, expert_counts
 from moc.plan.select import Budget, History, Policy, select
-from moc.routing import Capture, Routing
+from moc.routing import Routing
 from moc.state import Expert
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Sealed",
     "Terms",
     "compose",
+    "is_counted_on",
     "is_newer",
     "next_base",
     "steps_of_experts",
@@ -63,15 +65,17 @@ class Base:
 class Sealed:
     """A snapshot of all ranks, and the name of the checkpoint that it becomes.
 
-    By expert of the model `steps` has the step of its bytes, None where ranks differ. `captures` is what ranks have
-    captured of the routes; empty where nothing counts them.
+    By expert of the model `steps` has the step of its bytes, None where ranks differ. `routing` are the routes of the
+    snapshot's own step, None where nothing counts them; `learned` is what older bytes in it have learned, as far as
+    anybody knows.
     """
 
     name: CheckpointName
     steps: Mapping[Expert, int | None]
     digest: str
     fingerprint: Mapping[str, object]
-    captures: Sequence[Capture] = ()
+    routing: Routing | None = None
+    learned: Mapping[Expert, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +108,21 @@ class Composition:
         """Return whether all that is kept is finite."""
         return {owner for owner, *_ in parse_object_keys(row.key for row in self.kept)} <= self.finite
 
+    @property
+    def digest(self) -> str:
+        """Return 16 hex digits of all of it that decides what is written and what the manifest says."""
+        written = [f"{expert.layer} {expert.index}" for expert in self.written]
+        stale = [f"{r.expert.layer} {r.expert.index} {r.step} {r.source} {r.routed}" for r in self.stale]
+        kept = [f"{row.key} {row.size_bytes} {row.header_bytes} {row.header_crc32c}" for row in self.kept]
+        routing = None if self.routing is None else self.routing.to_json()
+        told = ["\n".join(lines) for lines in (written, stale, kept, [f"{routing} {self.is_kept_finite}"])]
+        return hashlib.sha256("\n\n".join(told).encode()).hexdigest()[:16]
 
-def steps_of_experts(slices: Iterable[tuple[Expert, int]]) -> dict[Expert, int | None]:
-    """Return by expert the step of its bytes, None where two slices differ; `slices` are those of all ranks."""
+
+def steps_of_experts(slices: Iterable[tuple[Expert, int | None]]) -> dict[Expert, int | None]:
+    """Return by expert the step of its bytes, None where two slices differ, or one is of several steps itself;
+    `slices` are those of all ranks.
+    """
     steps: dict[Expert, int | None] = {}
     for expert, step in slices:
         steps[expert] = step if steps.get(expert, step) == step else None
@@ -124,8 +140,7 @@ def compose(sealed: Sealed, base: Base | None, terms: Terms | None, *, kept_limi
     name, steps = sealed.name, sealed.steps
     if base is not None and base.manifest.catalog_digest != sealed.digest:
         base = None
-    present = sealed.captures[0].routing if sealed.captures else None
-    held = {} if base is None else _held(base.manifest, steps, present)
+    held = {} if base is None else _held(base.manifest, steps, sealed.routing)
     fit = {e for e, step in steps.items() if step is not None and (e not in held or step > held[e].step)}
     due = [expert for expert in steps if expert not in held or held[expert].step >= name.step]
     _refuse_unfit(sealed, due, held)
@@ -142,7 +157,7 @@ def compose(sealed: Sealed, base: Base | None, terms: Terms | None, *, kept_limi
         written=tuple(sorted(written)),
         stale=tuple(_stale_rows(sealed, held, written)),
         kept=kept,
-        routing=present,
+        routing=sealed.routing,
         finite=frozenset() if base is None else base.finite & sources,
     )
 
@@ -162,7 +177,7 @@ def is_newer(steps: Mapping[Expert, int | None], base: Base) -> bool:
 def _held(manifest: Manifest, experts: Collection[Expert], present: Routing | None) -> Held:
     """Return what the checkpoint has of each expert, which has learned 0 of a count that began after it."""
     stale, routing = {row.expert: row for row in manifest.stale_experts}, manifest.routing
-    is_counted = _is_counted_on(routing, present) and present is not None and present.shape == expert_counts(experts)
+    is_counted = is_counted_on(routing, present) and present is not None and present.shape == expert_counts(experts)
 
     def row_of(expert: Expert) -> StaleExpert:
         if expert in stale:
@@ -173,7 +188,7 @@ def _held(manifest: Manifest, experts: Collection[Expert], present: Routing | No
     return {expert: row_of(expert) for expert in sorted(experts)}
 
 
-def _is_counted_on(before: Routing | None, present: Routing | None) -> bool:
+def is_counted_on(before: Routing | None, present: Routing | None) -> bool:
     """Return whether the present count goes on from the one before: what began anew is smaller, or of another kind."""
     if before is None or present is None or (before.basis, before.shape) != (present.basis, present.shape):
         return False
@@ -199,7 +214,7 @@ def _refuse_unfit(sealed: Sealed, due: Iterable[Expert], held: Held) -> None:
 def _chosen(sealed: Sealed, base: Base, held: Held, fit: Collection[Expert], terms: Terms) -> set[Expert]:
     """Return whose turn it is. Each layer is planned alone, since they may differ in the number of their experts."""
     numbers = _commit_numbers({base.name, *(row.source for row in held.values())}, terms.interval)
-    routing = sealed.captures[0].routing if sealed.captures else None
+    routing = sealed.routing
     shape = tuple(len(order) for order in terms.rotation.orders)
     if routing is not None and routing.shape != shape:
         raise InternalError(f"routes belong to another model: experts={routing.shape} expected={shape}")
@@ -232,16 +247,13 @@ def _commit_numbers(sources: Iterable[CheckpointName], interval: int) -> dict[Ch
 
 
 def _stale_rows(sealed: Sealed, held: Held, written: Collection[Expert]) -> Iterator[StaleExpert]:
-    present = sealed.captures[0].routing if sealed.captures else None
-    counted = [capture for capture in sealed.captures if _is_counted_on(capture.routing, present)]
     for expert, step in sorted(sealed.steps.items()):
         if expert not in written:
             yield held[expert]
         elif step is not None and step < sealed.name.step:
-            learned = (capture.learned_by(expert, step) for capture in counted)
-            known = next((count for count in learned if count is not None), None)
             earlier = held[expert].routed if expert in held else 0
-            yield StaleExpert(expert=expert, step=step, source=sealed.name, routed=earlier if known is None else known)
+            learned = sealed.learned.get(expert, earlier)
+            yield StaleExpert(expert=expert, step=step, source=sealed.name, routed=learned)
 
 
 def _kept(manifest: Manifest, sources: Collection[CheckpointName]) -> Iterator[ObjectRow]:

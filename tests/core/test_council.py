@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from moc.agent.peers.council import PATIENCE_S, SILENCE_S, Council
 from moc.agent.peers.report import Contribution, Report, Verdict, report_from_json
-from moc.errors import CoordinationError, SaveFailedError, UsageError, WaitTimeoutError
+from moc.errors import CoordinationError, PlanDivergedError, SaveFailedError, UsageError, WaitTimeoutError
 from moc.format.manifest import ObjectRow, Parent
 from moc.host import SystemHost
 from moc.persist import Receipt
 from moc.plan.freeing import Moment, Seal, complete_moments, freeable, hopeless_moments
+from moc.plan.offers import Offer, OfferedExpert
+from moc.state import Expert
 
 LIFE, MOMENT, DEADLINE_S = 3, (7, "00abcdef"), 20.0
 
@@ -77,6 +79,19 @@ def contribution(node: int) -> Contribution:
     receipt = Receipt(rank=node, digest="0" * 16, rows=(row,), is_finite=True)
     parent = Parent(incarnation=3, step=5, attempt="00000000")
     return Contribution(moment=MOMENT, parent=parent, receipts=(receipt,))
+
+
+def offer(node: int, **change: object) -> Offer:
+    rows = (OfferedExpert(expert=Expert(layer=0, index=node), step=7),)
+    return replace(Offer(moment=MOMENT, experts=rows, is_whole=False, is_inherited=False), **change)
+
+
+def consult(pool: ThreadPoolExecutor, node: Node) -> Future[tuple[Offer, ...] | Verdict]:
+    """Begin to compose a save at a node; return once it has offered."""
+    node.woken.clear()
+    future = pool.submit(node.council.consult, offer(node.council.node), timeout_s=60.0)
+    assert node.woken.wait(DEADLINE_S)
+    return future
 
 
 def gather(pool: ThreadPoolExecutor, node: Node) -> Future[tuple[Contribution, ...] | Verdict]:
@@ -179,6 +194,72 @@ def test_what_fails_at_one_node_fails_at_all_with_its_words_but_a_commit_stays_o
         assert first.council.verdict(MOMENT) == third.verdicts[0]
 
 
+def test_every_node_has_the_offers_of_all_at_once_and_in_their_order() -> None:
+    host = Host()
+    first, second, third = nodes(host, 3)
+    with saving(host) as pool:
+        offers = [consult(pool, node) for node in (first, second, third)]
+        reports = [node.report() for node in (first, second, third)]
+        for node in (first, second, third):
+            for report in reversed(reports):
+                if report.node != node.council.node:
+                    assert not offers[node.council.node].done()
+                    node.council.hear(report)
+        assert [found.result(DEADLINE_S) for found in offers] == [(offer(0), offer(1), offer(2))] * 3
+
+
+def test_an_offer_for_another_save_is_none_and_a_verdict_ends_the_wait() -> None:
+    host = Host()
+    first, second = nodes(host)
+    with saving(host) as pool:
+        waiting = consult(pool, first)
+        late = replace(second.report(), offer=offer(1, moment=(6, "00abcdef")))
+        first.council.hear(replace(late, order=(late.order[0], late.order[1] + 1)))
+        assert not waiting.done()
+        second.verdicts = [Verdict(moment=MOMENT, size_bytes=5, error=None)]
+        found = replace(second.report(), order=(late.order[0], late.order[1] + 2))
+        first.council.hear(found)
+        assert waiting.result(DEADLINE_S) == second.verdicts[0]
+
+
+def test_a_node_that_offers_nothing_is_named_and_not_waited_for_when_this_one_leaves() -> None:
+    host = Host()
+    first, _, _ = nodes(host, 3)
+    with saving(host) as pool:
+        waiting = consult(pool, first)
+        host.time_s += SILENCE_S + 1
+        first.council.hurry()
+        with pytest.raises(WaitTimeoutError, match=r"nodes gave no offers: step=7 nodes=\[1, 2\]"):
+            waiting.result(DEADLINE_S)
+
+
+def test_a_node_composes_nothing_else_than_another_one_has_composed() -> None:
+    """Its predecessor may have written its part of that, and the other node may commit it."""
+    host = Host()
+    first, second = nodes(host)
+    second.council.confirm(offer(1, composed="a"))
+    first.council.hear(second.report())
+    first.council.confirm(offer(0, composed="a"))
+    first.council.confirm(offer(0, composed="b", moment=(9, "00abcdef")))
+    with pytest.raises(PlanDivergedError, match=r"step=7 nodes=\[1\]"):
+        first.council.confirm(offer(0, composed="b"))
+
+
+def test_an_offer_is_told_until_its_save_has_failed_here_or_is_committed() -> None:
+    host = Host()
+    (first, _) = nodes(host)
+    first.council.confirm(offer(0))
+    assert first.report().offer == offer(0)
+    first.verdicts = [Verdict(moment=MOMENT, size_bytes=0, error="disk full node=1")]
+    assert first.report().offer == offer(0), "made once more, it is of this offer"
+    first.verdicts = [Verdict(moment=MOMENT, size_bytes=5, error=None)]
+    assert first.report().offer is None
+    first.council.confirm(offer(0, moment=(9, "00abcdef")))
+    assert first.report().offer is not None
+    first.council.withdraw()
+    assert first.report().offer is None
+
+
 def test_old_reports_change_nothing_and_those_of_a_successor_do() -> None:
     host = Host()
     first, second = nodes(host)
@@ -196,6 +277,37 @@ def test_old_reports_change_nothing_and_those_of_a_successor_do() -> None:
     assert first.council.others().verdicts == ()
 
 
+OFFER = {
+    "moment": [7, "00abcdef"],
+    "experts": [[0, 0, 7], [0, 1, 5, 3], [0, 2, None]],
+    "is_whole": False,
+    "is_inherited": False,
+    "base": [3, 5, "00000000"],
+    "finite": [[3, 5, "00000000"]],
+    "routing": {"basis": "kept", "routed": [[9, 9, 9]], "lost": [[0, 0, 0]]},
+    "composed": "0" * 16,
+}
+LIES: list[dict[str, object]] = [
+    {"moment": [7]},
+    {"experts": [[0, 0]]},
+    {"experts": [[0, 0, 8]]},
+    {"experts": [[0, -1, 7]]},
+    {"experts": [[0, 0, True]]},
+    {"experts": [[0, 0, 5, -1]]},
+    {"experts": [[0, 0, 5, 1, 1]]},
+    {"experts": [[0, 1, 7], [0, 0, 7]]},
+    {"experts": [[0, 0, 7], [0, 0, 7]]},
+    {"is_whole": 1},
+    {"is_inherited": None},
+    {"base": [0, 5, "00000000"]},
+    {"base": [3, 5, "../../x"]},
+    {"base": [3, 10**12, "00000000"]},
+    {"finite": [[3, 5]]},
+    {"routing": {"basis": "kept"}},
+    {"composed": 5},
+]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -206,16 +318,24 @@ def test_old_reports_change_nothing_and_those_of_a_successor_do() -> None:
         {"order": [1]},
         {"url": 5},
         {"verdicts": [[1, "a", -1, None]]},
-        {"contributions": [[1, "a", None, [[1, "d", True, [["../x", 1, 1, 1]]]], None]]},
+        {"contributions": [[1, "a", None, [[1, "d", True, [["../x", 1, 1, 1]]]], None, None]]},
+        {"contributions": [[1, "a", None, [], None, 5]]},
+        {"wishes": [[1, "00000000", 1]]},
+        {"wishes": [[1, "../x", True]]},
+        {"offer": 5},
+        {"offer": {}},
+        *({"offer": OFFER | change} for change in LIES),
         {"held": {}},
     ],
     ids=str,
 )
 def test_a_report_that_no_agent_makes_is_refused(change: dict[str, object]) -> None:
-    body = nodes(Host())[1].report().to_json() | change
+    body = nodes(Host())[1].report().to_json() | {"offer": OFFER}
+    assert report_from_json(body, node=1, ranks=(1,)).to_json() == body, "what is changed is sound"
+    body |= change
     if change == {"held": {}}:
         body["held"] = 5
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="node=1"):
         report_from_json(body, node=1, ranks=(1,))
 
 

@@ -137,3 +137,19 @@ def test_a_launcher_whose_name_means_nothing_is_no_way_to_an_address(
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", name)
     assert own_address() is None
+
+
+def test_ranks_that_would_not_choose_alike_are_refused_with_the_setting_and_both_values(tmp_path: Path) -> None:
+    def gather(rank: int) -> str:
+        world = SocketWorld(rank, 3, tmp_path / "world")
+        config = Config(mode="partial", k_persist=1 + rank // 2)
+        request = replace(_request(tmp_path, node=f"node-{rank}", address="127.0.0.1"), config=config)
+        with pytest.raises(UsageError) as refusal:
+            _gather(rank, 3, world, request)
+        return str(refusal.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        words = set(pool.map(gather, range(3)))
+    assert words == {
+        "ranks run with different settings: k_persist=1 on rank 0, 2 on rank 2 allowed=one value on all ranks"
+    }

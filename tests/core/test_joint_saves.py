@@ -10,7 +10,7 @@ import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,14 @@ from moc.agent.peers.council import Council
 from moc.agent.peers.report import report_from_json
 from moc.agent.saves import Saves
 from moc.config import Config
-from moc.format.manifest import Manifest, Parent
+from moc.format.keys import manifest_key
+from moc.format.manifest import Manifest, Parent, encode_incarnation
 from moc.host import SystemHost
+from moc.plan.freeing import second_attempt
+from moc.plan.offers import Offer, OfferedExpert
 from moc.repository import Repository
 from moc.snapshot.seal import EXPLICIT, PERSIST
+from moc.state import Expert
 from moc.store.open import open_store
 from moc.trace import RingSink, Trace
 from tests.core.test_custody import CATALOGS, FIRST, _descriptor
@@ -31,16 +35,31 @@ from tests.core.test_saves import VERSIONS, Desk, SlowHost
 
 PATIENCE_S = 20.0
 TIMEOUT_S = 600.0  # of a save: far more than any test waits
+WHOLE, TURNS = Config(), Config(mode="partial", k_persist=1, persist_every=1)
+EXPERTS = [Expert(layer=0, index=index) for index in (0, 1)]
 WORLD = {"world_size": 2, "node_of_rank": [0, 1], "ep_sizes": []}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Node(Desk):
-    """One of two agents, with what it has to do with the other one."""
+    """One of two agents, with what it has to do with the other one; `bell` is what wakes its loop."""
+
+    bell: int
 
     @property
     def council(self) -> Council:
         assert self.saves.council is not None
         return self.saves.council
+
+    def begin(self, parent: Parent, config: Config) -> None:
+        """Begin the next life on the same memory."""
+        record = replace(FIRST, number=2, token="1" * 8, reason="recover", parent=parent)
+        described = {**self.custody.life.descriptor, "config": asdict(config)}
+        described["lineage"] = [encode_incarnation(life).decode() for life in (FIRST, record)]
+        self.council.close("a new life has begun")
+        self.custody.renew(described)
+        self.saves.begin_life()
+        self.saves.enter(_council(self.council.node, self.bell, life=2))
 
     def tell(self, other: Node) -> None:
         told = self.council.report(
@@ -49,7 +68,7 @@ class Node(Desk):
             self.custody.passed,
             ended=(),
             wishes=self.saves.wishes,
-            verdicts=self.saves.verdicts(FIRST.number),
+            verdicts=self.saves.verdicts(self.custody.life.record.number),
         )
         if told is not None:
             ranks = self.custody.life.ranks
@@ -75,11 +94,21 @@ def pair(storage: str) -> Iterator[Pair]:
         yield stack.enter_context(_node(0, storage)), stack.enter_context(_node(1, storage))
 
 
+@pytest.fixture
+def turning(storage: str) -> Iterator[Pair]:
+    """Two agents of such a job, one of whose two experts has its turn at every commit; each has one of them."""
+    with ExitStack() as stack:
+        yield (
+            stack.enter_context(_node(0, storage, config=TURNS)),
+            stack.enter_context(_node(1, storage, config=TURNS)),
+        )
+
+
 @contextmanager
-def _node(number: int | None, storage: str, trace: Trace | None = None) -> Iterator[Node]:
+def _node(number: int | None, storage: str, trace: Trace | None = None, *, config: Config = WHOLE) -> Iterator[Node]:
     """An agent of one node of two; None: of one node that has both ranks."""
     described = {**_descriptor(FIRST), "storage": storage, "versions": VERSIONS, "topology": WORLD}
-    described |= {"config": asdict(Config()), "timeout_s": TIMEOUT_S}
+    described |= {"config": asdict(config), "timeout_s": TIMEOUT_S}
     if number is not None:
         described["catalogs"] = [CATALOGS[number].to_json()]
         described["fellows"] = {"node": number, "secret": "a secret", "address": "127.0.0.1", "urls": []}
@@ -88,17 +117,9 @@ def _node(number: int | None, storage: str, trace: Trace | None = None) -> Itera
     receive, send = os.pipe()
     saves = Saves(host=host, trace=trace or Trace(), reply=lambda _connection, _message: None, wake_fd=send)
     if number is not None:
-        saves.enter(
-            Council(
-                node=number,
-                ranks_of=[(0,), (1,)],
-                incarnation=FIRST.number,
-                host=SystemHost(),
-                wake=lambda: _ring(send),
-            )
-        )
+        saves.enter(_council(number, send))
     try:
-        yield Node(saves=saves, custody=custody, host=host, woken=receive)
+        yield Node(saves=saves, custody=custody, host=host, woken=receive, bell=send)
     finally:
         if saves.council is not None:
             saves.council.close("over")
@@ -106,6 +127,10 @@ def _node(number: int | None, storage: str, trace: Trace | None = None) -> Itera
         custody.close()
         os.close(receive)
         os.close(send)
+
+
+def _council(node: int, bell: int, *, life: int = FIRST.number) -> Council:
+    return Council(node=node, ranks_of=[(0,), (1,)], incarnation=life, host=SystemHost(), wake=lambda: _ring(bell))
 
 
 def _ring(bell: int) -> None:
@@ -193,5 +218,170 @@ def test_a_save_follows_a_commit_that_was_heard_of_only(pair: Pair, storage: str
     ]
 
 
-def _moments(node: Node) -> set[tuple[int, str]]:
-    return {verdict.moment for verdict in node.saves.verdicts(FIRST.number)}
+def _moments(node: Node, *, life: int = FIRST.number) -> set[tuple[int, str]]:
+    return {verdict.moment for verdict in node.saves.verdicts(life)}
+
+
+def _commit(pair: Pair, step: int, *, record: int, flags: int = PERSIST) -> None:
+    """Have both seal a step and make its checkpoint."""
+    moments = {node.seal(step, record=record, flags=flags) for node in pair}
+    _talk_until(pair, lambda: all(moments <= _moments(node) for node in pair), may_start=True)
+    assert [node.saves.last_error for node in pair] == [None, None]
+
+
+def _written(manifest: Manifest) -> list[int]:
+    """Return which experts a checkpoint has written."""
+    return [expert.index for expert in EXPERTS if manifest.version(expert)[0] == manifest.name]
+
+
+def test_experts_of_two_nodes_take_turns(turning: Pair, storage: str) -> None:
+    stored = []
+    for step in range(6, 11):
+        _commit(turning, step, record=step % 3)
+        stored.append(_manifests(storage)[-1])
+
+    assert [_written(manifest) for manifest in stored] == [[0, 1], [0], [1], [0], [1]]
+    assert all(manifest.is_finite for manifest in stored)
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_an_agent_that_leaves_has_the_other_one_make_a_second_checkpoint_of_its_newest_moment(
+    turning: Pair, storage: str, leaver: int
+) -> None:
+    for step in (6, 7):
+        _commit(turning, step, record=step % 3)
+    assert _written(_manifests(storage)[-1]) == [0]
+
+    leaving = turning[leaver]
+    leaving.saves.persist_newest(leaving.custody)
+    target = (7, second_attempt("00000007"))
+    _talk_until(turning, lambda: all(target in _moments(node) for node in turning), may_start=True)
+
+    last = _manifests(storage)[-1]
+    assert (last.name.step, last.name.attempt) == target
+    assert last.stale_experts == ()
+    assert [node.saves.last_error for node in turning] == [None, None]
+    for node in turning:
+        assert not node.saves.is_busy, "it is not made again"
+    other = turning[1 - leaver]
+    other.saves.persist_newest(other.custody)
+    assert not other.saves.is_busy, "all of it is stored"
+
+
+def test_nodes_that_leave_while_one_of_them_has_begun_a_turn_store_all_at_once(turning: Pair, storage: str) -> None:
+    """Else one would wait for the other's part of the first checkpoint, and that one for the second's."""
+    first, second = turning
+    _commit(turning, 6, record=0)
+    for node in turning:
+        node.seal(7, record=1, flags=PERSIST)
+    first.look(may_start=False)
+    first.tell(second)
+    second.look()
+    assert second.custody.is_saving((7, "00000007"))
+    second.tell(first)
+
+    first.look(may_start=False)
+    for node in turning:
+        node.saves.persist_newest(node.custody)
+    target = (7, second_attempt("00000007"))
+    _talk_until(turning, lambda: all(target in _moments(node) for node in turning), may_start=False)
+
+    last = _manifests(storage)[-1]
+    assert (last.name.step, last.name.attempt) == target
+    assert last.stale_experts == ()
+
+
+def test_a_node_that_knows_of_no_commit_grows_its_checkpoint_from_the_other_ones(turning: Pair, storage: str) -> None:
+    first, second = turning
+    first.saves.recall(first.custody)  # it looks up what is committed: nothing yet
+    first.look_until(lambda: not first.saves.is_busy)
+    with _node(None, storage, config=TURNS) as other:
+        other.seal(7, record=0, flags=PERSIST)
+        other.look_until(lambda: other.saves.last_committed_step == 7)
+    for node in turning:
+        node.seal(8, record=0, flags=PERSIST)
+    second.custody.scan()
+    second.tell(first)
+    first.look()
+    assert first.custody.is_saving((8, "00000008")), "begun before it has heard of the commit"
+    second.saves.recall(second.custody)
+    _talk_until(turning, lambda: all((8, "00000008") in _moments(node) for node in turning), may_start=True)
+
+    assert [node.saves.last_error for node in turning] == [None, None]
+    last = _manifests(storage)[-1]
+    assert last.parent == Parent(incarnation=FIRST.number, step=7, attempt="00000007")
+    assert [(row.step, row.source.step) for row in last.stale_experts] == [(7, 7)]
+
+
+def test_a_base_that_one_node_cannot_read_fails_the_save_and_the_next_is_made(turning: Pair, storage: str) -> None:
+    _commit(turning, 6, record=0)
+    (stored,) = Repository(open_store(storage)).checkpoints()
+    path = Path(storage) / manifest_key(stored.name)
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + b"0" + content[-8:])  # the committer knows what stood there, the other one reads it
+    moments = {node.seal(7, record=1, flags=PERSIST) for node in turning}
+    _talk_until(turning, lambda: all(moments <= _moments(node) for node in turning), may_start=True)
+
+    words = {node.saves.last_error for node in turning}
+    assert len(words) == 1
+    assert "ManifestCorruptError" in str(words)
+    assert "node=1" in str(words)
+    _commit(turning, 8, record=2)
+    assert _manifests_of(storage, 8).stale_experts == (), "nobody can read what it could grow from"
+
+
+def _manifests_of(storage: str, step: int) -> Manifest:
+    repository = Repository(open_store(storage))
+    (name,) = [stored.name for stored in repository.checkpoints() if stored.name.step == step]
+    return repository.read_manifest(name)
+
+
+@pytest.mark.parametrize("mode", [TURNS, WHOLE])
+def test_what_a_life_has_inherited_is_stored_by_both_nodes_under_one_name(storage: str, mode: Config) -> None:
+    """One of them has an expert of an earlier step, and cannot know that the other one has not, nor the reverse."""
+    with _node(0, storage, config=TURNS) as first, _node(1, storage, config=TURNS) as second:
+        pair = (first, second)
+        _commit(pair, 6, record=0)
+        for node in pair:
+            node.seal(7, record=1, flags=0, older={EXPERTS[1]: 6})
+        _talk_until(pair, lambda: all(node.custody.global_step == 7 for node in pair), may_start=True)
+        for node in pair:
+            node.begin(Parent(incarnation=1, step=7, attempt=None), mode)
+
+        for node in pair:
+            node.saves.persist_newest(node.custody)
+        target = (7, second_attempt("00000007"))
+        _talk_until(pair, lambda: all(target in _moments(node, life=2) for node in pair), may_start=False)
+
+    last = _manifests(storage)[-1]
+    assert (last.name.incarnation, last.name.step, last.name.attempt) == (2, *target)
+    assert [(row.expert, row.step, row.source.step) for row in last.stale_experts] == [(EXPERTS[1], 6, 6)]
+
+
+def test_contributions_to_different_checkpoints_fail_the_save(turning: Pair, storage: str) -> None:
+    """As those of an agent that was replaced, and whose successor knows another commit."""
+    first, second = turning
+    _commit(turning, 6, record=0)
+    moments = {node.seal(7, record=1, flags=PERSIST) for node in turning}
+    _talk_until(turning, lambda: all(moments <= _moments(node) for node in turning), may_start=True)
+    heard = second.council.report("http://y", {}, {}, ended=(), wishes=(), verdicts=())
+    assert heard is not None
+    (_, part) = heard.contributions
+    for node in turning:
+        node.seal(8, record=2, flags=PERSIST)
+    second.custody.scan()
+    second.tell(first)
+    first.look()
+    moment = (8, "00000008")
+    offer = Offer(moment=moment, experts=_offered(8), is_whole=False, is_inherited=False)
+    forged = replace(part, moment=moment, parent=Parent(incarnation=1, step=7, attempt="00000007"), composed="0" * 16)
+    order = (heard.order[0], heard.order[1] + 10)
+    first.council.hear(replace(heard, order=order, offer=offer, contributions=(forged,), verdicts=()))
+    first.look_until(lambda: moment in _moments(first))
+
+    assert "nodes have composed different checkpoints: step=8" in str(first.saves.last_error)
+    assert [manifest.name.step for manifest in _manifests(storage)] == [7]
+
+
+def _offered(step: int) -> tuple[OfferedExpert, ...]:
+    return (OfferedExpert(expert=EXPERTS[1], step=step),)

@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from moc._native import crc32c
-from moc.agent.persister import Outcome, Persister, SaveJob
+from moc.agent.jobs import Outcome, SaveJob
+from moc.agent.persister import Persister
 from moc.config import Config
 from moc.format.keys import manifest_key, parse_object_key
 from moc.format.manifest import Incarnation, Manifest, Parent, encode_lineage

@@ -21,9 +21,10 @@ EVERY = 2
 GRID = [Expert(layer=layer, index=index) for layer in range(LAYERS) for index in range(EXPERTS)]
 
 
-def partial_job(*, k_snapshot: int | None = None, size: int = 2) -> Job:
+def partial_job(*, k_snapshot: int | None = None, size: int = 2, nodes: int = 1) -> Job:
     return Job(
         size=size,
+        nodes=nodes,
         persist_every=EVERY,
         keep_last=TURN,
         run_id=RUN,

@@ -18,7 +18,8 @@ import numpy as np
 
 from moc import errors
 from moc._native import crc32c
-from moc.agent.persister import Outcome, Persister, SaveJob
+from moc.agent.jobs import Outcome, SaveJob
+from moc.agent.persister import Persister
 from moc.config import Config
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Manifest, encode_incarnation

@@ -13,6 +13,7 @@ from moc.errors import PlanDivergedError
 from moc.format.keys import CheckpointName, object_key, parse_object_key
 from moc.format.manifest import Manifest, ObjectRow, decode_manifest, encode_manifest
 from moc.plan.composition import Base, Composition, Sealed, Terms, compose, is_newer, next_base, steps_of_experts
+from moc.plan.offers import offered_experts
 from moc.plan.rotation import even_rotation, expert_counts, rotation_of
 from moc.plan.select import DynamicK, LoadAware, Policy, Sequential
 from moc.routing import BEFORE_DROPS, KEPT, Capture, Routing, lose
@@ -35,7 +36,16 @@ def terms_of(counts: Sequence[int], policy: Policy) -> Terms:
 
 
 def sealed_of(name: CheckpointName, steps: Mapping[Expert, int | None], captures: Sequence[Capture] = ()) -> Sealed:
-    return Sealed(name=name, steps=steps, digest=DIGEST, fingerprint=FINGERPRINT, captures=captures)
+    return Sealed(
+        name=name,
+        steps=steps,
+        digest=DIGEST,
+        fingerprint=FINGERPRINT,
+        routing=captures[0].routing if captures else None,
+        learned={
+            row.expert: row.learned for row in offered_experts(steps, captures, name.step) if row.learned is not None
+        },
+    )
 
 
 def manifest_of(name: CheckpointName, composition: Composition, *, is_finite: bool = True) -> Manifest:

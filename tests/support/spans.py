@@ -73,6 +73,7 @@ ELSEWHERE = {
     "store.wait_retry": "a pause between two requests",
     "agent.meet": "crash/test_nodes.py kills the agents of several nodes as their life begins",
     "save.gather": "crash/test_nodes.py kills agents in joint saves",
+    "save.offer": "crash/test_partial_nodes.py kills agents in joint saves of experts in turn",
     "supervise.live": "the supervisor keeps nothing: its command's processes die as any others",
 }
 """At which nobody is killed in the crash tests, with the place where it is done or the reason why not."""

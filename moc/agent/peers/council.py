@@ -1,9 +1,11 @@
 """What the agents of a life's nodes know together: their reports, and the decision about each save.
 
-A save is made where every node has contributed its receipts. The lowest node puts the manifest; another one does after
-a while, with the same bytes, because the manifest follows from the contributions alone. A save that fails at one node
+Where experts take turns, a save begins with the offers of all nodes, from which all compose the same checkpoint. It is
+made where every node has contributed its receipts. The lowest node puts the manifest; another one does after a while,
+with the same bytes, because the manifest follows from the contributions alone. A save that fails at one node
 fails at all with that node's words; one that is committed is committed, whatever was said before.
-Thread: `hear` on the transport's, `gather` and `announce` on the persist thread, the rest on the agent's main thread.
+Thread: `hear` on the transport's, what blocks or tells of a save on the persist thread, the rest on the agent's main
+thread.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from moc.agent.peers.report import Contribution, Others, Report, Verdict
-from moc.errors import CoordinationError, SaveFailedError, WaitTimeoutError
+from moc.agent.peers.report import Contribution, Others, Report, Verdict, Wish
+from moc.errors import CoordinationError, PlanDivergedError, SaveFailedError, WaitTimeoutError
 from moc.host import Host
 from moc.plan.freeing import Moment, Seal
+from moc.plan.offers import Offer
 
 __all__ = ["Council"]
+
+T = TypeVar("T")
 
 PATIENCE_S = 10.0  # each node waits so much longer than the one before it until it puts a manifest in its place
 SILENCE_S = 10.0  # who has not answered for so long is away; a restart takes a second
@@ -44,6 +50,7 @@ class Council:
         self._reports: dict[int, Report] = {}
         self._heard_s = dict.fromkeys((n for n in range(len(ranks_of)) if n != node), host.now_s())
         self._contributions: dict[Moment, Contribution] = {}
+        self._offer: Offer | None = None
         self._announced: Verdict | None = None
         self._changed = host.event()
         self._end: str | None = None
@@ -74,13 +81,16 @@ class Council:
         passed: Mapping[int, Moment],
         *,
         ended: Iterable[int],
-        wishes: Iterable[Moment],
+        wishes: Iterable[Wish],
         verdicts: Sequence[Verdict],
         done: Sequence[Moment] = (),
     ) -> Report | None:
         """Return what to tell the others, None if that is what they were told last."""
         with self._lock:
             announced, contributions = self._announced, tuple(self._contributions.values())
+            offer = self._offer
+        if offer is not None and any(v.moment == offer.moment and v.error is None for v in verdicts):
+            offer = None  # the verdict says all that others need, and is shorter
         if announced is not None:
             verdicts = [*(verdict for verdict in verdicts if verdict.moment != announced.moment), announced]
         order = (self._born_ns, self._sequence)
@@ -95,6 +105,7 @@ class Council:
             contributions=contributions,
             verdicts=tuple(verdicts),
             done=tuple(done),
+            offer=offer,
         )
         if report == self._told:
             return None
@@ -117,7 +128,7 @@ class Council:
             ),
             passed={rank: moment for report in reports for rank, moment in report.passed},
             ended=frozenset(rank for report in reports for rank in report.ended),
-            wishes=frozenset(moment for report in reports for moment in report.wishes),
+            wishes=frozenset(wish for report in reports for wish in report.wishes),
             verdicts=tuple(verdict for report in reports for verdict in report.verdicts),
             done={report.node: report.done for report in reports},
             silent=silent,
@@ -135,6 +146,42 @@ class Council:
 
     # The persist thread
 
+    def consult(self, mine: Offer, *, timeout_s: float) -> tuple[Offer, ...] | Verdict:
+        """Offer for a save, and return the offers of all nodes, by node, once there are all; or the verdict.
+
+        Blocks: for the others. Raises: as `gather` does.
+        """
+        with self._lock:
+            self._offer = mine
+        self._wake()
+
+        def offers() -> dict[int, Offer]:
+            found = {node: report.offer for node, report in self._reports.items()}
+            return {node: offer for node, offer in found.items() if offer is not None and offer.moment == mine.moment}
+
+        return self._wait_all("offers", mine.moment, mine, offers, timeout_s=timeout_s, patience_s=0.0)
+
+    def confirm(self, mine: Offer) -> None:
+        """Have the others told what this node has composed.
+
+        Raises PlanDivergedError where another one has composed something else, before anything is written: an agent
+        that is replaced may have written a part already, and a key is written with one content only.
+        """
+        with self._lock:
+            self._offer = mine
+            told = {node: report.offer for node, report in sorted(self._reports.items())}
+        self._wake()
+        others = {node: o.composed for node, o in told.items() if o is not None and o.moment == mine.moment}
+        differing = [node for node, digest in others.items() if digest not in (None, mine.composed)]
+        if differing:
+            raise PlanDivergedError(f"nodes compose different checkpoints: step={mine.moment[0]} nodes={differing}")
+
+    def withdraw(self) -> None:
+        """Offer nothing any more: the save has failed here."""
+        with self._lock:
+            self._offer = None
+        self._wake()
+
     def gather(self, mine: Contribution, *, timeout_s: float) -> tuple[Contribution, ...] | Verdict:
         """Contribute to a save, and return all contributions, by node, once it is this node's turn to commit; or the
         verdict, where another one has committed.
@@ -142,40 +189,23 @@ class Council:
         Blocks: for the others. Raises: SaveFailedError with the words of a node that could not, WaitTimeoutError,
         CoordinationError where the life has ended.
         """
-        began_s = self._host.now_s()
-        whole_s: float | None = None
         with self._lock:
             self._contributions.pop(mine.moment, None)
             self._contributions[mine.moment] = mine
             while len(self._contributions) > CONTRIBUTION_LIMIT:
                 del self._contributions[next(iter(self._contributions))]
         self._wake()
-        while True:
-            changed = self._changed
-            if self._end is not None:
-                raise CoordinationError(self._end)
-            verdict = self.verdict(mine.moment)
-            if verdict is not None:
-                if verdict.error is None:
-                    return verdict
-                raise SaveFailedError(verdict.error)
-            parts, lacking = self._parts(mine)
-            now_s = self._host.now_s()
-            if not lacking:
-                whole_s = now_s if whole_s is None else whole_s
-                left_s = whole_s + PATIENCE_S * self.node - now_s
-                if left_s <= 0:
-                    return parts
-            else:
-                whole_s = None
-                left_s = began_s + timeout_s - now_s
-                silent = self.others().silent
-                if left_s <= 0 or (self._is_hurried and set(lacking) & set(silent)):
-                    raise WaitTimeoutError(
-                        f"nodes gave no receipts: step={mine.moment[0]} nodes={lacking} silent={list(silent)} "
-                        f"waited_s={now_s - began_s:.1f} timeout_s={timeout_s}"
-                    )
-            changed.wait(min(left_s, LOOK_S))
+
+        def parts() -> dict[int, Contribution]:
+            return {
+                node: part
+                for node, report in self._reports.items()
+                for part in report.contributions
+                if part.moment == mine.moment
+            }
+
+        patience_s = PATIENCE_S * self.node
+        return self._wait_all("receipts", mine.moment, mine, parts, timeout_s=timeout_s, patience_s=patience_s)
 
     def announce(self, verdict: Verdict) -> None:
         """Have the others told that this node has committed a save, before its own job is done with it."""
@@ -190,18 +220,50 @@ class Council:
         committed = [verdict for verdict in found if verdict.error is None]
         return next(iter(committed or found), None)
 
-    def _parts(self, mine: Contribution) -> tuple[tuple[Contribution, ...], list[int]]:
-        """Return the contributions to a save by node, and the nodes that have made none."""
-        with self._lock:
-            parts = {
-                node: part
-                for node, report in self._reports.items()
-                for part in report.contributions
-                if part.moment == mine.moment
-            }
-        parts[self.node] = mine
-        nodes = range(len(self.ranks_of))
-        return tuple(parts[node] for node in nodes if node in parts), [node for node in nodes if node not in parts]
+    def _wait_all(
+        self,
+        what: str,
+        moment: Moment,
+        mine: T,
+        others: Callable[[], dict[int, T]],
+        *,
+        timeout_s: float,
+        patience_s: float,
+    ) -> tuple[T, ...] | Verdict:
+        """Return what all nodes say to a save, by node, so long after it is whole; or the verdict, if that is sooner.
+
+        `others` reads it from the reports.
+        """
+        began_s = self._host.now_s()
+        whole_s: float | None = None
+        while True:
+            changed = self._changed
+            if self._end is not None:
+                raise CoordinationError(self._end)
+            verdict = self.verdict(moment)
+            if verdict is not None:
+                if verdict.error is None:
+                    return verdict
+                raise SaveFailedError(verdict.error)
+            with self._lock:
+                found = {**others(), self.node: mine}
+            lacking = [node for node in range(len(self.ranks_of)) if node not in found]
+            now_s = self._host.now_s()
+            if not lacking:
+                whole_s = now_s if whole_s is None else whole_s
+                left_s = whole_s + patience_s - now_s
+                if left_s <= 0:
+                    return tuple(part for _, part in sorted(found.items()))
+            else:
+                whole_s = None
+                left_s = began_s + timeout_s - now_s
+                silent = self.others().silent
+                if left_s <= 0 or (self._is_hurried and set(lacking) & set(silent)):
+                    raise WaitTimeoutError(
+                        f"nodes gave no {what}: step={moment[0]} nodes={lacking} silent={list(silent)} "
+                        f"waited_s={now_s - began_s:.1f} timeout_s={timeout_s}"
+                    )
+            changed.wait(min(left_s, LOOK_S))
 
     def _stir(self) -> None:
         """Wake the save that waits."""

@@ -6,18 +6,22 @@ which of two is newer, across restarts of an agent too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from moc.errors import MocError, UsageError
-from moc.format.keys import parse_object_key
+from moc.format.keys import ATTEMPT_PATTERN, INCARNATION_LIMIT, LAST_STEP, parse_object_key
 from moc.format.manifest import ObjectRow, Parent
 from moc.persist import Receipt
-from moc.plan.freeing import Moment, Seal
+from moc.plan.freeing import Moment, Seal, second_attempt
+from moc.plan.offers import Attempt, Offer, OfferedExpert
 from moc.routing import Routing
+from moc.state import Expert
 
-__all__ = ["NOBODY", "Contribution", "Others", "Report", "Verdict", "report_from_json"]
+__all__ = ["NOBODY", "Contribution", "Others", "Report", "Verdict", "Wish", "report_from_json"]
 
 T = TypeVar("T")
 
@@ -33,7 +37,25 @@ class Contribution:
     parent: Parent | None
     receipts: tuple[Receipt, ...]
     routing: Routing | None = None
-    """The routes of the run as one of the node's ranks has captured them."""
+    """The routes of the run as one of the node's ranks has captured them; None where the nodes composed together."""
+    composed: str | None = None
+    """The digest of what the nodes have composed together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Wish:
+    """A moment that is to be saved although nobody has flagged it: an agent leaves. With `is_second` its checkpoint is
+    another one than the moment's own, because it has other experts.
+    """
+
+    moment: Moment
+    is_second: bool
+
+    @property
+    def target(self) -> Moment:
+        """The moment of the checkpoint."""
+        step, attempt = self.moment
+        return (step, second_attempt(attempt) if self.is_second else attempt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +72,9 @@ class Report:
     """All that one node's agent knows of its life.
 
     held: the moments in its memory, and which of its ranks hold them. passed: how far each rank has come; what it has
-    passed and does not hold, it never will. ended: ranks whose trainer is dead. wishes: moments whose save has not
-    ended here. done: the newest moments of which every host of this node that is not away holds a replica.
+    passed and does not hold, it never will. ended: ranks whose trainer is dead. wishes: what this agent leaves with.
+    done: the newest moments of which every host of this node that is not away holds a replica. offer: for a save in
+    which experts take turns, until it is committed.
     """
 
     node: int
@@ -60,10 +83,11 @@ class Report:
     held: tuple[tuple[Moment, tuple[int, ...]], ...]
     passed: tuple[tuple[int, Moment], ...]
     ended: tuple[int, ...]
-    wishes: tuple[Moment, ...]
+    wishes: tuple[Wish, ...]
     contributions: tuple[Contribution, ...]
     verdicts: tuple[Verdict, ...]
     done: tuple[Moment, ...] = ()
+    offer: Offer | None = None
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -73,10 +97,11 @@ class Report:
             "held": [[*moment, list(ranks)] for moment, ranks in self.held],
             "passed": [[rank, *moment] for rank, moment in self.passed],
             "ended": list(self.ended),
-            "wishes": [list(moment) for moment in self.wishes],
+            "wishes": [[*wish.moment, wish.is_second] for wish in self.wishes],
             "contributions": [_contribution_to_json(part) for part in self.contributions],
             "verdicts": [[*v.moment, v.size_bytes, v.error] for v in self.verdicts],
             "done": [list(moment) for moment in self.done],
+            "offer": None if self.offer is None else _offer_to_json(self.offer),
         }
 
 
@@ -90,7 +115,7 @@ class Others:
     seals: tuple[Seal, ...] = ()
     passed: Mapping[int, Moment] = field(default_factory=dict)
     ended: frozenset[int] = frozenset()
-    wishes: frozenset[Moment] = frozenset()
+    wishes: frozenset[Wish] = frozenset()
     verdicts: tuple[Verdict, ...] = ()
     done: Mapping[int, tuple[Moment, ...]] = field(default_factory=dict)
     silent: tuple[int, ...] = ()
@@ -109,13 +134,14 @@ def report_from_json(body: Mapping[str, Any], *, node: int, ranks: tuple[int, ..
             held=tuple((_moment(row[:2]), tuple(map(_count, row[2]))) for row in body["held"]),
             passed=tuple((_count(row[0]), _moment(row[1:])) for row in body["passed"]),
             ended=tuple(map(_count, body["ended"])),
-            wishes=tuple(map(_moment, body["wishes"])),
+            wishes=tuple(map(_wish_from_json, body["wishes"])),
             contributions=tuple(map(_contribution_from_json, body["contributions"])),
             verdicts=tuple(
                 Verdict(moment=_moment(row[:2]), size_bytes=_count(row[2]), error=_maybe(_text, row[3]))
                 for row in body["verdicts"]
             ),
             done=tuple(map(_moment, body["done"])),
+            offer=_maybe(_offer_from_json, body["offer"]),
         )
     except (LookupError, TypeError, ValueError, AttributeError, MocError) as error:
         raise UsageError(f"report is not readable: node={node} reason={type(error).__name__}: {error}") from error
@@ -131,11 +157,11 @@ def _contribution_to_json(part: Contribution) -> list[object]:
     parent = part.parent
     above = None if parent is None else [parent.incarnation, parent.step, parent.attempt]
     routing = None if part.routing is None else part.routing.to_json()
-    return [*part.moment, above, [_receipt_to_json(receipt) for receipt in part.receipts], routing]
+    return [*part.moment, above, [_receipt_to_json(receipt) for receipt in part.receipts], routing, part.composed]
 
 
 def _contribution_from_json(row: Any) -> Contribution:
-    step, attempt, above, receipts, routing = row
+    step, attempt, above, receipts, routing, composed = row
     return Contribution(
         moment=_moment([step, attempt]),
         parent=_maybe(
@@ -143,7 +169,48 @@ def _contribution_from_json(row: Any) -> Contribution:
         ),
         receipts=tuple(map(_receipt_from_json, receipts)),
         routing=_maybe(Routing.from_json, routing),
+        composed=_maybe(_text, composed),
     )
+
+
+def _offer_to_json(offer: Offer) -> dict[str, object]:
+    return {
+        "moment": list(offer.moment),
+        "experts": [
+            [row.expert.layer, row.expert.index, row.step, *([] if row.learned is None else [row.learned])]
+            for row in offer.experts
+        ],
+        "is_whole": offer.is_whole,
+        "is_inherited": offer.is_inherited,
+        "base": None if offer.base is None else list(offer.base),
+        "finite": [list(attempt) for attempt in offer.finite],
+        "routing": None if offer.routing is None else offer.routing.to_json(),
+        "composed": offer.composed,
+    }
+
+
+def _offer_from_json(body: Any) -> Offer:
+    offer = Offer(
+        moment=_moment(body["moment"]),
+        experts=tuple(_expert_from_json(*row) for row in body["experts"]),
+        is_whole=_fact(body["is_whole"]),
+        is_inherited=_fact(body["is_inherited"]),
+        base=_maybe(_attempt, body["base"]),
+        finite=tuple(map(_attempt, body["finite"])),
+        routing=_maybe(Routing.from_json, body["routing"]),
+        composed=_maybe(_text, body["composed"]),
+    )
+    step, experts = offer.moment[0], [row.expert for row in offer.experts]
+    if any(one >= other for one, other in pairwise(experts)):
+        raise ValueError(f"experts are not ascending: step={step}")
+    if any(row.step is not None and row.step > step for row in offer.experts):
+        raise ValueError(f"an expert is newer than its snapshot: step={step}")
+    return offer
+
+
+def _expert_from_json(layer: Any, index: Any, step: Any, learned: Any = None) -> OfferedExpert:
+    expert = Expert(layer=_count(layer), index=_count(index))
+    return OfferedExpert(expert=expert, step=_maybe(_count, step), learned=_maybe(_count, learned))
 
 
 def _receipt_to_json(receipt: Receipt) -> list[object]:
@@ -153,19 +220,39 @@ def _receipt_to_json(receipt: Receipt) -> list[object]:
 
 def _receipt_from_json(row: Any) -> Receipt:
     rank, digest, is_finite, rows = row
-    if not isinstance(is_finite, bool):
-        raise TypeError(f"not a fact: {is_finite!r}")
     objects = []
     for key, *numbers in rows:
         parse_object_key(_text(key))
         size, header, crc = map(_count, numbers)
         objects.append(ObjectRow(key=key, size_bytes=size, header_bytes=header, header_crc32c=crc))
-    return Receipt(rank=_count(rank), digest=_text(digest), rows=tuple(objects), is_finite=is_finite)
+    return Receipt(rank=_count(rank), digest=_text(digest), rows=tuple(objects), is_finite=_fact(is_finite))
+
+
+def _wish_from_json(row: Any) -> Wish:
+    step, attempt, is_second = row
+    if not re.fullmatch(ATTEMPT_PATTERN, _text(attempt), re.ASCII):
+        raise ValueError(f"not an attempt: {attempt!r}")
+    return Wish(moment=(_count(step), attempt), is_second=_fact(is_second))
 
 
 def _moment(row: Any) -> Moment:
     step, attempt = row
     return (_count(step), _text(attempt))
+
+
+def _attempt(row: Any) -> Attempt:
+    incarnation, step, attempt = row
+    if not 1 <= _count(incarnation) <= INCARNATION_LIMIT or _count(step) > LAST_STEP:
+        raise ValueError(f"not an attempt: {row!r}")
+    if not re.fullmatch(ATTEMPT_PATTERN, _text(attempt), re.ASCII):
+        raise ValueError(f"not an attempt: {row!r}")
+    return (incarnation, step, attempt)
+
+
+def _fact(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"not a fact: {value!r}")
+    return value
 
 
 def _count(value: Any) -> int:
