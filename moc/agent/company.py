@@ -156,7 +156,7 @@ class Company:
             custody.passed,
             ended=ended,
             wishes=saves.wishes,
-            verdicts=saves.verdicts(number),
+            verdicts=saves.verdicts(number, council.asked()),
             done=custody.done,
         )
         self._fellows.publish(report)

@@ -188,14 +188,17 @@ class Saves:
                 self._persister.list_again()
             self._remember(Outcome(name=name, size_bytes=verdict.size_bytes, seconds=0.0, error=verdict.error))
 
-    def verdicts(self, incarnation: int) -> list[Verdict]:
-        """Return how the newest saves of a life have ended, for the agents of other nodes."""
+    def verdicts(self, incarnation: int, asked: Collection[Moment] = ()) -> list[Verdict]:
+        """Return how the newest saves of a life have ended, and those that other nodes are at, for their agents.
+
+        Else a save that one of them is slow to hear of would be forgotten behind many that were skipped since.
+        """
         found = [
             Verdict(moment=moment, size_bytes=outcome.size_bytes, error=outcome.error)
             for (number, moment), outcome in self._outcomes.items()
             if number == incarnation
         ]
-        return found[-VERDICT_LIMIT:]
+        return [verdict for verdict in found[:-VERDICT_LIMIT] if verdict.moment in asked] + found[-VERDICT_LIMIT:]
 
     def give_up(self, custody: Custody, moment: Moment, reason: str) -> None:
         """End a save that was not started."""

@@ -68,7 +68,7 @@ class Node(Desk):
             self.custody.passed,
             ended=(),
             wishes=self.saves.wishes,
-            verdicts=self.saves.verdicts(self.custody.life.record.number),
+            verdicts=self.saves.verdicts(self.custody.life.record.number, self.council.asked()),
         )
         if told is not None:
             ranks = self.custody.life.ranks
@@ -289,6 +289,23 @@ def test_nodes_that_leave_while_one_of_them_has_begun_a_turn_store_all_at_once(t
     last = _manifests(storage)[-1]
     assert (last.name.step, last.name.attempt) == target
     assert last.stale_experts == ()
+
+
+def test_how_a_save_has_ended_is_told_to_who_is_at_it_however_many_were_skipped_since(turning: Pair) -> None:
+    first, second = turning
+    for node in turning:
+        node.seal(6, record=0, flags=PERSIST)
+        node.custody.scan()
+    first.tell(second)
+    second.look()
+    assert second.custody.is_saving((6, "00000006"))
+    first.saves.give_up(first.custody, (6, "00000006"), "of the test")
+    for step in range(7, 40):
+        first.saves.give_up(first.custody, (step, "00000000"), "a rank skipped its snapshot")
+
+    _talk_until(turning, lambda: (6, "00000006") in _moments(second), may_start=False)
+
+    assert "of the test" in str(second.saves.last_error)
 
 
 def test_a_node_that_knows_of_no_commit_grows_its_checkpoint_from_the_other_ones(turning: Pair, storage: str) -> None:

@@ -134,6 +134,13 @@ class Council:
             silent=silent,
         )
 
+    def asked(self) -> frozenset[Moment]:
+        """Return the saves that other nodes are at, or were not long ago."""
+        with self._lock:
+            reports = list(self._reports.values())
+        offered = {report.offer.moment for report in reports if report.offer is not None}
+        return frozenset(offered.union(part.moment for report in reports for part in report.contributions))
+
     def hurry(self) -> None:
         """Wait for silent nodes no longer: this agent is about to leave."""
         self._is_hurried = True
