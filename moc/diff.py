@@ -13,15 +13,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from moc._native import crc32c
-from moc.errors import ShardCorruptError
 from moc.format.contents import live_shards
-from moc.format.keys import parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader, StoredShard
-from moc.format.tagged import ArrayValue, decode_state
+from moc.format.relative import whole_state
+from moc.format.tagged import ArrayValue
 from moc.repository import Repository
 from moc.state import DTYPE_BYTES
 from moc.store.port import Progress
@@ -237,18 +237,13 @@ def _facts(a: Manifest, b: Manifest) -> Iterator[tuple[str, object, object]]:
 
 def _states(side: Side) -> dict[tuple[int, str], str]:
     """Return every value of the small state as text, by rank and path."""
-    values: dict[tuple[int, str], str] = {}
-    for row, header in side.headers:
-        if header.state is None:
-            continue
-        position, length, expected = header.state
-        blob = bytearray(length)
-        side.repository.read_range(row, position, memoryview(blob))
-        if crc32c(blob) != expected:
-            raise ShardCorruptError(f"checksum mismatch: key={row.key} shard=state expected={expected:08x}")
-        rank = parse_object_key(row.key)[1]
-        values.update(((rank, path), text) for path, text in _leaves(decode_state(memoryview(blob)), ""))
-    return values
+    dense = {header.rank: (row, header) for row, header in side.headers if header.state is not None}
+
+    @lru_cache(maxsize=2)  # a rank's own, and the one that most are relative to
+    def fetch(rank: int) -> bytes:
+        return side.repository.read_state(*dense[rank])
+
+    return {(rank, path): text for rank in dense for path, text in _leaves(whole_state(rank, dense, fetch), "")}
 
 
 def _leaves(value: object, path: str) -> Iterator[tuple[str, str]]:

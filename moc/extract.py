@@ -22,7 +22,7 @@ from moc.repository import Finding, Repository
 from moc.store.port import Progress
 from moc.store.translate import translate_os_error
 from moc.trace import Trace
-from moc.verify import CheckedObject, check_structure
+from moc.verify import CheckedObject, check_states, check_structure
 
 __all__ = ["ExtractReport", "extract"]
 
@@ -59,6 +59,7 @@ def extract(
         manifest = source.read_manifest(name)
         objects, findings = check_structure(source, manifest)
         _raise_first(findings)
+        _raise_first(check_states(source, objects)[0])
         record = _record(manifest)
         present = _require_target(target, manifest, record)
     try:

@@ -13,6 +13,7 @@ from moc.errors import ShardCorruptError
 from moc.format.keys import CheckpointName, object_key
 from moc.format.manifest import ObjectRow
 from moc.format.object import ObjectHeader, StoredShard, align, encode_header
+from moc.format.relative import StateBase, outline_of, relative_state
 from moc.format.tagged import decode_state
 from moc.repository import Repository
 from moc.routing import ROUTING_KEY, Capture
@@ -21,7 +22,7 @@ from moc.snapshot.seal import SealRecord
 from moc.state import Expert
 from moc.trace import Trace
 
-__all__ = ["Receipt", "checkpoint_name", "persist_rank", "read_capture"]
+__all__ = ["Receipt", "checkpoint_name", "persist_rank", "read_base", "read_capture"]
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -46,9 +47,7 @@ def read_capture(arena: Arena, record: SealRecord) -> Capture | None:
 
     Raises: ShardCorruptError where memory has changed since the seal, or nobody can have meant what it says.
     """
-    arena.check_state(record)
-    with arena.view(arena.state_offset(record.rank, record.slots), record.state_bytes) as view:
-        tree = decode_state(bytes(view))  # a copy: arrays in the tree must not keep the arena open
+    tree = decode_state(_read_state(arena, record))
     if not isinstance(tree, Mapping) or ROUTING_KEY not in tree:
         return None
     try:
@@ -59,15 +58,26 @@ def read_capture(arena: Arena, record: SealRecord) -> Capture | None:
         ) from error
 
 
+def read_base(arena: Arena, record: SealRecord) -> StateBase:
+    """Return what other ranks' states may be stored relative to, if this rank's is stored whole.
+
+    Raises: ShardCorruptError where memory has changed since the seal.
+    """
+    return StateBase(rank=record.rank, outline=outline_of(decode_state(_read_state(arena, record))))
+
+
 def persist_rank(
     arena: Arena,
     record: SealRecord,
     repository: Repository,
     *,
     experts: Collection[Expert] | None = None,
+    base: StateBase | None = None,
     trace: Trace,
 ) -> Receipt:
     """Check the dense part and these experts (None: all) against the seal, then put their objects.
+
+    The small state is stored relative to that of the `base`, if that is another rank of the same snapshot.
 
     Thread: any. Blocks: until durable. Raises: ShardCorruptError where memory has changed since the seal, StorageError.
     """
@@ -81,10 +91,13 @@ def persist_rank(
     with trace.span("persist.check", rank=record.rank, step=record.step):
         arena.check(record, units)
         is_finite = _is_finite(arena, record, units)
+        state = _read_state(arena, record)
+        if base is not None and base.rank != record.rank:
+            state = relative_state(state, base) or state
     rows = []
     pieces = {"d": (0,)} | ({"e00": chosen} if chosen else {})
     for piece, numbers in pieces.items():
-        header, segments = _compose(arena, record, piece, numbers)
+        header, segments = _compose(arena, record, piece, numbers, state)
         encoded = encode_header(header)
         key = object_key(header.name, record.rank, piece)
         try:
@@ -104,10 +117,17 @@ def persist_rank(
     return Receipt(rank=record.rank, digest=record.digest, rows=tuple(rows), is_finite=is_finite)
 
 
+def _read_state(arena: Arena, record: SealRecord) -> bytes:
+    """Return a copy of a rank's state blob: arrays of its tree must not keep the arena open."""
+    arena.check_state(record)
+    with arena.view(arena.state_offset(record.rank, record.slots), record.state_bytes) as view:
+        return bytes(view)
+
+
 def _compose(
-    arena: Arena, record: SealRecord, piece: str, units: tuple[int, ...]
+    arena: Arena, record: SealRecord, piece: str, units: tuple[int, ...], blob: bytes
 ) -> tuple[ObjectHeader, list[memoryview]]:
-    """Return the header and the data segments of one object made of these units' slots."""
+    """Return the header and the data segments of one object made of these units' slots and the state blob."""
     layout, shards = arena.rank_layout(record.rank), arena.catalog(record.rank).shards
     stored: list[StoredShard] = []
     segments: list[memoryview] = []
@@ -124,12 +144,14 @@ def _compose(
                     crc32c=record.crcs[index],
                 )
             )
-        length = unit.size_bytes
-        if unit.state_position is not None:
-            state = (reached + unit.state_position, record.state_bytes, record.state_crc32c)
-            length = unit.state_position + align(record.state_bytes)
-        segments.append(arena.view(arena.slot_offset(record.rank, number, record.slots[number]), length))
+        length = unit.size_bytes if unit.state_position is None else unit.state_position
+        if length:
+            segments.append(arena.view(arena.slot_offset(record.rank, number, record.slots[number]), length))
         reached += length
+        if unit.state_position is not None:
+            state = (reached, len(blob), crc32c(blob))
+            segments.append(memoryview(blob.ljust(align(len(blob)), b"\0")))
+            reached += align(len(blob))
     header = ObjectHeader(
         name=checkpoint_name(record),
         rank=record.rank,

@@ -19,6 +19,7 @@ from moc.format.contents import contradictions, live_shards
 from moc.format.keys import parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
+from moc.format.relative import whole_state
 from moc.format.tagged import decode_state, expect_mapping
 from moc.host import Host
 from moc.plan.lineage import STORAGE, Candidate
@@ -140,14 +141,12 @@ class StorageSource:
     def state(self, rank: int) -> tuple[object, bool]:
         dense = {parse_object_key(r.key)[1]: r for r in self._manifest.objects if parse_object_key(r.key)[2] == "d"}
         holder = rank if rank in dense else rank % len(dense)
-        row = dense[holder]
-        header = self._header(row)
-        if header.state is None:
-            raise ShardCorruptError(f"object carries no state: key={row.key}")
-        position, length, expected = header.state
-        blob = bytearray(length)
-        self._repository.read_range(row, position, memoryview(blob))
-        return decode_checked(bytes(blob), expected, f"key={row.key}"), holder == rank
+
+        def fetch(other: int) -> bytes:
+            row = dense[other]
+            return self._repository.read_state(row, self._header(row))
+
+        return whole_state(holder, dense, fetch), holder == rank
 
     def _placed_in(self, objects: Sequence[ObjectRow]) -> Placing:
         rows: list[Placed] = []

@@ -238,6 +238,18 @@ class Repository:
         """Fill `view` from byte `position` of the object's data area; the caller checks the crc32c."""
         self.store.read_into(row.key, row.header_bytes + position, view)
 
+    def read_state(self, row: ObjectRow, header: ObjectHeader) -> bytes:
+        """Return the state blob of a dense object; raises ShardCorruptError if its checksum is not the header's."""
+        if header.state is None:
+            raise ShardCorruptError(f"object carries no state: key={row.key}")
+        position, length, expected = header.state
+        blob = bytearray(length)
+        self.read_range(row, position, memoryview(blob))
+        actual = crc32c(blob)
+        if actual != expected:
+            raise ShardCorruptError(f"state checksum mismatch: key={row.key} expected={expected} actual={actual}")
+        return bytes(blob)
+
     def objects(self) -> list[Entry]:
         """Return every stored object, by key."""
         return self.store.list(OBJECTS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from moc._native import crc32c
@@ -35,10 +36,10 @@ from moc.format.keys import (
 )
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
+from moc.format.relative import whole_state
 from moc.format.stale import sources
-from moc.format.tagged import decode_state
 from moc.plan.lineage import chain, is_on_chain
-from moc.readback import WRONG, Region, check_data, require_crc
+from moc.readback import WRONG, Region, check_data
 from moc.repository import Finding, Repository
 from moc.state import Expert, check_coverage
 from moc.store.port import Progress
@@ -47,6 +48,7 @@ __all__ = [
     "CheckedObject",
     "RepositoryReport",
     "VerifyReport",
+    "check_states",
     "check_structure",
     "data_bytes",
     "verify_checkpoint",
@@ -116,7 +118,7 @@ def verify_checkpoint(
     objects, findings = check_structure(repository, manifest)
     findings += _source_findings(repository, manifest)
     bytes_read = sum(entry.row.header_bytes for entry in objects)
-    found, state_bytes = _check_states(repository, objects)
+    found, state_bytes = check_states(repository, objects)
     findings += found
     shards, data_read = 0, 0
     if read_data_fraction > 0:
@@ -217,26 +219,32 @@ def _source_findings(repository: Repository, manifest: Manifest) -> Iterator[Fin
             yield Finding(key=manifest_key(name), error=ManifestCorruptError(words))
 
 
-def _check_states(repository: Repository, objects: Sequence[CheckedObject]) -> tuple[list[Finding], int]:
-    """Read and decode every state blob: small, and a recovery needs them all."""
+def check_states(repository: Repository, objects: Sequence[CheckedObject]) -> tuple[list[Finding], int]:
+    """Read and decode every state blob, since a recovery needs them all; returns the bytes read as well."""
     findings: list[Finding] = []
-    bytes_read = 0
-    for entry in objects:
-        if entry.header.state is None:
-            continue
-        position, length, expected = entry.header.state
-        blob = bytearray(length)
+    dense = {entry.header.rank: entry for entry in objects if entry.header.state is not None}
+    damaged: set[int] = set()
+
+    @lru_cache(maxsize=2)  # a rank's own, and the one that most are relative to
+    def read(rank: int) -> bytes:
+        return repository.read_state(dense[rank].row, dense[rank].header)
+
+    for rank, entry in sorted(dense.items()):
+        asked: list[int] = []
+
+        def fetch(other: int, asked: list[int] = asked) -> bytes:
+            asked.append(other)
+            return read(other)
+
         try:
-            repository.read_range(entry.row, position, memoryview(blob))
-            bytes_read += length
-            require_crc(entry.row.key, STATE_NAME, expected, crc32c(blob))
-            try:
-                decode_state(memoryview(blob))
-            except IntegrityError as error:
-                raise ManifestCorruptError(f"state does not decode: key={entry.row.key} {error}") from error
+            whole_state(rank, dense, fetch)
         except WRONG as error:
-            findings.append(Finding(key=entry.row.key, error=error))
-    return findings, bytes_read
+            if damaged.isdisjoint(asked):  # else it is the other rank's fault, and that has been said
+                words = f"state does not decode: key={entry.row.key} {error}"
+                is_decoding = isinstance(error, ManifestCorruptError)
+                findings.append(Finding(key=entry.row.key, error=ManifestCorruptError(words) if is_decoding else error))
+            damaged.add(rank)
+    return findings, sum(entry.header.state[1] for entry in dense.values() if entry.header.state is not None)
 
 
 def _sample(name: CheckpointName, entry: CheckedObject, fraction: float, seed: int) -> tuple[Region, ...]:

@@ -29,7 +29,7 @@ from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Parent, decode_lineage
 from moc.gc import Retention
 from moc.host import Host
-from moc.persist import Receipt, persist_rank
+from moc.persist import Receipt, persist_rank, read_base
 from moc.plan.composition import Composition
 from moc.plan.offers import Offer, joined
 from moc.repository import Repository
@@ -197,11 +197,14 @@ class Persister:
 
     def _write(self, job: SaveJob, repository: Repository, experts: frozenset[Expert]) -> list[Receipt]:
         """Put the objects of this node's ranks."""
-        began_s = self._host.now_s()
+        records, began_s = tuple(job.records.values()), self._host.now_s()
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
+            base = read_base(job.arena, min(records, key=lambda record: record.rank))
             receipts = self._host.map(
-                lambda record: persist_rank(job.arena, record, repository, experts=experts, trace=self._trace),
-                tuple(job.records.values()),
+                lambda record: persist_rank(
+                    job.arena, record, repository, experts=experts, base=base, trace=self._trace
+                ),
+                records,
                 workers=_writers(repository),
                 name="moc-write",
             )

@@ -155,7 +155,7 @@ def _block(fields: Fields, run: str) -> Block:
 def _ranks(fields: Fields, *, count: int) -> list[int]:
     """Return the ranks of the runs, `count` of them: so a hostile run takes no memory."""
     ranks: list[int] = []
-    expected = f"runs of [first, count], apart and ascending, {count} ranks below {RANK_LIMIT} together"
+    expected = f"runs of [first, count], apart, ascending, each rank once, {count} below {RANK_LIMIT} together"
     for run in fields.rows("ranks"):
         if not isinstance(run, list) or len(run) != 2 or not all(type(number) is int for number in run):
             raise fields.wrong("ranks", expected)

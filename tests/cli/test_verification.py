@@ -108,7 +108,7 @@ def test_an_object_listed_twice_or_left_out_is_found() -> None:
     builder.repository.put_manifest(replace(manifest, objects=manifest.objects[:-1]))
     less = verify_checkpoint(builder.repository, manifest.name)
 
-    assert any("named twice" in str(finding) for finding in twice.findings)
+    assert any("each rank once" in str(finding) for finding in twice.findings)
     assert any("number of tensors" in str(finding) for finding in less.findings)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from moc.format.contents import live_shards
 from moc.format.manifest import Manifest
-from moc.format.tagged import decode_state
+from moc.recover import StorageSource
 from moc.repository import Repository
 from moc.routing import ROUTING_KEY, Capture
 from moc.state import Expert
@@ -131,15 +131,11 @@ def check_versions(repository: Repository, manifest: Manifest) -> None:
 def captures_of(repository: Repository, manifest: Manifest) -> list[Capture]:
     """Return what the state of each rank says in a checkpoint."""
     captures = []
-    for row in manifest.objects:
-        header = repository.read_header(row)
-        if header.state is not None:
-            position, length, _ = header.state
-            blob = bytearray(length)
-            repository.read_range(row, position, memoryview(blob))
-            tree = decode_state(bytes(blob))
-            assert isinstance(tree, dict)
-            captures.append(Capture.from_tree(tree[ROUTING_KEY]))
+    for rank in range(int(str(manifest.topology["world_size"]))):
+        tree, is_exact = StorageSource(repository, manifest, rank=rank).state(rank)
+        assert is_exact
+        assert isinstance(tree, dict)
+        captures.append(Capture.from_tree(tree[ROUTING_KEY]))
     return captures
 
 

@@ -1,4 +1,4 @@
-"""Golden partial checkpoints with one thing wrong, each with what `moc verify` must say about it.
+"""Golden checkpoints, partial or with relative states, with one thing wrong, each with what `moc verify` must say.
 
 The newest one, of step 40, has experts of the steps 10, 20, 28 and 40, from four attempts.
 """
@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from moc.format.object import ObjectHeader
+from moc._native import crc32c
+from moc.format.object import ObjectHeader, align, encode_header
+from moc.format.tagged import decode_state, encode_state
 from tests.golden.broken import Broken, Case
-from tests.support.forge import forge_record
+from tests.support.forge import forge_object, forge_record
 
 __all__ = ["PARTIAL_CASES"]
 
 PARTIAL = "partial"
 NEWEST = "manifests/000002-golden-1/000000000040-"
 OLD = "000000000010-9d5d5c10/r00001-e00.safetensors"
+FIRST, SECOND = "r00000-d.safetensors", "r00001-d.safetensors"
 OLDER_VERSION = "000000000030-da951ee4/r00000-e00.safetensors"
 
 
@@ -66,6 +69,25 @@ def _fork_earlier(broken: Broken) -> None:
 def _block(words: str, number: int, **fields: object) -> Case:
     """Return a case of the present version in which a block of the newest manifest's objects has other fields."""
     return Case(PARTIAL, lambda b: b.rows(lambda blocks: blocks[number].update(fields)), words, NEWEST, version=2)
+
+
+def _relative(words: str, **fields: object) -> Case:
+    """Return a case in which rank 1's state says something else of how it follows from rank 0's."""
+
+    def change(broken: Broken) -> None:
+        checkpoint = broken._newest()
+        row = next(r for r in broken.repository.read_manifest(checkpoint).objects if r.key.endswith(SECOND))
+        header = broken.repository.read_header(row)
+        assert header.state is not None
+        tree = decode_state(broken.repository.read_state(row, header))
+        assert isinstance(tree, dict)
+        blob = encode_state(tree | fields).to_bytes()
+        begin = header.state[0]
+        data = (broken.root / row.key).read_bytes()[row.header_bytes :][:begin] + blob.ljust(align(len(blob)), b"\0")
+        changed = replace(header, state=(begin, len(blob), crc32c(blob)), data_bytes=len(data))
+        forge_object(broken.repository, checkpoint, row.key, encode_header(changed), data)
+
+    return Case("alike", change, words, SECOND, version=2)
 
 
 PARTIAL_CASES: Mapping[str, Case] = {
@@ -123,6 +145,15 @@ PARTIAL_CASES: Mapping[str, Case] = {
     ),
     "blocks of another version": Case(
         PARTIAL, lambda b: b.record("manifests/*/*.json", version=1), "field=header", NEWEST, version=2
+    ),
+    "a state relative to itself": _relative("no other rank", relative_to=1),
+    "a state relative to a rank that is not there": _relative("no other rank", relative_to=7),
+    "a state that does not follow": _relative("does not follow", changes=[]),
+    "a state of another checksum": _relative("does not follow", crc32c=1),
+    "a state with a change where nothing is": _relative("the other has nothing", changes=[[["x", "y"], 1]]),
+    "a state with changes of another kind": _relative("malformed", changes=[1]),
+    "bit in a state that another one is relative to": Case(
+        "alike", lambda b: b.flip(f"objects/*/*/{FIRST}", -4000), "state", FIRST, version=2
     ),
     "routes that are not all there": Case(
         PARTIAL, lambda b: b.record("manifests/*/*.json", plt={"basis": "kept"}), "field=plt", NEWEST

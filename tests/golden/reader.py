@@ -112,7 +112,24 @@ def read_checkpoint(root: Path, manifest: Path) -> Contents:
         whole[name] = (dtype, shape, b"".join(data for _, data in sorted(pieces[name])))
     if len(whole) != body["tensors"]:
         raise ValueError("another number of tensors")
+    states = {rank: _whole(tree, states) for rank, tree in states.items()}
     return Contents(is_finite=body["is_finite"], tensors=whole, states=states)
+
+
+def _whole(tree: object, states: dict[int, object]) -> object:
+    """Return a rank's tree, also where its blob says only how it differs from another rank's."""
+    if not isinstance(tree, dict) or list(tree) != ["relative_to", "size", "crc32c", "changes"]:
+        return tree
+    whole = states[tree["relative_to"]]
+    for path, value in tree["changes"]:
+        whole = _changed(whole, path, value)
+    return whole
+
+
+def _changed(tree: Any, path: list[str], value: object) -> object:
+    if not path:
+        return value
+    return {key: _changed(item, path[1:], value) if key == path[0] else item for key, item in tree.items()}
 
 
 def _rows(body: dict[str, Any]) -> list[dict[str, Any]]:

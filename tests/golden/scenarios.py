@@ -18,7 +18,7 @@ from moc.format.manifest import Incarnation, Manifest, Parent
 from moc.format.tagged import ArrayValue
 from moc.gc import Retention
 from moc.host import SystemHost
-from moc.persist import checkpoint_name, persist_rank
+from moc.persist import checkpoint_name, persist_rank, read_base
 from moc.plan.layout import arrange_arena
 from moc.plan.rotation import expert_counts, rotation_of
 from moc.plan.turns import Turns
@@ -140,7 +140,8 @@ class Golden:
     def _commit(
         self, arena: Arena, records: list[SealRecord], parent: Parent | None, values: list[dict[str, bytes]]
     ) -> None:
-        receipts = [persist_rank(arena, record, self.repository, trace=Trace()) for record in records]
+        base = read_base(arena, records[0])
+        receipts = [persist_rank(arena, record, self.repository, base=base, trace=Trace()) for record in records]
         manifest = build_manifest(self.plan, checkpoint_name(records[0]), parent, receipts)
         commit(self.repository, manifest, trace=Trace())
         for record in records:
@@ -242,6 +243,20 @@ def small_state(rank: int, step: int) -> dict[str, object]:
     return {"step": step, "rng": ArrayValue(dtype="U8", shape=(noise.nbytes,), kind="torch", data=noise)}
 
 
+def _mostly_alike(rank: int, step: int) -> dict[str, object]:
+    """Return a tree of which ranks have most alike: what differs is one of three buffers, and random numbers."""
+    noise = hashlib.shake_128(f"buffers/{step}".encode()).digest(600)
+    buffers = {"mask": noise[:300], "mean": noise[300:340] + bytes([rank]), "router": noise[341:]}
+    return {
+        "engine": {"global_steps": step, "names": ["layers.0", "layers.1"] * 9},
+        "buffers": {
+            name: ArrayValue(dtype="U8", shape=(len(data),), kind="torch", data=memoryview(data))
+            for name, data in buffers.items()
+        },
+        **small_state(rank, step),
+    }
+
+
 def _every_value(rank: int, step: int) -> dict[str, object]:
     """Return a tree with a value of each kind that a state may hold."""
     numbers = memoryview(struct.pack("<6f", *(step + i / 4 for i in range(6))))
@@ -276,7 +291,7 @@ def _one_rank(store: Store) -> Golden:
     return golden
 
 
-def _two_ranks(store: Store) -> Golden:
+def _two_ranks(store: Store, state_of: Callable[[int, int], dict[str, object]] = small_state) -> Golden:
     """Two ranks: dense tensors cut in unequal parts, two experts in each of two layers, one per rank."""
     catalogs = []
     for rank in range(2):
@@ -287,7 +302,7 @@ def _two_ranks(store: Store) -> Golden:
             for layer in range(2)
         ]
         catalogs.append(tiny_catalog(rank, shards))
-    golden = Golden(store, tuple(catalogs), small_state)
+    golden = Golden(store, tuple(catalogs), state_of)
     golden.begin(1, "start")
     golden.save(1, {3: None})
     golden.lineage = sorted(golden.checkpoints)
@@ -357,6 +372,7 @@ SCENARIOS: Mapping[str, Callable[[Store], Golden]] = {
     "two-ranks": _two_ranks,
     "lives": _lives,
     "partial": _partial,
+    "alike": lambda store: _two_ranks(store, _mostly_alike),
 }
 
 

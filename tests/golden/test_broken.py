@@ -35,8 +35,8 @@ from tests.golden.scenarios import RUN, SCENARIOS
 from tests.golden.write import FOLDERS
 
 CASES = {**WHOLE_CASES, **PARTIAL_CASES}
-NEWEST_LIFE = {"lives": 4, "two-ranks": 1, "partial": 2}
-STEPS = {"lives": ("5", "6"), "two-ranks": ("3", "3"), "partial": ("30", "40")}
+NEWEST_LIFE = {"lives": 4, "two-ranks": 1, "partial": 2, "alike": 1}
+STEPS = {"lives": ("5", "6"), "two-ranks": ("3", "3"), "alike": ("3", "3"), "partial": ("30", "40")}
 SAMPLE = ("missing object", "gap", "FORMAT of another version", "nested deep", "size of 2^63-1")
 cases = pytest.mark.parametrize("name", CASES)
 

@@ -24,7 +24,7 @@ from moc.format.stale import StaleExpert, sources
 from moc.format.tagged import ArrayValue, encode_state
 from moc.held import MemorySource, held_parts
 from moc.layers import Open
-from moc.persist import persist_rank
+from moc.persist import persist_rank, read_base
 from moc.plan.layout import arrange_arena
 from moc.plan.lineage import MEMORY, STORAGE, Candidate
 from moc.recover import Source, StorageSource
@@ -150,8 +150,9 @@ class History:
         """Make a checkpoint of a sealed snapshot: these experts (None: all) of it, the others as the base has them."""
         records = self.records[step]
         name = CheckpointName(run=RUN, incarnation=1, step=step, attempt=f"00{step:06x}")
+        base_state = read_base(self.arena, records[min(records)])
         receipts = [
-            persist_rank(self.arena, record, self.repository, experts=written, trace=Trace())
+            persist_rank(self.arena, record, self.repository, experts=written, base=base_state, trace=Trace())
             for record in records.values()
         ]
         rows = [row for receipt in receipts for row in receipt.rows]

@@ -17,7 +17,8 @@ from moc.format.contents import live_shards
 from moc.format.keys import parse_object_key
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import StoredShard
-from moc.format.tagged import decode_state, expect_mapping
+from moc.format.relative import whole_state
+from moc.format.tagged import expect_mapping
 from moc.repository import Repository
 from moc.state import DTYPE_BYTES, Expert, Shard, shard_order
 from moc.store.port import Progress
@@ -88,10 +89,13 @@ class CheckpointSource:
 
     def state(self, rank: int) -> dict[str, Any]:
         """Return the tree that a rank captured; its arrays are views of a fresh buffer."""
+        return dict(expect_mapping(whole_state(rank, self._states, self._state_blob), f"state of rank {rank}"))
+
+    def _state_blob(self, rank: int) -> bytes:
         row, (position, length, expected) = self._states[rank]
         blob = bytearray(length)
         self._fetch(row, position, memoryview(blob), expected, "the state blob")
-        return dict(expect_mapping(decode_state(memoryview(blob)), f"state of rank {rank}"))
+        return bytes(blob)
 
     def read(self, whole: Shard) -> bytearray:
         """Return all bytes of a tensor's part."""
