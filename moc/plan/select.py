@@ -91,17 +91,16 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What the run has lost and what is still to come.
+    """What the run has lost, and what tells how much it will lose.
 
     `plt` is the share of tokens lost by `step`, `faults` how often the run has gone on from storage by then, `interval`
-    the number of steps between two commits. `steps` is how long the run will be, None where nobody knows.
+    the number of steps between two commits.
     """
 
     plt: float
     faults: int
     step: int
     interval: int
-    steps: int | None = None
 
 
 def fresh_history(layers: int, experts: int) -> History:
@@ -177,18 +176,14 @@ def choose_k(policy: DynamicK, budget: Budget, experts: int) -> int:
 def _worst_share(budget: Budget, lost_steps: float) -> float:
     """Return the largest share of tokens that is expected to be lost, now or later, if a fault loses so many steps.
 
-    Faults are assumed to go on at their rate so far, and one to come now. Of a run that is known to end the share of
-    all its steps counts. Else what is expected at any later step lies between the share lost so far and the one that
-    each further step loses: both must be within the limit, and the first with one more fault. As long as nothing was
-    lost nothing is expected: what goes on from storage may have been ended well.
+    Faults are assumed to go on at their rate so far, and one to come now. How long the run will be is not known, and
+    need not be: what is expected at any later step lies between the share lost so far and the one that each further
+    step loses, so both must be within the limit, and the first with one more fault. As long as nothing was lost nothing
+    is expected: what goes on from storage may have been ended well.
     """
-    done = max(1, budget.step)
-    if budget.steps is not None:
-        left = max(0, budget.steps - budget.step)
-        to_come = max(1.0, budget.faults * left / done) if left else 0.0
-        return budget.plt + to_come * lost_steps / max(1, budget.steps)
     if budget.plt == 0 or budget.faults == 0:
         return budget.plt
+    done = max(1, budget.step)
     return max(budget.plt + lost_steps / done, budget.faults * lost_steps / done)
 
 

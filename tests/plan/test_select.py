@@ -138,30 +138,22 @@ def test_load_aware_without_need_takes_the_highest_loads() -> None:
 
 
 def budget(*, plt: float = 0.0, faults: int = 0, step: int = 100) -> Budget:
-    return Budget(plt=plt, faults=faults, step=step, steps=10_000, interval=20)
+    return Budget(plt=plt, faults=faults, step=step, interval=20)
 
 
-def test_dynamic_k_rises_with_faults_and_falls_when_the_budget_allows() -> None:
+def test_dynamic_k_is_the_smallest_that_the_budget_allows() -> None:
+    """With 16 experts and commits every 20 steps a fault at K = 1, 2, 4, 8 loses 150, 70, 30, 10 steps."""
     policy = DynamicK(1, plt_limit=0.0375)
 
-    calm = choose_k(policy, budget(step=1000), 16)
-    stormy = choose_k(policy, budget(step=1000, faults=2, plt=0.01), 16)
-    later = choose_k(policy, budget(step=9000, faults=2, plt=0.01), 16)
-    spent = choose_k(policy, budget(step=5000, faults=10, plt=0.04), 16)
-
-    assert (calm, later, spent) == (1, 1, 16)
-    assert 1 < stormy < 16
-
-
-@given(st.integers(1, 64), st.floats(0, 0.1), st.integers(0, 50), st.integers(0, 10_000), st.integers(1, 64))
-def test_dynamic_k_never_falls_when_more_is_lost(k: int, plt: float, faults: int, step: int, experts: int) -> None:
-    policy = DynamicK(min(k, experts), plt_limit=0.0375)
-
-    chosen_k = choose_k(policy, budget(plt=plt, faults=faults, step=step), experts)
-
-    assert policy.k <= chosen_k <= experts
-    assert choose_k(policy, budget(plt=plt + 0.001, faults=faults, step=step), experts) >= chosen_k
-    assert choose_k(policy, budget(plt=plt, faults=faults + 1, step=step), experts) >= chosen_k
+    assert choose_k(policy, budget(step=100), 16) == 1, "nothing was lost"
+    assert choose_k(policy, budget(step=100, faults=3), 16) == 1, "nor by the faults"
+    assert choose_k(policy, budget(step=8000, faults=1, plt=0.0187), 16) == 1, "and 150 steps / 8000 = 0.01875"
+    assert choose_k(policy, budget(step=8000, faults=1, plt=0.0188), 16) == 2, "one more would be too much"
+    assert choose_k(policy, budget(step=4000, faults=2, plt=0.0001), 16) == 2, "70 steps x 2 / 4000 = 0.035"
+    assert choose_k(policy, budget(step=4000, faults=3, plt=0.0001), 16) == 4
+    assert choose_k(policy, budget(step=4000, faults=6, plt=0.0001), 16) == 8
+    assert choose_k(policy, budget(step=4000, faults=16, plt=0.0001), 16) == 16
+    assert choose_k(policy, budget(step=10**6, faults=1, plt=0.0376), 16) == 16, "spent"
 
 
 @given(
