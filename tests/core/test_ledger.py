@@ -261,6 +261,15 @@ def test_who_registers_too_late_is_told_once(alone: World, caplog: pytest.LogCap
     ]
 
 
+def test_at_the_limit_there_is_no_alarm(alone: World, caplog: pytest.LogCaptureFixture) -> None:
+    half = Routing(basis=KEPT, routed=((8, 8), (7, 9)), learned=((8, 0), (7, 9)))
+    ledger = Ledger([2, 2], alone, step=10, plt_limit=0.25, restored=half)
+    ledger.settle(10)
+
+    assert ledger.plt == 0.25
+    assert caplog.records == []
+
+
 def test_the_alarm_is_one_line_in_a_life(alone: World, caplog: pytest.LogCaptureFixture) -> None:
     ledger = Ledger([2, 2], alone, step=10, plt_limit=0.2, restored=ONES)
     ledger.settle(10)

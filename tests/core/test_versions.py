@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moc.plan.lineage import MEMORY, STORAGE, Candidate
+from moc.plan.lineage import MEMORY, PEERS, STORAGE, Candidate
 from moc.plan.versions import (
     STORED_LAYERS,
     Choice,
@@ -218,3 +218,11 @@ def test_of_slices_that_tell_different_counts_the_largest_is_what_the_expert_has
 
     for told in itertools.permutations(slices):
         assert consistent(told)[EXPERTS[0]].learned == 50
+
+
+def test_parts_that_peers_would_give_of_a_snapshot_that_is_here_are_no_layer_of_it() -> None:
+    """Of one snapshot, what other nodes give is fetched into the memory that the snapshot itself is in."""
+    fetched, here, older = _candidate(PEERS, 9), _candidate(MEMORY, 9), _candidate(MEMORY, 8)
+
+    assert older_layers(fetched, [fetched, here, older], snapshots=2) == (older,)
+    assert older_layers(_candidate(STORAGE, 9), [here, older], snapshots=2) == (here, older)

@@ -131,6 +131,29 @@ def test_load_aware_takes_the_busiest_and_starves_nobody(data: st.DataObject) ->
         assert all(history.commits - last < patience for last in history.last[0])
 
 
+@pytest.mark.parametrize(
+    ("experts", "k", "turns", "expected"),
+    [
+        (2, 1, 2, "0 0 0 1 0 0 0 1"),
+        (3, 1, 2, "0 0 0 0 1 2 0 0 0 0 1 2"),
+        (6, 2, 1, "01 23 45 01 23 45"),
+        (6, 2, 3, "01 01 01 01 01 01 01 23 45 01"),
+    ],
+)
+def test_load_aware_takes_those_without_tokens_when_their_deadline_needs_it_and_not_before(
+    experts: int, k: int, turns: int, expected: str
+) -> None:
+    """The first K have all tokens: whenever nobody else must be taken, they are worth more."""
+    rotation, history, taken = even_rotation(1, experts, 1), fresh_history(1, experts), []
+    loads = [[9 if index < k else 0 for index in range(experts)]]
+    for _ in expected.split():
+        selection = select(LoadAware(k, turns=turns), history, rotation, loads=loads)
+        taken.append("".join(str(expert.index) for expert in selection.experts))
+        history = commit_selection(history, selection)
+
+    assert " ".join(taken) == expected
+
+
 def test_load_aware_without_need_takes_the_highest_loads() -> None:
     selection = select(LoadAware(2), fresh_history(1, 6), even_rotation(1, 6, 1), loads=[[5, 1, 9, 9, 0, 7]])
 
