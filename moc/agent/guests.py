@@ -181,7 +181,7 @@ class Guests:
             self._intakes[record.rank] = intake
             return intake
 
-    def take(self, intake: Intake, data: bytes) -> None:
+    def take(self, intake: Intake, data: memoryview) -> None:
         """Take in the next bytes. Raises: UsageError, FencedError if the intake was ended meanwhile."""
         with self._lock:
             self._refuse_ended(intake)

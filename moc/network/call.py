@@ -52,7 +52,7 @@ class HttpCall:
                 self._connection.putheader(name, value)
             self._connection.endheaders()
 
-    def send(self, piece: bytes) -> None:
+    def send(self, piece: bytes | memoryview) -> None:
         with _translated():
             self._connection.send(piece)
 

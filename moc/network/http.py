@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
@@ -27,6 +28,7 @@ CONNECT_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 2.0  # for requests under way when this agent stops to listen
 CONNECTIONS_PER_PEER = 4
+READ_BYTES = 1 << 18  # of a body at once
 IDLE_TIMEOUT_S = 30.0  # members talk every second, or open a connection for each request
 STRANGER_LIMIT = 128  # open connections on which nothing has been proved yet
 
@@ -164,6 +166,7 @@ class _Visit:
         self.method, self.target, self.headers = request.method, request.raw_path, request.headers
         self.length, self.sender = request.content_length, request.remote or ""
         self.response: web.StreamResponse | None = None
+        self._is_body_taken = False
 
     def vouch(self) -> None:
         self._members_connections.add(self._request.protocol)
@@ -171,11 +174,30 @@ class _Visit:
     async def read(self) -> bytes:
         return await self._request.read()
 
-    async def read_piece(self) -> bytes:
-        return await self._request.content.readany()
+    async def read_each(self, take: Callable[[memoryview], None], *, stall_s: float) -> None:
+        """The bytes go from the socket to `take` on a thread beside the loop: through the loop they cost three times as
+        much processor time.
+        """
+        content, transport, missing = self._request.content, self._request.transport, self.length or 0
+        if transport is None:
+            raise ConnectionResetError("the sender is gone")
+        transport.pause_reading()
+        try:
+            while data := content.read_nowait():  # has been read before
+                take(memoryview(data))
+                missing -= len(data)
+                transport.pause_reading()  # to have room again lets the loop read on
+            if missing:
+                self._is_body_taken = True
+                await _receive(transport.get_extra_info("socket").dup(), take, missing, stall_s)
+                content.feed_eof()
+        finally:
+            transport.resume_reading()
 
     def answer(self, status: int, body: bytes = b"", *, headers: Mapping[str, str] | None = None) -> None:
         self.response = web.Response(status=status, body=body, headers=headers)
+        if self._is_body_taken:  # the loop does not know where the next request begins
+            self.response.force_close()
 
     async def answer_pieces(self, pieces: Iterable[bytes], *, length: int, stall_s: float) -> None:
         response = web.StreamResponse()
@@ -185,6 +207,28 @@ class _Visit:
             await asyncio.wait_for(response.write(piece), stall_s)
         await response.write_eof()
         self.response = response
+
+
+async def _receive(source: socket.socket, take: Callable[[memoryview], None], size_bytes: int, stall_s: float) -> None:
+    """Give so many bytes from a socket to `take`, on a thread, which closes it. Raises: OSError, what `take` raises."""
+
+    def receive() -> None:
+        buffer, missing = memoryview(bytearray(READ_BYTES)), size_bytes
+        with source:
+            source.settimeout(stall_s)
+            while missing:
+                length = source.recv_into(buffer[: min(READ_BYTES, missing)])
+                if not length:
+                    raise ConnectionResetError("the sender is gone")
+                take(buffer[:length])
+                missing -= length
+
+    try:
+        await asyncio.to_thread(receive)
+    except asyncio.CancelledError:
+        with suppress(OSError):  # it has ended meanwhile
+            source.shutdown(socket.SHUT_RDWR)  # the thread must not wait for a sender that nobody listens to
+        raise
 
 
 async def _read_whole(content: Any, limit_bytes: int) -> bytes:

@@ -47,8 +47,11 @@ class Visit(Protocol):
     async def read(self) -> bytes:
         """Return the whole body, which is bounded."""
 
-    async def read_piece(self) -> bytes:
-        """Return the next bytes of the body, none at its end. Raises: an exception if the sender is gone."""
+    async def read_each(self, take: Callable[[memoryview], None], *, stall_s: float) -> None:
+        """Give all bytes of the body to `take`, piece by piece, on whatever thread; a piece is valid until it returns.
+
+        Raises: OSError if the sender is gone, or sends nothing for `stall_s`, and whatever `take` raises.
+        """
 
     def answer(self, status: int, body: bytes = b"", *, headers: Mapping[str, str] | None = None) -> None:
         """Answer with a body that is there."""
@@ -92,7 +95,7 @@ class Call(Protocol):
     def begin(self, method: str, target: str, headers: Mapping[str, str]) -> None:
         """Connect and send the head of the request."""
 
-    def send(self, piece: bytes) -> None:
+    def send(self, piece: bytes | memoryview) -> None:
         """Send some of the body."""
 
     def answer(self) -> tuple[int, Mapping[str, str]]:

@@ -36,7 +36,7 @@ __all__ = [
     "write_seal",
 ]
 
-CHUNK_BYTES = 1 << 20  # a bound of what is copied at once, and of what a sender holds beside the arena
+CHUNK_BYTES = 1 << 18  # a bound of what is copied at once, and of what a sender holds beside the arena
 
 
 def parcel_bytes(arena: Arena, record: SealRecord, units: tuple[int, ...]) -> int:
@@ -44,8 +44,8 @@ def parcel_bytes(arena: Arena, record: SealRecord, units: tuple[int, ...]) -> in
     return sum(length for _, length in unit_ranges(arena, record, units))
 
 
-def parcel_chunks(arena: Arena, record: SealRecord, units: tuple[int, ...]) -> Iterator[bytes]:
-    """Yield the bytes of these units; the record must stay pinned meanwhile."""
+def parcel_chunks(arena: Arena, record: SealRecord, units: tuple[int, ...]) -> Iterator[memoryview]:
+    """Yield the bytes of these units as `range_chunks`; the record must stay pinned meanwhile."""
     return range_chunks(arena, unit_ranges(arena, record, units))
 
 
@@ -63,18 +63,21 @@ def piece_range(arena: Arena, record: SealRecord, piece: str) -> tuple[int, int]
     return offsets[int(piece)], shards[int(piece)].size_bytes
 
 
-def range_chunks(arena: Arena, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """Yield the bytes of such ranges."""
-    held = bytearray()
+def range_chunks(arena: Arena, ranges: Iterable[tuple[int, int]]) -> Iterator[memoryview]:
+    """Yield the bytes of such ranges, copied once; a chunk is valid until the next one is asked for."""
+    buffer, filled = memoryview(bytearray(CHUNK_BYTES)), 0
     for offset, length in ranges:
-        for first in range(0, length, CHUNK_BYTES):
-            with arena.view(offset + first, min(CHUNK_BYTES, length - first)) as view:
-                held += view
-            if len(held) >= CHUNK_BYTES:
-                yield bytes(held)
-                held.clear()
-    if held:
-        yield bytes(held)
+        reached = 0
+        while reached < length:
+            taken = min(CHUNK_BYTES - filled, length - reached)
+            with arena.view(offset + reached, taken) as view:
+                buffer[filled : filled + taken] = view
+            reached, filled = reached + taken, filled + taken
+            if filled == CHUNK_BYTES:
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]
 
 
 def unit_ranges(arena: Arena, record: SealRecord, units: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -148,17 +151,17 @@ class Intake:
         with arena.view(blob_end, align(record.state_bytes) - record.state_bytes) as rest:
             rest[:] = bytes(rest.nbytes)  # the tail of an earlier, longer blob: an object stores zeros there
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Take the next bytes. Raises: UsageError if there are more than were announced."""
         if len(data) > self.missing_bytes:
             raise UsageError(f"more bytes than announced: rank={self.record.rank} bytes={self.size_bytes}")
-        reached = 0
+        source, reached = memoryview(data), 0
         while reached < len(data):
             while not self._room:
                 self._offset, self._room = next(self._ranges)
             taken = min(self._room, len(data) - reached)
             with self._arena.view(self._offset, taken) as view:
-                view[:] = data[reached : reached + taken]
+                view[:] = source[reached : reached + taken]
             self._offset, self._room, reached = self._offset + taken, self._room - taken, reached + taken
         self.missing_bytes -= len(data)
 

@@ -24,6 +24,7 @@ from moc.plan.freeing import Moment
 from moc.plan.layout import arrange_arena
 from moc.snapshot.arena import Arena, descriptor_room
 from moc.snapshot.seal import SealRecord
+from moc.state import RankCatalog
 from moc.topology import Topology
 from moc.trace import Trace
 from tests.support.repository import Model
@@ -39,9 +40,15 @@ def member(node: int, *, secret: str = "a secret") -> Membership:
     return Membership(run=LIFE.run, incarnation=LIFE.number, node=node, nodes=2, secret=secret)
 
 
-def descriptor(node: int, *, life: Incarnation = LIFE, has_guests: bool = True) -> dict[str, object]:
+def descriptor(
+    node: int,
+    *,
+    life: Incarnation = LIFE,
+    has_guests: bool = True,
+    model: tuple[RankCatalog, ...] = CATALOGS,
+) -> dict[str, object]:
     """Return what node's agent is told: node n has the ranks 2n and 2n+1, and hosts the other node."""
-    catalogs = [[catalog.to_json() for catalog in CATALOGS[2 * n : 2 * n + 2]] for n in (0, 1)]
+    catalogs = [[catalog.to_json() for catalog in model[2 * n : 2 * n + 2]] for n in (0, 1)]
     guests = [{"node": 1 - node, "catalogs": catalogs[1 - node]}] if has_guests else []
     return {
         "run": life.run,
@@ -74,12 +81,12 @@ def whole_descriptor(node: int, *, storage: str = "unused") -> dict[str, object]
 class Sender:
     """The arena of node 1, filled by hand; by default one of its own."""
 
-    def __init__(self, arena: Arena | None = None) -> None:
+    def __init__(self, arena: Arena | None = None, *, model: tuple[RankCatalog, ...] = CATALOGS) -> None:
         if arena is not None:
             self.arena = arena
             return
-        described = descriptor(SENDER)
-        layout = arrange_arena(CATALOGS[2:], versions=4, descriptor_bytes=descriptor_room(described))
+        described = descriptor(SENDER, model=model)
+        layout = arrange_arena(model[2:], versions=4, descriptor_bytes=descriptor_room(described))
         self.arena = Arena.create(described, layout, name="sender")
 
     def seal(

@@ -20,6 +20,7 @@ from moc.format.manifest import Parent
 from moc.host import SystemHost
 from moc.snapshot.parcel import Intake, read_seal, seal_mark
 from tests.peers.nodes import DEADLINE_S, HOST, LIFE, SENDER, Sender, Wire, descriptor, held_steps, listening, member
+from tests.support.repository import Model
 
 
 @pytest.fixture
@@ -93,6 +94,31 @@ def test_unchanged_experts_travel_once(sender: Sender, guests: Guests, url: str,
         with guests.open((LIFE.number, *partial), rank) as (arena, replica):
             assert list(replica.steps) == [6, 6, *[5] * (len(replica.steps) - 2)]
             arena.check(replica)
+
+
+def test_one_expert_of_sixteen_is_all_that_travels_of_the_experts(url: str, guests: Guests, wire: Wire) -> None:
+    """Whatever the snapshots between those that are replicated had: the host has its base, and gets what is newer."""
+    catalogs = Model(world_size=4, moe_layers=1, experts=64, hidden=8, dense=(("embed.weight", (97, 4)),)).catalogs()
+    sender = Sender(model=catalogs)
+    guests.begin_life(LIFE, descriptor(HOST, model=catalogs))
+    known = sender.seal(5, record=0)
+    whole = wire.send(sender.parcel(known, url))
+    units = len(sender.arena.rank_layout(2).units)
+    assert units == 1 + 16
+    experts = sum(shard.size_bytes for shard in sender.arena.catalog(2).shards if shard.expert is not None)
+    for turn in range(1, 7):
+        moment = sender.seal(5 + turn, record=turn % 2, fresh=(0, 1 + turn % 16), base=(turn - 1) % 2)
+        delivery = wire.send(sender.parcel(moment, url, known=known))
+        assert delivery.error is None
+        assert whole.size_bytes - delivery.size_bytes == pytest.approx(2 * experts * 15 / 16, abs=200)
+        for rank in (2, 3):
+            with guests.open((LIFE.number, *moment), rank) as (arena, replica):
+                arena.check(replica)
+                assert seal_mark(replica) == seal_mark(sender.arena.seals(rank)[turn % 2])
+        known = moment
+        for rank in (2, 3):
+            sender.arena.free(rank, (turn - 1) % 2)
+    sender.close()
 
 
 def test_the_newest_global_replica_stays_until_a_newer_one_is_global(

@@ -164,11 +164,15 @@ class SimVisit:
 
     async def read(self) -> bytes:
         pieces = []
-        while piece := await self.read_piece():
+        while piece := await self._read_piece():
             pieces.append(piece)
         return b"".join(pieces)
 
-    async def read_piece(self) -> bytes:
+    async def read_each(self, take: Callable[[memoryview], None], *, stall_s: float) -> None:
+        while piece := await asyncio.wait_for(self._read_piece(), stall_s):
+            take(memoryview(piece))
+
+    async def _read_piece(self) -> bytes:
         while self._missing and not self._pieces:
             if self._is_gone:
                 raise ConnectionResetError("simulated: the sender is gone")

@@ -60,7 +60,9 @@ class PeerClient:
             raise CoordinationError(f"agent of another node refused: url={self.url} path={path} reason={reason}")
         return found
 
-    def put(self, target: str, chunks: Iterable[bytes], *, size_bytes: int, deadline_s: float, pace: float) -> None:
+    def put(
+        self, target: str, chunks: Iterable[memoryview], *, size_bytes: int, deadline_s: float, pace: float
+    ) -> None:
         """Send bytes, at most `pace` of them per second, by `deadline_s` on the host's clock.
 
         Raises: StoreUnavailableError where the peer stalls or is gone, CoordinationError for a refusal.

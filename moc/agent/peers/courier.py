@@ -50,7 +50,7 @@ class Parcel:
         with self.lock:
             self.is_cancelled = True
 
-    def chunks(self, record: SealRecord, units: tuple[int, ...]) -> Iterator[bytes]:
+    def chunks(self, record: SealRecord, units: tuple[int, ...]) -> Iterator[memoryview]:
         """Yield the bytes of a rank's units; raises ClosedError once it is cancelled."""
         pieces = parcel_chunks(self.arena, record, units)
         while True:
@@ -83,12 +83,13 @@ class Courier:
         node: int,
         *,
         stall_s: float,
+        pace: float = FASTEST_BYTES_PER_S,
         on_end: Callable[[Delivery], None],
         host: Host,
         trace: Trace,
     ) -> None:
-        """`stall_s` bounds each wait for the other side."""
-        self._member, self._node, self._stall_s = member, node, min(stall_s, STALL_S)
+        """`stall_s` bounds each wait for the other side, `pace` the bytes per second."""
+        self._member, self._node, self._stall_s, self._pace = member, node, min(stall_s, STALL_S), pace
         self._on_end, self._host, self._trace = on_end, host, trace
         self._parcel: Parcel | None = None
         self._queued, self._closing = host.semaphore(), host.event()
@@ -155,9 +156,7 @@ class Courier:
         size = parcel_bytes(parcel.arena, record, wanted)
         target = f"/replica/data?rank={record.rank}&step={record.step}&attempt={record.attempt}"
         deadline_s = self._host.now_s() + self._stall_s + size / SLOWEST_BYTES_PER_S
-        client.put(
-            target, parcel.chunks(record, wanted), size_bytes=size, deadline_s=deadline_s, pace=FASTEST_BYTES_PER_S
-        )
+        client.put(target, parcel.chunks(record, wanted), size_bytes=size, deadline_s=deadline_s, pace=self._pace)
         sealed = {"rank": record.rank, "step": record.step, "attempt": record.attempt}
         return self._refuse_other(record, client.ask("/replica/seal", sealed), size_bytes=size)
 

@@ -70,8 +70,7 @@ class Reception:
             visit.answer(409, f"nothing of {visit.length} bytes is expected".encode())
             return
         try:
-            while data := await asyncio.wait_for(visit.read_piece(), STALL_S):
-                self._guests.take(intake, data)
+            await visit.read_each(lambda data: self._guests.take(intake, data), stall_s=STALL_S)
             await asyncio.to_thread(self._guests.check, intake)
         except MocError as error:
             self._guests.drop(intake)
@@ -114,7 +113,7 @@ class Reception:
                 else:
                     ranges = list(unit_ranges(arena, record, range(len(record.slots))))
                 length = sum(length for _, length in ranges)
-                await visit.answer_pieces(range_chunks(arena, ranges), length=length, stall_s=STALL_S)
+                await visit.answer_pieces(map(bytes, range_chunks(arena, ranges)), length=length, stall_s=STALL_S)
         except UsageError as error:
             visit.answer(404, str(error).encode())
 
