@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from moc.state import Expert
 from tests.support.job import Job, Life, start_agent, wait_killed
+from tests.support.plain import mixed_tensors
 
 OPTIONS = {"size": 4, "nodes": 2, "replicas": 1, "step_s": 0.02}
 
@@ -225,6 +227,67 @@ def test_an_agent_killed_while_it_sends_replicas_changes_nothing() -> None:
         assert attached["step"] >= known
         second.finished()
         second.exact()
+
+
+def _hosted_ranks(job: Job, node: int) -> set[int]:
+    """Return the ranks of which a node's agent holds replicas."""
+    held, _ = job.ask_agent("inventory", node=node)
+    return {rank for *_, rank in held["replicas"]}
+
+
+def _attached_exactly(life: Life) -> None:
+    """Check what a second life begins with: every tensor as after its step, experts as after theirs."""
+    for rank in range(life.size):
+        event = life.event("attached", rank=rank)
+        versions = {Expert(layer=layer, index=index): step for layer, index, step, _ in event["stale"]}
+        assert event["tensors"] == mixed_tensors(rank, life.size, event["step"], versions), life.story()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "k"), [("full", {}), ("partial", {"k_snapshot": 1, "k_persist": 1})], ids=["full", "partial"]
+)
+def test_two_of_three_nodes_lost_at_once_cost_nothing_that_was_global(mode: str, k: dict[str, int]) -> None:
+    """Twice: the second time with the only node that was left, when what came back empty must have been filled."""
+    with Job(size=3, nodes=3, replicas=2, step_s=0.02, persist_every=0, mode=mode, **k) as job:
+        former, known = job.start(), 0
+        for lost in ((1, 2), (0, 1)):
+            known = _global_everywhere(former, known + 8)
+            assert [_hosted_ranks(job, node) for node in range(3)] == [{1, 2}, {0, 2}, {0, 1}]
+            for node in lost:
+                job.destroy_node(former, node)
+            former.kill()
+
+            former = job.start(**({"steps": former.newest_step("step") + 8} if job.lives[1:] else {}))
+            attached = former.event("attached")
+            assert attached["source"] == "peer memory", former.story()
+            if len(job.lives) == 2:
+                _attached_exactly(former)
+            assert attached["step"] >= known, "nothing that was announced as global is lost"
+            known = attached["step"]
+        former.finished()
+        for life in job.lives if mode == "full" else ():
+            life.exact()
+        job.sound()
+
+
+@pytest.mark.slow
+def test_neighbours_that_are_lost_together_have_their_replicas_elsewhere() -> None:
+    with Job(size=4, nodes=4, replicas=1, step_s=0.02, persist_every=0) as job:
+        first = job.start()
+        known = _global_everywhere(first, 8)
+        assert [_hosted_ranks(job, node) for node in range(4)] == [{2}, {3}, {0}, {1}]
+        for node in (1, 2):
+            job.destroy_node(first, node)
+        first.kill()
+
+        second = job.start(steps=first.newest_step("step") + 8)
+        attached = second.attached()
+        assert attached["source"] == "peer memory", second.story()
+        assert attached["step"] >= known
+        second.finished()
+        second.exact()
+        job.sound()
 
 
 def test_more_replicas_than_other_nodes_are_refused_by_name() -> None:
