@@ -10,12 +10,19 @@ from tests.support.mutant import Mutation
 __all__ = ["MUTATIONS"]
 
 LOCAL, TREE, GC = "moc/store/local.py", "moc/store/tree.py", "moc/gc.py"
+GUESTS = "moc/agent/guests.py"
 
 
 def _enumerated(*parts: str, is_whole: bool = False) -> tuple[str, ...]:
     """Return the ids of tests: each part is a family and a workflow."""
     name = "test_every_promise_is_kept" + ("_in_every_case" if is_whole else "")
     return tuple(f"tests/enumeration/test_crash_points.py::{name}[{part}]" for part in parts)
+
+
+def _delivered(way: str) -> tuple[str, ...]:
+    """Return the id of the test of every case of a replica's way."""
+    name = "test_nothing_acknowledged_is_lost_and_nothing_half_is_held_in_every_case"
+    return (f"tests/enumeration/test_replication.py::{name}[{way}]",)
 
 
 _MAKE = """            with contextlib.suppress(FileExistsError):
@@ -235,5 +242,33 @@ MUTATIONS = (
         old="if is_needed and (candidate == self._wanted[-1] or not self._repository_answers()):",
         new="if is_needed and candidate == self._wanted[-1]:",
         tests=("tests/enumeration/test_reading.py",),
+    ),
+    Mutation(
+        name="a replica is acknowledged before it is checked",
+        file=GUESTS,
+        old="            try:\n                intake.check()\n",
+        new="            try:\n                pass\n",
+        tests=_delivered("first"),
+    ),
+    Mutation(
+        name="a replica is sealed when it is offered",
+        file=GUESTS,
+        old="            self._intakes[record.rank] = intake\n",
+        new="            self._intakes[record.rank] = intake\n            intake.publish()\n",
+        tests=_delivered("first"),
+    ),
+    Mutation(
+        name="the only whole replica makes room for the next one",
+        file=GUESTS,
+        old="                if (held.step, held.attempt) != self._global:\n",
+        new="                if True:\n",
+        tests=_delivered("second"),
+    ),
+    Mutation(
+        name="what arrives in part is sealed",
+        file="moc/agent/peers/reception.py",
+        old="  # the sender is gone, or stalls\n            self._guests.drop(intake)\n",
+        new="\n            self._guests.publish(intake)\n",
+        tests=_delivered("first"),
     ),
 )

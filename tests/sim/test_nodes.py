@@ -35,8 +35,8 @@ PLANTED = (
     Mutation(
         name="acknowledged-before-it-is-checked",
         file="moc/agent/guests.py",
-        old="            intake.check()\n        except ShardCorruptError:\n            with self._lock:",
-        new="            pass\n        except ShardCorruptError:\n            with self._lock:",
+        old="            try:\n                intake.check()\n",
+        new="            try:\n                pass\n",
         tests=("replicas", "recovery"),
     ),
     Mutation(
