@@ -72,7 +72,7 @@ class _Line:
         number, self.count = self.count, self.count + 1
         self.names.append(name)
         is_chosen = number == self.number
-        if not (is_chosen and not self.is_after):
+        if not is_chosen or self.is_after or self.fault == "a bit flips":
             act()
         if is_chosen:
             self._strike()
