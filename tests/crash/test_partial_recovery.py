@@ -94,7 +94,7 @@ def losses(first: Life, step: int, older: Versions) -> tuple[list[int], float]:
     """Return the routes lost by layer and the PLT, from a log of every route of the first life."""
     log = {
         (rank, event["step"]): event["routes"]
-        for rank in range(SIZE)
+        for rank in range(first.size)
         for event in first.events(rank, "step")
         if event["step"] <= step
     }

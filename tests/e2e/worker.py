@@ -121,7 +121,9 @@ def train_case(spec: Mapping[str, Any], note: Note) -> None:
     manager = CheckpointManager.attach(
         training.engine,
         storage=spec["storage"],
-        config=Config(persist_every=spec["persist_every"], timeout_s=spec.get("timeout_s", 60.0)),
+        config=Config(
+            persist_every=spec["persist_every"], timeout_s=spec.get("timeout_s", 60.0), **spec.get("config", {})
+        ),
         stateful=training.stateful,
         runtime_dir=Path(spec["runtime"]),
     )
@@ -136,8 +138,18 @@ def train_case(spec: Mapping[str, Any], note: Note) -> None:
         rejected=[] if report is None else [str(row) for row in report.rejected],
         incarnation=manager.incarnation,
         used=training.loader.used,
+        experts=[] if report is None else [[r.expert.index, r.level, r.step] for r in report.experts],
+        plt=None if report is None else report.plt,
+        digests=training.digests() if spec.get("is_watched") else None,
     )
-    training.run(last_step, manager.step if case.boundary == "step" else lambda: None, manager.status)
+
+    def end_step() -> None:
+        if spec.get("is_watched"):
+            note("state", step=training.engine.global_steps, digests=training.digests())
+        if case.boundary == "step":
+            manager.step()
+
+    training.run(last_step, end_step, manager.status)
     note(
         "final",
         digests=training.digests(),
