@@ -18,7 +18,7 @@ from typing import Any
 from moc.errors import MocError, PlanDivergedError
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Manifest
-from moc.persist import Receipt, read_capture
+from moc.persist import Receipt, read_base, read_capture
 from moc.plan.composition import Base, Composition, Sealed, Terms, compose, is_newer, next_base, steps_of_experts
 from moc.plan.freeing import Moment
 from moc.plan.lineage import chain, faults_of, is_on_chain, merge_incarnations
@@ -91,6 +91,7 @@ class Composer:
             base=None if base is None else _attempt(base.name),
             finite=() if base is None else tuple(sorted(map(_attempt, base.finite))),
             routing=captures[0].routing if captures else None,
+            state=read_base(arena, min(records, key=lambda record: record.rank)),
         )
 
     def compose(self, name: CheckpointName, offers: Sequence[Offer], descriptor: Mapping[str, Any]) -> Composition:

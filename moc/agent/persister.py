@@ -27,14 +27,14 @@ from moc.errors import (
 )
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Parent, decode_lineage
+from moc.format.relative import StateBase
 from moc.gc import Retention
 from moc.host import Host
-from moc.persist import Receipt, persist_rank, read_base
+from moc.persist import Receipt, persist_rank
 from moc.plan.composition import Composition
 from moc.plan.offers import Offer, joined
 from moc.repository import Repository
 from moc.snapshot.seal import SealRecord
-from moc.state import Expert
 from moc.trace import Trace
 
 __all__ = ["Outcome", "Persister", "SaveJob", "Written"]
@@ -47,9 +47,13 @@ WRITERS = 4  # ranks persisted at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Composed:
-    """What a save consists of; `digest` is what the nodes have agreed on, None where none of them needed to."""
+    """What a save consists of; `digest` is what the nodes have agreed on, None where none of them needed to.
+
+    Small states are stored relative to `state`: of the job's lowest rank where nodes have offered, else of the node's.
+    """
 
     composition: Composition
+    state: StateBase | None
     digest: str | None = None
 
 
@@ -139,7 +143,7 @@ class Persister:
         if not isinstance(composed, _Composed):
             return composed
         composition = composed.composition
-        receipts = self._write(job, repository, frozenset(composition.written))
+        receipts = self._write(job, repository, composed)
         plan, parent = _commit_plan(job.descriptor), self._parent(job)
         if job.council is not None:
             joint = self._gather(job, job.council, parent, receipts, composed)
@@ -189,20 +193,20 @@ class Persister:
                 return stored.name, stored.written_bytes
         composition = composer.compose(job.name, offers, job.descriptor)
         if council is None:
-            return _Composed(composition=composition)
+            return _Composed(composition=composition, state=mine.state)
         if composer.base is not None and composer.base.incarnation == job.life.number:
             self._commits = sorted({*self._commits, composer.base})  # of which another node may have known alone
         council.confirm(joined(mine, offers, composition.digest))
-        return _Composed(composition=composition, digest=composition.digest)
+        return _Composed(composition=composition, state=offers[0].state, digest=composition.digest)
 
-    def _write(self, job: SaveJob, repository: Repository, experts: frozenset[Expert]) -> list[Receipt]:
+    def _write(self, job: SaveJob, repository: Repository, composed: _Composed) -> list[Receipt]:
         """Put the objects of this node's ranks."""
+        experts = frozenset(composed.composition.written)
         records, began_s = tuple(job.records.values()), self._host.now_s()
         with self._trace.span("save.persist", step=job.name.step, attempt=job.name.attempt):
-            base = read_base(job.arena, min(records, key=lambda record: record.rank))
             receipts = self._host.map(
                 lambda record: persist_rank(
-                    job.arena, record, repository, experts=experts, base=base, trace=self._trace
+                    job.arena, record, repository, experts=experts, base=composed.state, trace=self._trace
                 ),
                 records,
                 workers=_writers(repository),

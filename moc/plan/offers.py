@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moc.errors import PlanDivergedError
+from moc.format.relative import StateBase
 from moc.plan.composition import is_counted_on, steps_of_experts
 from moc.plan.freeing import Moment
 from moc.routing import Capture, Routing
@@ -41,7 +42,8 @@ class Offer:
     """One node's part of what a checkpoint is composed of; `moment` is the checkpoint's.
 
     base: the commit that it would grow from as this node knows it. finite: the attempts known to be all finite.
-    composed: the digest of what this node has composed of all offers, None before.
+    composed: the digest of what this node has composed of all offers, None before. state: the outline of the small
+    state of the node's lowest rank; all ranks of the job store theirs relative to that of the lowest node.
     """
 
     moment: Moment
@@ -52,6 +54,7 @@ class Offer:
     finite: tuple[Attempt, ...] = ()
     routing: Routing | None = None
     composed: str | None = None
+    state: StateBase | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -286,6 +286,7 @@ OFFER = {
     "finite": [[3, 5, "00000000"]],
     "routing": {"basis": "kept", "routed": [[9, 9, 9]], "lost": [[0, 0, 0]]},
     "composed": "0" * 16,
+    "state": [1, ["00" * 16, "ff" * 16]],
 }
 LIES: list[dict[str, object]] = [
     {"moment": [7]},
@@ -305,6 +306,11 @@ LIES: list[dict[str, object]] = [
     {"finite": [[3, 5]]},
     {"routing": {"basis": "kept"}},
     {"composed": 5},
+    {"state": [0, []]},
+    {"state": [-1, []]},
+    {"state": [1]},
+    {"state": [1, ["x"]]},
+    {"state": [1, [5]]},
 ]
 
 

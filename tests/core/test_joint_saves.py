@@ -22,9 +22,11 @@ from moc.agent.saves import Saves
 from moc.config import Config
 from moc.format.keys import manifest_key
 from moc.format.manifest import Manifest, Parent, encode_incarnation
+from moc.format.tagged import decode_state
 from moc.host import SystemHost
 from moc.plan.freeing import second_attempt
 from moc.plan.offers import Offer, OfferedExpert
+from moc.recover import StorageSource
 from moc.repository import Repository
 from moc.snapshot.seal import EXPLICIT, PERSIST
 from moc.state import Expert
@@ -242,6 +244,30 @@ def test_experts_of_two_nodes_take_turns(turning: Pair, storage: str) -> None:
 
     assert [_written(manifest) for manifest in stored] == [[0, 1], [0], [1], [0], [1]]
     assert all(manifest.is_finite for manifest in stored)
+
+
+@pytest.mark.parametrize(("config", "whole"), [(TURNS, [0]), (WHOLE, [0, 1])])
+def test_what_ranks_have_alike_is_stored_by_the_lowest_node_that_has_offered(
+    storage: str, config: Config, whole: list[int]
+) -> None:
+    """Without offers nobody knows what another node has."""
+    with ExitStack() as stack:
+        pair = (
+            stack.enter_context(_node(0, storage, config=config)),
+            stack.enter_context(_node(1, storage, config=config)),
+        )
+        moments = {node.seal(6, record=0, flags=PERSIST, alike=bytes(range(256)) * 2) for node in pair}
+        _talk_until(pair, lambda: all(moments <= _moments(node) for node in pair), may_start=True)
+        assert [node.saves.last_error for node in pair] == [None, None]
+
+    repository, manifest = Repository(open_store(storage)), _manifests(storage)[-1]
+    dense = [row for row in manifest.objects if row.key.endswith("-d.safetensors")]
+    trees = [decode_state(repository.read_state(row, repository.read_header(row))) for row in dense]
+    assert [rank for rank, tree in enumerate(trees) if "alike" in tree] == whole  # type: ignore[operator]
+    for rank in (0, 1):
+        found = StorageSource(repository, manifest, rank=rank).state(rank)
+        assert found == ({"alike": bytes(range(256)) * 2, "rank": rank}, True)
+    repository.close()
 
 
 @pytest.mark.parametrize("leaver", [0, 1])

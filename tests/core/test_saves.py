@@ -30,7 +30,6 @@ from tests.core.test_custody import FIRST, _descriptor, _replicated
 
 PATIENCE_S = 30.0
 VERSIONS = 5
-BLOB = encode_state({}).to_bytes()
 
 
 class SlowHost(SystemHost):
@@ -102,8 +101,9 @@ class Desk:
         older: Mapping[Expert, int] = MappingProxyType({}),
         behind: Sequence[int] | None = None,
         ranks: Sequence[int] | None = None,
+        alike: bytes | None = None,
     ) -> Moment:
-        """Seal a snapshot of all ranks here, or of these.
+        """Seal a snapshot of all ranks here, or of these, whose small states hold `alike` and their rank.
 
         `older` are the steps of experts that it has not captured, or that the ranks have not which are `behind`.
         """
@@ -111,11 +111,12 @@ class Desk:
         for catalog in self.custody.arena.catalogs:
             if ranks is not None and catalog.rank not in ranks:
                 continue
+            blob = encode_state({} if alike is None else {"alike": alike, "rank": catalog.rank}).to_bytes()
             units = self.custody.arena.rank_layout(catalog.rank).units
             left = older if behind is None or catalog.rank in behind else {}
             slots = array("I", [record] * len(units))
-            with self.custody.arena.view(self.custody.arena.state_offset(catalog.rank, slots), len(BLOB)) as view:
-                view[:] = BLOB
+            with self.custody.arena.view(self.custody.arena.state_offset(catalog.rank, slots), len(blob)) as view:
+                view[:] = blob
             self.custody.arena.seal(
                 record,
                 SealRecord(
@@ -126,8 +127,8 @@ class Desk:
                     flags=flags,
                     attempt=moment[1],
                     digest="0" * 16,
-                    state_bytes=len(BLOB),
-                    state_crc32c=crc32c(BLOB),
+                    state_bytes=len(blob),
+                    state_crc32c=crc32c(blob),
                     slots=slots,
                     steps=array("Q", [step if u.expert is None else left.get(u.expert, step) for u in units]),
                     crcs=array("I", [crc32c(bytes(shard.size_bytes)) for shard in catalog.shards]),

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from moc.errors import MocError, UsageError
 from moc.format.keys import ATTEMPT_PATTERN, INCARNATION_LIMIT, LAST_STEP, parse_object_key
 from moc.format.manifest import ObjectRow, Parent
+from moc.format.relative import StateBase
 from moc.persist import Receipt
 from moc.plan.freeing import Moment, Seal, second_attempt
 from moc.plan.offers import Attempt, Offer, OfferedExpert
@@ -148,6 +149,7 @@ def report_from_json(body: Mapping[str, Any], *, node: int, ranks: tuple[int, ..
     told = [rank for _, held in report.held for rank in held]
     told += [*(rank for rank, _ in report.passed), *report.ended]
     told += [receipt.rank for part in report.contributions for receipt in part.receipts]
+    told += [] if report.offer is None or report.offer.state is None else [report.offer.state.rank]
     if report.node != node or not set(told) <= set(ranks):
         raise UsageError(f"report speaks for others: node={node} given={report.node} ranks={sorted(set(told))}")
     return report
@@ -186,6 +188,7 @@ def _offer_to_json(offer: Offer) -> dict[str, object]:
         "finite": [list(attempt) for attempt in offer.finite],
         "routing": None if offer.routing is None else offer.routing.to_json(),
         "composed": offer.composed,
+        "state": None if offer.state is None else [offer.state.rank, sorted(d.hex() for d in offer.state.outline)],
     }
 
 
@@ -199,6 +202,7 @@ def _offer_from_json(body: Any) -> Offer:
         finite=tuple(map(_attempt, body["finite"])),
         routing=_maybe(Routing.from_json, body["routing"]),
         composed=_maybe(_text, body["composed"]),
+        state=_maybe(_state_from_json, body["state"]),
     )
     step, experts = offer.moment[0], [row.expert for row in offer.experts]
     if any(one >= other for one, other in pairwise(experts)):
@@ -206,6 +210,11 @@ def _offer_from_json(body: Any) -> Offer:
     if any(row.step is not None and row.step > step for row in offer.experts):
         raise ValueError(f"an expert is newer than its snapshot: step={step}")
     return offer
+
+
+def _state_from_json(row: Any) -> StateBase:
+    rank, digests = row
+    return StateBase(rank=_count(rank), outline=frozenset(bytes.fromhex(_text(digest)) for digest in digests))
 
 
 def _expert_from_json(layer: Any, index: Any, step: Any, learned: Any = None) -> OfferedExpert:
