@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.s3_server import S3Server
+from tests.support.zygote import Zygote
 
 # How long an example takes on a busy machine says nothing about the property that is tested.
 settings.register_profile("moc", deadline=None)
@@ -32,3 +33,10 @@ def s3_server() -> Iterator[S3Server]:
 def s3_bucket(s3_server: S3Server) -> str:
     """Return a bucket for tests that use a prefix of their own in it."""
     return s3_server.make_bucket()
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Run one process that has imported what the ranks of every world need."""
+    with Zygote(tmp_path_factory.mktemp("zygote") / "zygote.log") as zygote:
+        yield zygote

@@ -6,6 +6,7 @@ import pytest
 
 from tests.adapters.scenarios import DEFAULT, SLOW
 from tests.adapters.worlds import Results, run_cases
+from tests.support.zygote import Zygote
 
 pytestmark = [pytest.mark.world, pytest.mark.timeout(320)]
 
@@ -40,13 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder) -> Results:
-    return run_cases(folder, 2, [*SINGLE, *RESUMED[2]])
+def two_ranks(zygote: Zygote, folder) -> Results:
+    return run_cases(zygote, folder, 2, [*SINGLE, *RESUMED[2]])
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_cases(tmp_path_factory.mktemp("four"), 4, RESUMED[4])
+def four_ranks(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_cases(zygote, tmp_path_factory.mktemp("four"), 4, RESUMED[4])
 
 
 @pytest.mark.parametrize("case", RESUMED[2])
@@ -64,10 +65,10 @@ def test_case_holds_in_a_world_of_two(two_ranks: Results, case: str) -> None:
     assert two_ranks[case] == "ok"
 
 
-def test_fresh_processes_continue_exactly(folder, two_ranks: Results) -> None:
+def test_fresh_processes_continue_exactly(zygote: Zygote, folder, two_ranks: Results) -> None:
     assert two_ranks[f"save:{OTHER_PROCESSES}"] == "ok"
 
-    results = run_cases(folder, 2, [f"load:{OTHER_PROCESSES}"])
+    results = run_cases(zygote, folder, 2, [f"load:{OTHER_PROCESSES}"])
 
     assert results[f"load:{OTHER_PROCESSES}"] == "ok"
 
@@ -77,8 +78,8 @@ def test_fresh_processes_continue_exactly(folder, two_ranks: Results) -> None:
     ("ranks", "batch"),
     [(ranks, batch) for ranks, cases in SLOWLY_RESUMED.items() for batch in range(-(-len(cases) // BATCH))],
 )
-def test_every_combination_resumes(tmp_path, ranks: int, batch: int) -> None:
+def test_every_combination_resumes(zygote: Zygote, tmp_path, ranks: int, batch: int) -> None:
     cases = SLOWLY_RESUMED[ranks][batch * BATCH : (batch + 1) * BATCH]
-    results = run_cases(tmp_path, ranks, cases)
+    results = run_cases(zygote, tmp_path, ranks, cases)
 
     assert results == dict.fromkeys(cases, "ok")

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import select
-import selectors
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,93 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from moc.agent.runtime import LOG_NAME, SOCKET_NAME
+from tests.support.zygote import Zygote
 
-__all__ = ["Event", "Job", "Life", "Zygote"]
+__all__ = ["Event", "Job", "Life"]
 
-ROOT = Path(__file__).parents[2]
-START_DEADLINE_S = 400.0  # the first start on a machine compiles DeepSpeed's operators
 DEADLINE_S = 90.0
 POLL_S = 0.005
 TAIL = 3500
 
 Event = dict[str, Any]
-
-
-class Zygote:
-    """The forking process; a context manager. When it ends, so do all ranks."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._codes: dict[int, int] = {}
-        self._pids: list[int] = []
-        self._pending = b""
-
-    def __enter__(self) -> Zygote:
-        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # this torch's ninja
-        settings = {"PATH": tools, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.zygote"],
-                cwd=ROOT,
-                env={**os.environ, **settings},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._requests, self._replies = self._process.stdin, self._process.stdout
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._replies, selectors.EVENT_READ)
-        self._is_ready = False
-        self._until(
-            lambda: self._is_ready, START_DEADLINE_S, "imports; a stale lock of torch's extension builder makes it hang"
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._requests.close()
-        self._replies.close()
-
-    def fork(self, spec: Mapping[str, object], environment: Mapping[str, str], log: Path) -> int:
-        """Start a rank and return its pid."""
-        known = len(self._pids)
-        request = {"spec": dict(spec), "environment": dict(environment), "log": str(log)}
-        self._requests.write(json.dumps(request).encode() + b"\n")
-        self._requests.flush()
-        self._until(lambda: len(self._pids) > known, DEADLINE_S, "a fork")
-        return self._pids[-1]
-
-    def code(self, pid: int) -> int | None:
-        """Return a rank's exit code, negative for a signal, None while it runs."""
-        self._read(0)
-        return self._codes.get(pid)
-
-    def wait(self, seconds: float) -> None:
-        """Let time pass, or less if a rank ends."""
-        self._read(seconds)
-
-    def _until(self, condition: Callable[[], bool], deadline_s: float, what: str) -> None:
-        ends_s = time.monotonic() + deadline_s
-        while not condition():
-            if time.monotonic() > ends_s or self._process.poll() is not None:
-                raise AssertionError(f"the zygote did not come to {what}:\n{self._log.read_text()[-TAIL:]}")
-            self._read(POLL_S)
-
-    def _read(self, seconds: float) -> None:
-        if not self._selector.select(seconds):
-            return
-        *lines, self._pending = (self._pending + os.read(self._replies.fileno(), 1 << 16)).split(b"\n")
-        for line in lines:
-            reply = json.loads(line)
-            if "ended" in reply:
-                self._codes[reply["ended"]] = reply["code"]
-            elif "pid" in reply:
-                self._pids.append(reply["pid"])
-            else:
-                self._is_ready = True
 
 
 @dataclass(slots=True, kw_only=True)
@@ -228,7 +147,8 @@ class Job:
             own = {**common, "rendezvous": rendezvous, "record": str(records[rank])}
             if nodes > 1:
                 own["runtime"] = str(self.node(rank * nodes // ranks))
-            pids.append(self._zygote.fork(own, {k: str(v) for k, v in environment.items()}, logs[rank]))
+            place = {k: str(v) for k, v in environment.items()}
+            pids.append(self._zygote.fork("tests.e2e.worker", own, place, logs[rank]))
         life = Life(zygote=self._zygote, name=name, pids=tuple(pids), logs=logs, records=records, runtime=self.runtime)
         self.lives.append(life)
         return life

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.launch import Event, Job, Life, Zygote
+from tests.e2e.launch import Event, Job, Life
 from tests.e2e.matrix import Case
+from tests.support.zygote import Zygote
 
 pytestmark = [pytest.mark.world, pytest.mark.timeout(600)]
 

@@ -13,8 +13,9 @@ import pytest
 from moc import Config
 from moc.errors import ConfigError
 from moc.report import reasons_for_drift
-from tests.e2e.launch import Job, Life, Zygote
+from tests.e2e.launch import Job, Life
 from tests.e2e.matrix import Case
+from tests.support.zygote import Zygote
 
 pytestmark = [pytest.mark.world, pytest.mark.timeout(600)]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import deepspeed
 import numpy as np
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
@@ -23,6 +22,7 @@ from moc import CheckpointManager, Config
 from moc.status import Status
 from tests.e2e.engines import VOCABULARY, Average, Loader, build, digests
 from tests.e2e.matrix import Case
+from tests.support.ranks import join_world
 
 __all__ = ["Note", "Training", "main", "open_note"]
 
@@ -33,16 +33,8 @@ Note = Callable[..., None]
 def main(spec: Mapping[str, Any]) -> None:
     """Join the world and do what the specification says."""
     note = open_note(Path(spec["record"]))
-    torch.set_num_threads(1)
     deepspeed.logger.setLevel("ERROR")
-    deepspeed.init_distributed(
-        dist_backend="gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        init_method=f"file://{spec['rendezvous']}",
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
+    join_world(spec)
     if "behaviours" in spec:
         from tests.e2e import behaviours, interference
 

@@ -1,17 +1,13 @@
-"""One rank of a world that trains each scenario, writes a moc checkpoint and DeepSpeed's own, and trains on.
-
-torchrun ... -m tests.export.source_job FOLDER SCENARIO...
-"""
+"""One rank of a world that trains each scenario, writes a moc checkpoint and DeepSpeed's own, and trains on."""
 
 from __future__ import annotations
 
 import ctypes
-import sys
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -24,6 +20,7 @@ from moc.store.local import LocalStore
 from tests.export.models import Scenario, build, logits_of, observe, train
 from tests.export.scenarios import BY_NAME
 from tests.export.writer import write_rank
+from tests.support.ranks import join_world
 
 STEPS_BEFORE, STEPS_AFTER = 3, 4
 
@@ -114,16 +111,11 @@ def captured(state: DeepSpeedState, engine: Any) -> dict[str, Any]:
     return tree
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    for name in sys.argv[2:]:
-        folder = Path(sys.argv[1], name)
+def main(spec: Mapping[str, Any]) -> None:
+    """Join the world and run the scenarios."""
+    join_world(spec)
+    for name in spec["scenarios"]:
+        folder = Path(spec["folder"], name)
         folder.mkdir(exist_ok=True)
         run(BY_NAME[name], folder)
     dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,8 @@ from moc.repository import Repository
 from moc.store.local import LocalStore
 from tests.export.models import EXPERTS, Scenario
 from tests.export.scenarios import DEFAULT, FOUR_RANKS, SLOW
-from tests.export.worlds import run_world
+from tests.export.worlds import run_plain
+from tests.support.zygote import Zygote, run_world
 
 pytestmark = pytest.mark.world
 
@@ -35,8 +36,8 @@ UNLIKE = {"round_robin_gradients": "param_slice_mappings", "elastic_checkpoint":
 class Worlds:
     """The folders of a tier's scenarios after both worlds have run; made when first asked for."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, zygote: Zygote, root: Path) -> None:
+        self._zygote, self._root = zygote, root
         self._done: set[str] = set()
 
     def folder(self, tier: str, scenario: Scenario) -> Path:
@@ -45,20 +46,22 @@ class Worlds:
             root = self._root / tier
             root.mkdir()
             names = [s.name for s in scenarios]
-            run_world("tests.export.source_job", str(root), *names, ranks=ranks)
+            spec = {"folder": str(root), "scenarios": names}
+            words = run_world(self._zygote, "tests.export.source_job", spec, ranks=ranks, folder=root)
+            assert not words, words
             for name in names:
                 repository = Repository(LocalStore(root / name / "repository"))
                 manifest = repository.read_manifest(repository.checkpoints()[0].name)
                 export_deepspeed(repository, manifest, root / name / "ours", lambda _: None)
                 export_safetensors(repository, manifest, root / name / "weights", lambda _: None, shard_bytes=3000)
-            run_world("tests.export.plain_job", str(root), *names, ranks=ranks)
+            run_plain("tests.export.plain_job", str(root), *names, ranks=ranks)
             self._done.add(tier)
         return self._root / tier / scenario.name
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
-    return Worlds(tmp_path_factory.mktemp("export"))
+def worlds(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(zygote, tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture(params=CASES)

@@ -1,4 +1,4 @@
-"""Runs a module as a world of ranks and brings its processes to an end, whatever happens."""
+"""Runs a module as a world of ranks that have never seen moc, and brings its processes to an end, whatever happens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_S = 240
 
 
-def run_world(module: str, *arguments: str, ranks: int = 2) -> None:
+def run_plain(module: str, *arguments: str, ranks: int = 2) -> None:
     """Run `python -m module arguments` on so many ranks; raises AssertionError with the output if the world fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     process = subprocess.Popen(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections import Counter
@@ -22,7 +21,6 @@ def main() -> int:
     parser.add_argument("--nodes", action="store_true", help="two or three nodes, with and without replicas")
     parser.add_argument("--trace", action="store_true", help="print the whole log of the seed")
     options = parser.parse_args()
-    gc.freeze()
     if options.seed is not None:
         report = simulate(options.seed, is_partial=options.partial, has_nodes=options.nodes, keep_log=options.trace)
         print("\n".join(report.log))

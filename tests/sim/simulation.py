@@ -250,11 +250,13 @@ def simulate(seed: int, *, is_partial: bool = False, has_nodes: bool = False, ke
     """Run one seed, in mode full or partial, on one node or several, and leave no descriptor behind."""
     before = set(os.listdir("/proc/self/fd"))
     gc.disable()  # nothing may be closed by a collection that comes at a time of its own
+    gc.freeze()  # what was there before is no garbage of this seed, and takes long to look through
     try:
         report = Simulation(seed, is_partial=is_partial, has_nodes=has_nodes, keep_log=keep_log).run()
     finally:
-        gc.enable()
         gc.collect()
+        gc.unfreeze()
+        gc.enable()
     for descriptor in sorted(set(os.listdir("/proc/self/fd")) - before, key=int):
         try:
             os.close(int(descriptor))

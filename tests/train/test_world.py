@@ -24,6 +24,7 @@ from moc.state import RankCatalog, check_coverage, shard_order
 from moc.store.open import open_store
 from moc_train.compare import compare, read_lineage
 from moc_train.runlog import read_records, surviving_steps
+from tests.support.zygote import Zygote, run_world
 
 pytestmark = [pytest.mark.world, pytest.mark.longest, pytest.mark.timeout(600)]  # the first test waits for three worlds
 
@@ -133,29 +134,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run_world(world_size: int, folder: Path, plan: str) -> None:
-    """Run the worker on this many ranks and wait for all of them; none is left behind."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).with_name("world_worker.py")), plan]
-    common = {**environment(), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    outputs = [folder / f"world{world_size}_rank{rank}.txt" for rank in range(world_size)]
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank, output in enumerate(outputs):
-            place = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with open(output, "wb") as stream:
-                ranks.append(subprocess.Popen(command, env=place, cwd=folder, stdout=stream, stderr=subprocess.STDOUT))
-        for rank, output in zip(ranks, outputs, strict=True):
-            code = rank.wait(DEADLINE_S)
-            assert code == 0, output.read_text(errors="replace")[-6000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-
-
 STORED_SHAPE = ModelShape(
     name="stored",
     layers=2,
@@ -173,7 +151,7 @@ STORED_SHAPE = ModelShape(
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def worlds(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with what each scenario left; one world of processes per number of ranks."""
     folder = tmp_path_factory.mktemp("worlds")
     for world_size in sorted({scenario.world_size for scenario in SCENARIOS}):
@@ -187,9 +165,13 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for scenario in SCENARIOS
             if scenario.world_size == world_size
         ]
-        file = folder / f"plan{world_size}.json"
-        file.write_text(json.dumps(plan), encoding="utf-8")
-        run_world(world_size, folder, str(file))
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+        words = run_world(
+            zygote, "tests.train.world_worker", {"plan": plan}, ranks=world_size, folder=folder, environment=meeting
+        )
+        assert not words, words
     return folder
 
 

@@ -1,16 +1,13 @@
 """One rank of a world that runs several scenarios, one after another, in the same processes.
 
-    RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python world_worker.py PLAN.json
-
-PLAN is a list of {"verb": "train" | "checkpoint", "folder": ..., "settings": [...]}: "train" is a whole run as
-pretrain.py makes it; "checkpoint" saves and loads with DeepSpeed's own writer and leaves a report per rank.
+Its specification has a "plan", a list of {"verb": "train" | "checkpoint", "folder": ..., "settings": [...]}: "train" is
+a whole run as pretrain.py makes it; "checkpoint" saves and loads with DeepSpeed's own writer and leaves a report per
+rank.
 """
 
-import ctypes
 import json
 import os
-import signal
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from moc_train.launch import Place, read_place
 from moc_train.options import parse_arguments
 from moc_train.training import build_engine, open_tokens, run, start_torch
 
-PR_SET_PDEATHSIG = 1
 STEPS_BEFORE, STEPS_AFTER = 3, 3
 
 
@@ -86,10 +82,10 @@ def save_and_load(config: TrainConfig, place: Place, folder: Path, other: TrainC
     }
 
 
-def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a test session that dies leaves no ranks behind
+def main(spec: Mapping[str, Any]) -> None:
+    """Run the scenarios of the plan."""
     place = read_place(os.environ)
-    for scenario in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    for scenario in spec["plan"]:
         folder = Path(scenario["folder"])
         config = parse_arguments([*scenario["settings"], f"logging.folder={folder}"])
         if scenario["verb"] == "train":
@@ -99,7 +95,3 @@ def main() -> None:
         report = save_and_load(config, place, folder, other)
         (folder / f"report{place.rank}.json").write_text(json.dumps(report), encoding="utf-8")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,9 +2,10 @@
 
 The first engine of a process imports torch's compiler, which takes longer than torch itself: that is done here too.
 
-python -m tests.e2e.zygote: reads one JSON request per line, {"spec": ..., "environment": ..., "log": PATH}, and answers
-{"pid": n}; when a child has ended it writes {"ended": pid, "code": n}, negative for a signal. When its input ends, so
-do it and its children. Process groups are created after the fork, and no thread runs before it.
+python -m tests.support.zygote_process: reads one JSON request per line, {"module": ..., "spec": ..., "environment":
+..., "log": PATH}, and answers {"pid": n}: a child that calls the module's `main(spec)`. When one has ended it writes
+{"ended": pid, "code": n}, negative for a signal. When its input ends, so do it and its children. Process groups are
+created after the fork, and no thread runs before it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import atexit
 import ctypes
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import selectors
@@ -24,11 +26,11 @@ from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
-from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
 import moc.manager  # noqa: F401
-from tests.e2e import worker
+import moc_train.training  # noqa: F401
 
 PR_SET_PDEATHSIG = 1
 
@@ -37,10 +39,8 @@ def main() -> None:
     """Serve requests until the input ends."""
     _end_with_parent()
     torch.set_num_threads(1)
-    for builder in (CPUAdamBuilder, ShareMemCommBuilder):
+    for builder in (CPUAdamBuilder, FusedAdamBuilder, ShareMemCommBuilder):
         builder().load(verbose=False)  # children find them loaded: no compiler, no lock, no look at the processor
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"threads would be lost in a fork: {len(threads)}"
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not a reply
     wake_receive, wake_send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -49,7 +49,6 @@ def main() -> None:
     selector = selectors.DefaultSelector()
     selector.register(0, selectors.EVENT_READ)
     selector.register(wake_receive, selectors.EVENT_READ)
-    gc.freeze()  # DeepSpeed collects garbage for every engine: what is imported is none
     replies.write(json.dumps({"ready": os.getpid()}) + "\n")
     pending = b""
     while True:
@@ -63,7 +62,10 @@ def main() -> None:
                 os._exit(0)  # the kernel kills the children
             *lines, pending = (pending + received).split(b"\n")
             for line in lines:
-                replies.write(json.dumps({"pid": _fork(json.loads(line))}) + "\n")
+                request = json.loads(line)
+                importlib.import_module(request["module"])
+                gc.freeze()  # DeepSpeed collects garbage for every engine: what is imported is none
+                replies.write(json.dumps({"pid": _fork(request)}) + "\n")
 
 
 def _report_ended(replies: Any) -> None:
@@ -79,13 +81,15 @@ def _report_ended(replies: Any) -> None:
 
 def _fork(request: Mapping[str, Any]) -> int:
     parent = os.getpid()
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"threads would be lost in a fork: {len(threads)}"
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         _become_rank(request, parent)
-        worker.main(request["spec"])
+        sys.modules[request["module"]].main(request["spec"])
         code = 0
     except BaseException:  # noqa: BLE001  the process's top: what went wrong is in its log, exit functions run
         traceback.print_exc()
