@@ -172,9 +172,9 @@ def describe_life(
 ) -> dict[str, object]:
     """Return the descriptor of one node's arena for the life that `lineage` ends with. Pure.
 
-    It holds the catalogs of the node's own ranks; digest, tensors and topology are the whole life's. `secret` is what
-    the agents of several nodes know each other by, None on one node. `layers` are the snapshots in memory that the
-    life's state was recovered from, `base` is the newest checkpoint that it grew from.
+    It holds the catalogs of the node's own ranks; digest, tensors, experts and topology are the whole life's. `secret`
+    is what the agents of several nodes know each other by, None on one node. `layers` are the snapshots in memory that
+    the life's state was recovered from, `base` is the newest checkpoint that it grew from.
     """
     config = request.config
     descriptor: dict[str, object] = {
@@ -183,6 +183,7 @@ def describe_life(
         "catalogs": [catalog.to_json() for catalog in facts.catalogs_of(node)],
         "digest": catalog_digest(facts.catalogs),
         "tensors": facts.tensors,
+        "experts": list(facts.turns.counts),
         "topology": facts.topology.to_json(),
         "fingerprint": dict(request.fingerprint),
         "software": dict(software),

@@ -76,7 +76,7 @@ def _tuning(custody: Custody, saves: Saves) -> Tuning | None:
                 pass_s=timings.pass_ns / 1e9,
             )
         )
-    config, experts = life.descriptor["config"], max(map(len, counts.values()), default=1)
+    config, experts = life.descriptor["config"], max((*map(len, counts.values()), *life.experts), default=1)
     return tune(
         ranks,
         experts=experts,

@@ -27,6 +27,8 @@ class Life:
     nodes: int
     hosts: tuple[int, ...]
     descriptor: Mapping[str, Any]
+    experts: tuple[int, ...] = ()
+    """By MoE layer how many the model has; empty where an earlier version tells nothing."""
     layers: frozenset[tuple[int, Moment]] = frozenset()
     """Snapshots of earlier lives in memory that this one was recovered from: its parent's, and older ones."""
     base: tuple[int, Moment] | None = None
@@ -62,6 +64,7 @@ class Life:
             node=0 if topology is None else wire.integer(wire.mapping(descriptor, "fellows"), "node"),
             nodes=1 if topology is None else topology.node_count,
             hosts=tuple(wire.integers(descriptor, "hosts")) if "hosts" in descriptor else (),
+            experts=tuple(wire.integers(descriptor, "experts")) if "experts" in descriptor else (),
             descriptor=descriptor,
             layers=layers_of(descriptor),
             base=next(iter(_moments(descriptor, "base")), None),

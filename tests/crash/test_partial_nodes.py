@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from moc.routing import Routing
-from tests.crash.test_partial import GRID, RUN, TURN, go_on, judge, partial_job
+from tests.crash.test_partial import EXPERTS, GRID, RUN, TURN, go_on, judge, partial_job
 from tests.support.job import Job, Life, start_agent, wait_killed
 
 # By 4 ranks on 2 nodes every expert has a slice on each node, by 2 ranks each node has its own experts.
@@ -30,6 +30,8 @@ def test_experts_take_turns_over_two_nodes_and_memory_is_recovered(size: int) ->
     with partial_job(k_snapshot=2, size=size, nodes=2) as job:
         first = job.start()
         go_on(first, commits=TURN + 1)
+        advice = first.until(lambda: job.ask_agent("status", node=1)[0]["advice"], "advice")
+        assert (advice["experts"], advice["present"]["k_snapshot"]) == (EXPERTS, 2), "of the model, not of the node"
         known = first.newest_step("global")
         first.kill()
 
