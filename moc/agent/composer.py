@@ -113,6 +113,7 @@ class Composer:
         is_of_several_steps = any(step != name.step for step in offered.steps.values())
         is_of_earlier_mode = offered.is_inherited and (len(offers) > 1 or is_of_several_steps)
         if descriptor["config"]["mode"] != FULL or is_of_earlier_mode:
+            _refuse_other_experts(offered, descriptor)
             return compose(sealed, base, None if offered.is_whole else self._terms(descriptor, sealed))
         composition = compose(sealed, None, None)
         if composition.stale:
@@ -203,6 +204,15 @@ class Composer:
         if not is_counted:
             return Sequential(k)
         return LoadAware(k) if is_by_load else DynamicK(k, config["plt_limit"])
+
+
+def _refuse_other_experts(offered: Offered, descriptor: Mapping[str, Any]) -> None:
+    """Raise PlanDivergedError unless the offers have every expert of the model, as far as the descriptor tells."""
+    counts = descriptor.get("experts", [])
+    model = {Expert(layer=layer, index=index) for layer, count in enumerate(counts) for index in range(count)}
+    differing = sorted(model.symmetric_difference(offered.steps))
+    if counts and differing:
+        raise PlanDivergedError(f"offers have other experts than the model: differing={differing[:4]}")
 
 
 def _attempt(name: CheckpointName) -> Attempt:

@@ -295,6 +295,7 @@ LIES: list[dict[str, object]] = [
     {"experts": [[0, -1, 7]]},
     {"experts": [[0, 0, True]]},
     {"experts": [[0, 0, 5, -1]]},
+    {"experts": [[0, 0, 5, 1 << 63]]},
     {"experts": [[0, 0, 5, 1, 1]]},
     {"experts": [[0, 1, 7], [0, 0, 7]]},
     {"experts": [[0, 0, 7], [0, 0, 7]]},

@@ -110,7 +110,7 @@ def turning(storage: str) -> Iterator[Pair]:
 def _node(number: int | None, storage: str, trace: Trace | None = None, *, config: Config = WHOLE) -> Iterator[Node]:
     """An agent of one node of two; None: of one node that has both ranks."""
     described = {**_descriptor(FIRST), "storage": storage, "versions": VERSIONS, "topology": WORLD}
-    described |= {"config": asdict(config), "timeout_s": TIMEOUT_S}
+    described |= {"config": asdict(config), "timeout_s": TIMEOUT_S, "experts": [len(EXPERTS)]}
     if number is not None:
         described["catalogs"] = [CATALOGS[number].to_json()]
         described["fellows"] = {"node": number, "secret": "a secret", "address": "127.0.0.1", "urls": []}
@@ -424,6 +424,23 @@ def test_contributions_to_different_checkpoints_fail_the_save(turning: Pair, sto
 
     assert "nodes have composed different checkpoints: step=8" in str(first.saves.last_error)
     assert [manifest.name.step for manifest in _manifests(storage)] == [7]
+
+
+def test_an_offer_that_leaves_an_expert_out_fails_the_save(turning: Pair, storage: str) -> None:
+    first, second = turning
+    for node in turning:
+        node.seal(6, record=0, flags=PERSIST)
+        node.custody.scan()
+    second.tell(first)
+    first.look()
+    moment = (6, "00000006")
+    heard = second.council.report("http://y", {}, {}, ended=(), wishes=(), verdicts=())
+    assert heard is not None
+    first.council.hear(replace(heard, offer=Offer(moment=moment, experts=(), is_whole=False, is_inherited=False)))
+    first.look_until(lambda: moment in _moments(first))
+
+    assert "offers have other experts than the model" in str(first.saves.last_error)
+    assert Repository(open_store(storage)).objects() == [], "nothing was written"
 
 
 def _offered(step: int) -> tuple[OfferedExpert, ...]:

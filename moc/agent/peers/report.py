@@ -19,7 +19,7 @@ from moc.format.relative import StateBase
 from moc.persist import Receipt
 from moc.plan.freeing import Moment, Seal, second_attempt
 from moc.plan.offers import Attempt, Offer, OfferedExpert
-from moc.routing import Routing
+from moc.routing import COUNT_LIMIT, Routing
 from moc.state import Expert
 
 __all__ = ["NOBODY", "Contribution", "Others", "Report", "Verdict", "Wish", "report_from_json"]
@@ -209,6 +209,8 @@ def _offer_from_json(body: Any) -> Offer:
         raise ValueError(f"experts are not ascending: step={step}")
     if any(row.step is not None and row.step > step for row in offer.experts):
         raise ValueError(f"an expert is newer than its snapshot: step={step}")
+    if any(row.learned is not None and row.learned > COUNT_LIMIT for row in offer.experts):
+        raise ValueError(f"an expert has learned too much: allowed=0..{COUNT_LIMIT}")
     return offer
 
 
