@@ -12,6 +12,7 @@ __all__ = ["MUTATIONS"]
 LOCAL = "tests/store/test_local.py"
 S3 = "tests/store/test_s3.py"
 SHARED = "tests/core/test_partial.py"
+JOINT = "tests/core/test_joint_saves.py"
 KILLED_UPLOAD = "test_a_process_killed_in_an_upload_leaves_nothing_visible_and_the_sweep_takes_the_parts"
 
 MUTATIONS = (
@@ -207,5 +208,40 @@ MUTATIONS = (
         old="    findings += _source_findings(repository, manifest)\n",
         new="",
         tests=(f"{SHARED}::test_experts_of_an_abandoned_future_are_found",),
+    ),
+    Mutation(
+        name="nodes-compose-from-the-oldest-commit-that-any-knows",
+        file="moc/plan/offers.py",
+        old="        base=max((offer.base for",
+        new="        base=min((offer.base for",
+        tests=("tests/plan/test_offers.py::test_the_newest_base_counts_and_whatever_anybody_knows_to_be_finite",),
+    ),
+    Mutation(
+        name="a-successor-writes-another-composition-over-its-predecessor's",
+        file="moc/agent/peers/council.py",
+        old="        if differing:\n",
+        new="        if False:\n",
+        tests=("tests/core/test_council.py::test_a_node_composes_nothing_else_than_another_one_has_composed",),
+    ),
+    Mutation(
+        name="contributions-to-different-compositions-are-committed",
+        file="moc/agent/persister.py",
+        old="        if any(other != composed.digest for other in digests):\n",
+        new="        if False:\n",
+        tests=(f"{JOINT}::test_contributions_to_different_checkpoints_fail_the_save",),
+    ),
+    Mutation(
+        name="a-wish-means-the-first-checkpoint-of-its-moment",
+        file="moc/agent/peers/report.py",
+        old="second_attempt(attempt) if self.is_second else attempt",
+        new="attempt",
+        tests=(f"{JOINT}::test_an_agent_that_leaves_has_the_other_one_make_a_second_checkpoint_of_its_newest_moment",),
+    ),
+    Mutation(
+        name="what-other-nodes-are-at-falls-behind-what-was-skipped",
+        file="moc/agent/saves.py",
+        old="if verdict.moment in asked] + found",
+        new="if False] + found",
+        tests=(f"{JOINT}::test_how_a_save_has_ended_is_told_to_who_is_at_it_however_many_were_skipped_since",),
     ),
 )
