@@ -39,8 +39,9 @@ def guest_layouts(descriptor: Mapping[str, Any]) -> list[tuple[dict[str, Any], A
     """Return the descriptor and the layout of every guest's arena that a life declares."""
     found = []
     for guest in descriptor.get("guests", ()):
-        # As the guest's own arena is described, but for what only its agent needs to know of other nodes.
-        common = {name: value for name, value in descriptor.items() if name not in ("guests", "hosts")}
+        # As the guest's own arena is described, but for what only its agent needs to know of other nodes, and for where
+        # the storage is: a URL may hold a password, and a replica is given to who asks for it over the network.
+        common = {name: value for name, value in descriptor.items() if name not in ("guests", "hosts", "storage")}
         described = common | {
             "catalogs": guest["catalogs"],
             "versions": GUEST_VERSIONS,
@@ -245,13 +246,11 @@ class Guests:
                         del guest.pins[snapshot]
 
     def describe(self, rank: int) -> dict[str, Any]:
-        """Return the descriptor of the arena of which a guest is the replica, without where its storage is: a URL may
-        hold a password, and what asks for this goes over the network. Raises: UsageError if there is none.
-        """
+        """Return the descriptor of the arena of which a guest is the replica. Raises: UsageError if there is none."""
         with self._lock:
             for guest in self._guests:
                 if rank in guest.ranks:
-                    described = {name: value for name, value in guest.arena.descriptor.items() if name != "storage"}
+                    described: dict[str, Any] = guest.arena.descriptor
                     return described | {"versions": described["own_versions"]}
         raise UsageError(f"there is no such guest: rank={rank}")
 
