@@ -8,6 +8,7 @@ Thread: `show` and `close` from the agent's main thread, `open` from the peers'.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ from contextlib import ExitStack, contextmanager
 
 from moc.agent.custody import Custody
 from moc.agent.guests import Guests
+from moc.errors import MocError
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
 from moc.snapshot.shared import SharedArena
 
 __all__ = ["Loans"]
+
+log = logging.getLogger(__name__)
 
 
 class Loans:
@@ -35,9 +39,15 @@ class Loans:
         """Lend what a recovery would read of this custody from now on; called again whenever that may have changed."""
         source = custody.source()
         shown = (source.arena, source.life.record.number)
-        if shown != self._shown:
-            self._replace(SharedArena(Arena.attach(os.dup(source.arena.fd))))
-            self._shown = shown
+        if shown == self._shown:
+            return
+        self._shown = shown
+        try:
+            own = SharedArena(Arena.attach(os.dup(source.arena.fd)))
+        except (MocError, OSError) as error:  # no reason to end: this node's own trainers may read it still
+            log.error("this node's snapshots cannot be lent: reason=%s", error)
+            own = None
+        self._replace(own)
 
     @contextmanager
     def open(self, snapshot: tuple[int, int, str], rank: int) -> Iterator[tuple[Arena, SealRecord]]:

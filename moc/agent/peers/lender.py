@@ -19,7 +19,7 @@ from moc.agent import wire
 from moc.agent.peers.client import PeerClient
 from moc.agent.peers.courier import SLOWEST_BYTES_PER_S, STALL_S
 from moc.agent.peers.proof import Membership
-from moc.errors import InternalError, MocError, ShardCorruptError, UsageError
+from moc.errors import InternalError, MocError, ShardCorruptError, StoreUnavailableError, UsageError
 from moc.host import Host
 from moc.plan.layout import Unit, arrange_rank
 from moc.snapshot.parcel import read_seal
@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Snapshot = tuple[int, int, str]
+
+ROUNDS = 2  # an agent that hundreds of ranks ask at once may turn one away before it has seen who that is
+ROUND_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +138,20 @@ def ask_in_turn(
     lenders: Sequence[Lender], act: Callable[[PeerClient], T], *, snapshot: Snapshot, rank: int, host: Host
 ) -> T:
     """Return what the first lender gives that gives it right. Raises: ShardCorruptError if none does."""
-    problems = []
-    for lender in lenders:
-        try:
-            return act(lender.client(host))
-        except MocError as error:
-            log.warning("snapshot cannot be had: rank=%d node=%d reason=%s", rank, lender.node, error)
-            problems.append(f"node {lender.node}: {error}")
+    problems: list[str] = []
+    for number in range(ROUNDS):
+        if number:
+            host.sleep(ROUND_WAIT_S)
+        failures = []
+        for lender in lenders:
+            try:
+                return act(lender.client(host))
+            except MocError as error:
+                log.warning("snapshot cannot be had: rank=%d node=%d reason=%s", rank, lender.node, error)
+                failures.append(error)
+        problems = [f"node {lender.node}: {error}" for lender, error in zip(lenders, failures, strict=True)]
+        if not any(isinstance(error, StoreUnavailableError) for error in failures):
+            break
     raise ShardCorruptError(f"no other node gives it: rank={rank} snapshot={snapshot} {'; '.join(problems)}")
 
 
@@ -151,6 +161,7 @@ class LentPart:
     def __init__(self, snapshot: Snapshot, rank: int, lenders: Sequence[Lender], *, host: Host) -> None:
         self._snapshot, self._rank, self._lenders, self._host = snapshot, rank, lenders, host
         self._lock = threading.Lock()
+        self._good = ""
         self.holder = f"memory of another node rank={rank}"
         self.lent_bytes = 0
 
@@ -220,4 +231,12 @@ class LentPart:
         return found
 
     def _ask(self, act: Callable[[PeerClient], T]) -> T:
-        return ask_in_turn(self._lenders, act, snapshot=self._snapshot, rank=self._rank, host=self._host)
+        """Ask first who gave something last."""
+
+        def ask(client: PeerClient) -> T:
+            found = act(client)
+            self._good = client.url
+            return found
+
+        lenders = sorted(self._lenders, key=lambda lender: lender.url != self._good)
+        return ask_in_turn(lenders, ask, snapshot=self._snapshot, rank=self._rank, host=self._host)
