@@ -62,10 +62,10 @@ class Grouped(nn.Module):
 class Net(nn.Module):
     """Tied embedding and head, a frozen projection, dropout, buffers of both kinds that the next forward pass reads."""
 
-    def __init__(self, model: str, ep_size: int, seed: int, *, has_frozen: bool = True) -> None:
+    def __init__(self, model: str, ep_size: int, seed: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(requires_grad=not has_frozen)
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(requires_grad=False)
         self.norm = nn.LayerNorm(WIDTH)
         match model:
             case "native":
@@ -90,12 +90,12 @@ class Net(nn.Module):
         return self.head(self.dropout(x))
 
 
-def build(case: Case, seed: int, *, has_frozen: bool = True) -> Any:
+def build(case: Case, seed: int) -> Any:
     """Return a fresh engine; `seed` sets its weights and all generators. Collective."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    net = Net(case.model, 2, seed, has_frozen=has_frozen)
+    net = Net(case.model, 2, seed)
     if case.model == "dense":
         groups = [
             {"params": [p for p in net.parameters() if p.dim() > 1], "name": "matrices", "weight_decay": 0.1},

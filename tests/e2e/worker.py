@@ -56,9 +56,9 @@ def open_note(path: Path) -> Note:
 class Training:
     """An engine, its data and its averages, and the loop over steps."""
 
-    def __init__(self, case: Case, *, seed: int, note: Note | None = None, has_frozen: bool = True) -> None:
+    def __init__(self, case: Case, *, seed: int, note: Note | None = None) -> None:
         self.case, self._note = case, note
-        self.engine = build(case, seed, has_frozen=has_frozen)
+        self.engine = build(case, seed)
         self.loader = Loader(case.accumulation)
         self.average = Average(self.engine) if case.boundary == "step" else None
         self.losses: list[list[str]] = []
@@ -105,7 +105,7 @@ def train_case(spec: Mapping[str, Any], note: Note) -> None:
     steps: the last step; where it is recovered, at least `further` steps more.
     """
     case = Case(**spec["case"])
-    training = Training(case, seed=spec["seed"], note=note, has_frozen=spec.get("has_frozen", True))
+    training = Training(case, seed=spec["seed"], note=note)
     if not spec["is_attached"]:
         training.run(spec["steps"])
         note("final", digests=training.digests(), skipped=training.engine.skipped_steps)
