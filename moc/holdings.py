@@ -53,7 +53,8 @@ def gather_holdings(
     result is whole on rank 0 only.
     """
     rank, is_leader = world.rank, facts.is_leader(world.rank)
-    node = _Node(request, run, unstored, facts.pids_beside(rank), host=host, trace=trace)
+    address = facts.addresses[facts.node_of(rank)] if facts.addresses else None
+    node = _Node(request, run, unstored, facts.pids_beside(rank), address, host=host, trace=trace)
     try:
         agree(world, lambda: at_node(facts, rank, node.judge) if is_leader else None)
         own = agree(world, lambda: at_node(facts, rank, node.fence) if is_leader else None)
@@ -68,9 +69,19 @@ class _Node:
     """One node's agent at the beginning of a life, seen by the node's leader."""
 
     def __init__(
-        self, request: Request, run: str, unstored: str | None, pids: Sequence[int], *, host: Host, trace: Trace
+        self,
+        request: Request,
+        run: str,
+        unstored: str | None,
+        pids: Sequence[int],
+        address: str | None,
+        *,
+        host: Host,
+        trace: Trace,
     ) -> None:
+        """`address` is where other nodes reach this one's agent, None where there are none."""
         self._request, self._run, self._unstored, self._pids = request, run, unstored, list(pids)
+        self._address = address
         self._host, self._trace = host, trace
         self._client: AgentClient | None = None
         self._known: list[int] = []
@@ -103,7 +114,7 @@ class _Node:
             notes.append(
                 f"trainers that cannot be killed, their memory is not used again: pids={fenced['quarantined']}"
             )
-        inventory, _ = self._client.request("inventory")
+        inventory, _ = self._client.request("inventory", {"lend_at": self._address} if self._address else None)
         return {"notes": notes, **inventory}
 
     def close(self) -> None:

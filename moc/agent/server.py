@@ -240,7 +240,9 @@ class Agent:
         if self._custody is None:
             self._reply(connection, {"has_arena": False, "live": live})
             return
-        held = {**self._custody.inventory(), **self._company.replicas_held(self._custody)}
+        if "lend_at" in message:
+            self._company.lend(self._custody, wire.text(message, "lend_at"))
+        held = {**self._custody.inventory(), **self._company.replicas_held()}
         self._reply(connection, {"has_arena": True, "live": live, **held})
 
     def _fence(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:

@@ -311,6 +311,22 @@ def test_ranks_that_have_changed_places_or_number_go_on_from_the_memory_of_other
 
 
 @pytest.mark.slow
+def test_a_job_that_grows_from_one_node_to_two_reads_what_the_one_has() -> None:
+    with Job(size=2, run_id=RUN, persist_every=0) as job:
+        first = job.start()
+        known = first.event("global", rank=1, step=8)["step"]
+        first.kill()
+        job.roots.append(job.folder / "rt1")
+        second = job.start(steps=first.newest_step("step") + 6)
+        attached = second.attached()
+        assert attached["source"] == "peer memory", second.story()
+        assert attached["step"] >= known
+        second.finished()
+        second.exact()
+        job.sound()
+
+
+@pytest.mark.slow
 def test_a_node_that_comes_anew_reads_what_it_needs_from_the_others() -> None:
     with Job(size=2, nodes=2, run_id=RUN, persist_every=0) as job:
         first = job.start()

@@ -66,13 +66,19 @@ class Fellows:
         Raises: UsageError if it cannot.
         """
         self.end("a new life has begun")
+        council = Council(
+            node=member.node, ranks_of=ranks_of, incarnation=member.incarnation, host=self._host, wake=self._wake
+        )
+        url = self.listen(member, address=address, port=port)
+        self.council = council
+        return url
+
+    def listen(self, member: Membership, *, address: str, port: int) -> str:
+        """Answer this life's members, reports excepted, and return this agent's URL. As `begin` says."""
         if self._transport is None or self._place != (address, port):
             self.close()
             self._transport = Transport(self.routes, address=address, port=port, host=self._host)
             self._place = (address, port)
-        self.council = Council(
-            node=member.node, ranks_of=ranks_of, incarnation=member.incarnation, host=self._host, wake=self._wake
-        )
         self._transport.enter(member)
         log.info("listening for the agents of other nodes: node=%d url=%s", member.node, self._transport.url)
         return self._transport.url
