@@ -196,6 +196,27 @@ def test_a_checkpoint_with_shared_objects_is_restored_with_its_stale_experts(his
     holds(outcome, 9, {A: 6, B: 5, **{e: 2 for e in GRID if e not in (A, B, C)}})
 
 
+def test_of_a_checkpoint_with_stale_experts_those_before_it_are_not_opened(history: History) -> None:
+    """They have no expert any newer: each would cost every rank a manifest and its headers."""
+    history.seal(2)
+    base = history.store_checkpoint(2)
+    history.seal(5)
+    stored = history.store_checkpoint(5, base=2, written=[history.grid[0]])
+    opened: list[Candidate] = []
+
+    def opener(rank: int) -> Open:
+        def open_layer(candidate: Candidate) -> tuple[Source, Callable[[], None]]:
+            opened.append(candidate)
+            return history.opener(rank)(candidate)
+
+        return open_layer
+
+    outcome = good(history, [stored, base], opener=opener)
+
+    holds(outcome, 5, dict.fromkeys(history.grid[1:], 2))
+    assert set(opened) == {stored}
+
+
 def test_what_memory_has_newer_than_a_checkpoint_is_taken_from_memory(history: History) -> None:
     history.seal(2)
     base = history.store_checkpoint(2)

@@ -406,6 +406,21 @@ def test_the_routes_of_a_snapshot_stand_in_its_manifest_and_decide_by_load(bench
     assert {row.routed for row in second.stale_experts} == {9}
 
 
+@pytest.mark.parametrize(("every", "is_from_storage", "written"), [(1, True, 1), (50, True, 4), (50, False, 1)])
+def test_after_a_fault_k_grows_with_what_the_next_one_would_lose(
+    bench: Bench, every: int, written: int, *, is_from_storage: bool
+) -> None:
+    """At step 2 a fault at K = 1 of 4 loses 1.5 intervals of the mean expert: with one step 75 %, with 50 all."""
+    bench.config |= {"persist_every": every, "plt_limit": 0.9}
+    bench.routing = Routing(basis=KEPT, routed=((9,) * 4,) * 2, learned=((8, 9, 9, 9), (9,) * 4))
+    first = bench.save()
+    attempt = first.name.attempt if is_from_storage else None
+    bench.begin(Parent(incarnation=1, step=first.name.step, attempt=attempt))
+    bench.start_agent()
+
+    assert per_layer(bench, bench.save()) == [written] * LAYERS
+
+
 def test_by_load_without_counts_experts_take_turns_and_the_log_says_so_once(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
