@@ -8,7 +8,7 @@ to become of a bad shard others decide: `moc.assembly` for an expert, `moc.resto
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -16,7 +16,7 @@ from typing import Protocol
 from moc._native import crc32c
 from moc.errors import IntegrityError, MocError, ShardCorruptError, StorageError
 from moc.format.contents import contradictions, live_shards
-from moc.format.keys import parse_object_key
+from moc.format.keys import parse_object_keys
 from moc.format.manifest import Manifest, ObjectRow
 from moc.format.object import ObjectHeader
 from moc.format.relative import whole_state
@@ -127,7 +127,7 @@ class StorageSource:
         return [inventory]
 
     def placed(self, needed: Sequence[Shard]) -> Placing:
-        mine = [row for row in self._manifest.objects if parse_object_key(row.key)[1] == self._rank]
+        mine = [row for row, rank, _ in self._placed_rows() if rank == self._rank]
         own = self._placed_in(mine)
         if not find_pieces(needed, own.rows)[1]:
             return own
@@ -139,7 +139,7 @@ class StorageSource:
         return view
 
     def state(self, rank: int) -> tuple[object, bool]:
-        dense = {parse_object_key(r.key)[1]: r for r in self._manifest.objects if parse_object_key(r.key)[2] == "d"}
+        dense = {other: row for row, other, piece in self._placed_rows() if piece == "d"}
         holder = rank if rank in dense else rank % len(dense)
 
         def fetch(other: int) -> bytes:
@@ -147,6 +147,12 @@ class StorageSource:
             return self._repository.read_state(row, self._header(row))
 
         return whole_state(holder, dense, fetch), holder == rank
+
+    def _placed_rows(self) -> Iterator[tuple[ObjectRow, int, str]]:
+        """Yield each object with its rank and piece."""
+        rows = self._manifest.objects
+        for row, (_, rank, piece) in zip(rows, parse_object_keys(row.key for row in rows), strict=True):
+            yield row, rank, piece
 
     def _placed_in(self, objects: Sequence[ObjectRow]) -> Placing:
         rows: list[Placed] = []

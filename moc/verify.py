@@ -234,6 +234,8 @@ def check_states(repository: Repository, objects: Sequence[CheckedObject]) -> tu
 
         def fetch(other: int, asked: list[int] = asked) -> bytes:
             asked.append(other)
+            if other in damaged:
+                raise ManifestCorruptError(f"state is relative to a damaged one: base={other}")
             return read(other)
 
         try:

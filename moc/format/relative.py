@@ -45,13 +45,17 @@ def outline_of(tree: object) -> Outline:
 
 
 def relative_state(blob: memoryview | bytes, base: StateBase) -> bytes | None:
-    """Return a blob that says how this one differs from the base's; None where that would not be shorter.
+    """Return a blob that says how this one differs from the base's; None where that would not be shorter, or beyond the
+    limits of a blob.
 
     Raises: ManifestCorruptError for what is no blob.
     """
     changes: list[object] = [[list(path), value] for path, value in _changes(decode_state(blob), (), base.outline)]
     fields = (base.rank, len(blob), crc32c(blob), changes)
-    encoded = encode_state(dict(zip(FIELDS, fields, strict=True)))
+    try:
+        encoded = encode_state(dict(zip(FIELDS, fields, strict=True)))
+    except UsageError:  # a change lies deeper than in the tree: one that is at the limits is stored whole
+        return None
     return encoded.to_bytes() if encoded.size_bytes < len(blob) else None
 
 
@@ -97,7 +101,7 @@ def _replaced(tree: object, path: list[str], value: object, where: str) -> objec
     if not path:
         return value
     key = path[0]
-    if not isinstance(tree, dict) or key not in tree:
+    if not isinstance(tree, dict) or len(tree) > KEY_LIMIT or key not in tree:  # large ones would be copied each time
         raise ManifestCorruptError(f"state differs where the other has nothing: {where} path={str(path)[:80]}")
     return {**tree, key: _replaced(tree[key], path[1:], value, where)}
 
@@ -133,4 +137,5 @@ def _is_looked_into(value: object, path: Path) -> TypeGuard[dict[str, object]]:
 
 
 def _digest(kind: str, path: Path, content: object) -> bytes:
-    return hashlib.blake2b(encode_state((kind, path, content)).to_bytes(), digest_size=DIGEST_BYTES).digest()
+    place = encode_state([kind, *path]).to_bytes()  # says its own length, so place and content cannot be mistaken
+    return hashlib.blake2b(place + encode_state(content).to_bytes(), digest_size=DIGEST_BYTES).digest()

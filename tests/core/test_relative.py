@@ -150,6 +150,24 @@ def test_another_base_than_the_one_it_was_made_with_is_seen() -> None:
         _read(blobs, 1)
 
 
+def test_a_tree_at_the_limits_is_stored_whole() -> None:
+    deep: object = 0
+    for _ in range(61):
+        deep = [deep]
+    base, own = _blob({"a": {"x": deep}, "ballast": NOISE}), _blob({"a": {"x": [deep]}, "ballast": NOISE})
+
+    assert _stored(own, base) == own
+    assert _read({0: own, 1: _stored(base, own)}, 1) == base
+
+
+def test_a_dict_that_no_writer_looks_into_is_not_copied_for_every_change() -> None:
+    large = {f"{key:04}": key for key in range(257)}
+    blobs = {0: _blob(large), 1: _blob(GOOD | {"changes": [[["0000"], 1]]})}
+
+    with pytest.raises(ManifestCorruptError, match="the other has nothing"):
+        _read(blobs, 1)
+
+
 @pytest.mark.slow  # a million values
 def test_two_trees_that_are_within_the_limits_and_together_are_not_are_refused() -> None:
     blobs = {0: _blob(FIRST | {"ballast": [0] * 999_900}), 1: _blob(GOOD | {"changes": [[["a", "x"], [0] * 900]]})}
