@@ -1,4 +1,4 @@
-"""Replication as values: what is global when snapshots have replicas, and where recovery finds a rank's snapshot.
+"""Replication as values: what is global when snapshots have replicas, and up to which step nothing is left to send.
 
 Only some moments are replicated: those that every rank has flagged, one at a time, so that all nodes replicate the same
 ones. A node's *duty* to a moment is done when each of its hosts holds whole replicas of all its ranks, or is counted as
@@ -9,27 +9,10 @@ any more included: their memory may be lost, and what is freed for a global mome
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 
 from moc.plan.freeing import Moment
 
-__all__ = ["Holding", "global_moment", "places", "settled_step", "whole_snapshots"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class Holding:
-    """One rank's seal in the memory of one node: its own, or a replica."""
-
-    incarnation: int
-    step: int
-    attempt: str
-    rank: int
-    node: int
-    is_replica: bool
-
-    @property
-    def snapshot(self) -> tuple[int, int, str]:
-        return (self.incarnation, self.step, self.attempt)
+__all__ = ["global_moment", "settled_step"]
 
 
 def global_moment(
@@ -54,17 +37,3 @@ def settled_step(outstanding: Iterable[Moment], *, passed: Iterable[int | None])
     first = min((step for step, _ in outstanding), default=None)
     settled = reached if first is None else min(reached, first - 1)
     return settled if settled >= 0 else None
-
-
-def whole_snapshots(holdings: Iterable[Holding], ranks: Collection[int]) -> tuple[tuple[int, int, str], ...]:
-    """Return the snapshots (incarnation, step, attempt) of which every rank's seal exists somewhere, ascending."""
-    held: dict[tuple[int, int, str], set[int]] = {}
-    for holding in holdings:
-        held.setdefault(holding.snapshot, set()).add(holding.rank)
-    return tuple(sorted(snapshot for snapshot, found in held.items() if found >= set(ranks)))
-
-
-def places(holdings: Iterable[Holding], snapshot: tuple[int, int, str], rank: int, *, node: int) -> tuple[Holding, ...]:
-    """Return where a rank's part of a snapshot is, best first: what the rank's `node` has itself, then its replicas."""
-    found = {h for h in holdings if h.snapshot == snapshot and h.rank == rank}
-    return tuple(sorted(found, key=lambda h: (h.node != node, h.is_replica, h.node)))

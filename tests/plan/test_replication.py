@@ -1,11 +1,11 @@
-"""What is global when snapshots have replicas, and where the parts of a snapshot are."""
+"""What is global when snapshots have replicas, and what is left to send."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moc.plan.replication import Holding, global_moment, places, settled_step, whole_snapshots
+from moc.plan.replication import global_moment, settled_step
 
 moments = st.builds(lambda step: (step, f"00{step:06d}"), st.integers(1, 6))
 duties = st.dictionaries(st.integers(0, 3), st.sets(moments))
@@ -42,35 +42,3 @@ def test_nothing_up_to_the_settled_step_is_outstanding(outstanding, passed) -> N
     assert all(reached <= (-1 if step is None else step) for step in passed)
     if passed and None not in passed and not outstanding:
         assert settled == min(passed)
-
-
-holdings = st.lists(
-    st.builds(
-        Holding,
-        incarnation=st.integers(1, 2),
-        step=st.integers(1, 3),
-        attempt=st.just("00abcdef"),
-        rank=st.integers(0, 2),
-        node=st.integers(0, 2),
-        is_replica=st.booleans(),
-    ),
-    max_size=20,
-)
-
-
-@given(holdings)
-def test_a_snapshot_is_whole_where_every_part_has_a_place(found: list[Holding]) -> None:
-    whole = whole_snapshots(found, range(3))
-
-    for snapshot in {holding.snapshot for holding in found}:
-        has_all = all(places(found, snapshot, rank, node=0) for rank in range(3))
-        assert (snapshot in whole) == has_all
-    assert list(whole) == sorted(whole)
-
-
-@given(holdings, st.integers(0, 2), st.integers(0, 2))
-def test_own_memory_comes_before_that_of_peers(found: list[Holding], rank: int, node: int) -> None:
-    for snapshot in {holding.snapshot for holding in found}:
-        order = places(found, snapshot, rank, node=node)
-        assert [h.node == node for h in order] == sorted((h.node == node for h in order), reverse=True)
-        assert set(order) == {h for h in found if h.snapshot == snapshot and h.rank == rank}
