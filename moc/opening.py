@@ -72,7 +72,7 @@ def _nothing() -> None:
 
 
 def _records_of(arena: Arena, snapshot: Snapshot) -> dict[int, SealRecord]:
-    """Return the seals of a snapshot by rank, as an agent's inventory counts them."""
+    """Return an arena's seals of a snapshot by rank."""
     return {
         record.rank: record
         for catalog in arena.catalogs
