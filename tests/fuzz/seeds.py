@@ -25,6 +25,7 @@ __all__ = [
     "golden_bodies",
     "golden_files",
     "headers",
+    "relative_states",
     "reseal_arena",
     "reseal_seal",
     "seals",
@@ -98,6 +99,20 @@ def states() -> tuple[bytes, ...]:
             begin = len(header) + state[0]
             found.append(content[begin : begin + state[1]])
     return tuple(found)
+
+
+@cache
+def relative_states() -> tuple[bytes, bytes]:
+    """Return a golden state blob that is relative to another rank's, and that one."""
+    whole = FOLDERS[-1] / "alike"
+    found = []
+    for path in sorted(whole.glob("objects/*/*/*-d.safetensors")):
+        content = path.read_bytes()
+        begin = header_length(content[:8], key="golden")
+        position, length, _ = json.loads(json.loads(content[8:begin])["__metadata__"]["moc"])["state"]
+        found.append(content[begin + position : begin + position + length])
+    base, relative = found
+    return relative, base
 
 
 @cache

@@ -29,6 +29,7 @@ from moc.format.manifest import (
     encode_victims,
 )
 from moc.format.object import encode_header, parse_header
+from moc.format.relative import whole_state
 from moc.format.tagged import decode_state, encode_state
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import decode_seal, encode_seal
@@ -124,6 +125,15 @@ def state(content: bytes) -> None:
     again = encode_state(tree)
     assert (len(again.text).to_bytes(8, "little") + again.text) == content[: 8 + len(again.text)]
     assert again.size_bytes == len(content)
+
+
+def relative_state(content: bytes) -> None:
+    blobs = {0: seeds.relative_states()[1], 1: content}
+    try:
+        tree = whole_state(1, blobs, blobs.__getitem__)
+    except ManifestCorruptError:
+        return
+    encode_state(tree)
 
 
 def seal(content: bytes) -> None:
@@ -236,6 +246,7 @@ TARGETS: Mapping[str, Target] = {
         _state_texts,
         is_json=True,
     ),
+    "relative-state": Target(relative_state, lambda: seeds.relative_states()[:1]),
     "seal": Target(seal, seeds.seals),
     "seal-body": Target(lambda content: seal(seeds.reseal_seal(content)), seeds.seals),
     "arena": Target(
