@@ -24,7 +24,7 @@ from moc.snapshot.seal import PERSIST, SealRecord
 from moc.state import Expert, Shard, catalog_digest, check_coverage
 from moc.trace import Trace
 from moc.verify import verify_repository
-from tests.enumeration.job import SerialHost
+from tests.enumeration.serial import SerialHost
 from tests.support.faulty_store import Bucket, FaultyStore
 from tests.support.plain import PlainState
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import zlib
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from moc.config import Config
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation, Manifest, encode_incarnation
 from moc.format.tagged import encode_state, expect_mapping
-from moc.host import Host, Semaphore, SystemHost, Task
+from moc.host import Host
 from moc.plan.layout import arrange_arena
 from moc.plan.lineage import STORAGE, Candidate, candidates, chain, merge_incarnations, tip
 from moc.recover import StorageSource, restore_shards
@@ -34,13 +34,14 @@ from moc.snapshot.seal import PERSIST, SealRecord
 from moc.state import Expert, catalog_digest, check_coverage
 from moc.store.port import Store
 from moc.trace import Trace
+from tests.enumeration.joint import Pair
+from tests.enumeration.serial import SerialHost
 from tests.support.plain import PlainState
 
 __all__ = [
     "RUN",
     "Ledger",
     "Life",
-    "SerialHost",
     "Snapshots",
     "choose",
     "name_of",
@@ -48,9 +49,6 @@ __all__ = [
     "snapshots",
     "state_of",
 ]
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 RUN = "run-7"
 SIZE = 2
@@ -177,6 +175,8 @@ class Ledger:
     commits: int = 0
     is_partial: bool = False
     """Whether the job's saves are partial."""
+    is_joint: bool = False
+    """Whether the job's two ranks are on two nodes, whose agents save together."""
 
     def attempt(self, name: CheckpointName) -> None:
         self.allowed |= {name}
@@ -192,44 +192,6 @@ class Ledger:
         """Return what tells this life from another with its number."""
         self.lives += 1
         return f"{self.lives:08x}"
-
-
-class SerialHost(SystemHost):
-    """One thread, and a store of the test's own. The persist thread runs while somebody calls `work`."""
-
-    def __init__(self, open_store: Callable[[], Store]) -> None:
-        self._open_store, self._permits = open_store, 0
-        self.work: Callable[[], None] = lambda: None
-
-    def open_store(self, url: str, *, trace: Trace) -> Store:
-        return self._open_store()
-
-    def map(self, act: Callable[[T], R], items: Iterable[T], *, workers: int, name: str) -> list[R]:
-        return [act(item) for item in items]
-
-    def spawn(self, target: Callable[[], None], *, name: str) -> Task:
-        self.work = target
-        return self
-
-    def semaphore(self) -> Semaphore:
-        return self
-
-    def release(self) -> None:
-        self._permits += 1
-
-    def acquire(self) -> bool:
-        """Take a permit; without one the thread has nothing more to do for now."""
-        self._permits -= 1
-        if self._permits < 0:
-            self._permits = 0
-            return False
-        return True
-
-    def join(self, timeout: float | None = None) -> None:
-        """Nothing runs by itself."""
-
-    def is_alive(self) -> bool:
-        return False
 
 
 class Life:
@@ -248,6 +210,7 @@ class Life:
             on_end=lambda _, outcomes: self._outcomes.extend(outcomes), host=self._host, trace=TRACE
         )
         self._tries = 0 if adopted is None else 128
+        self._pair: Pair | None = None
 
     @property
     def number(self) -> int:
@@ -313,6 +276,9 @@ class Life:
             "lineage": lineage,
         }
         self._outcomes.clear()
+        if self._ledger.is_joint and records:
+            self._pair = self._pair or Pair(lambda: self._host.open_store("", trace=TRACE), self.record)
+            return [self._pair.save(records, shots.arena, descriptor)]
         job = SaveJob(
             arena=shots.arena, records=records, life=self.record, descriptor=descriptor, pinned=None, is_whole=False
         )

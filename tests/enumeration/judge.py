@@ -15,7 +15,8 @@ from moc.format.manifest import Manifest
 from moc.repository import Repository
 from moc.store.port import Store
 from moc.verify import verify_repository
-from tests.enumeration.job import RUN, STEPS, Ledger, Life, SerialHost, choose, name_of, restored_step
+from tests.enumeration.job import RUN, STEPS, Ledger, Life, choose, name_of, restored_step
+from tests.enumeration.serial import SerialHost
 
 __all__ = ["judge", "judge_promises"]
 

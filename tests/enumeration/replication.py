@@ -22,7 +22,7 @@ from moc.network.port import Serve
 from moc.plan.freeing import Moment
 from moc.snapshot.parcel import seal_mark
 from moc.trace import Trace
-from tests.enumeration.job import SerialHost
+from tests.enumeration.serial import SerialHost
 from tests.enumeration.tally import Case, Tally
 from tests.peers.nodes import HOST, LIFE, SENDER, Sender, descriptor, held_steps, member
 from tests.support.faulty_files import Crash

@@ -13,10 +13,12 @@ by_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 
 LONG = (("errors", "collection"),)  # in the whole run only
-QUICK_PARTIAL = (  # of the jobs whose checkpoints share experts; the others are in the whole run only
+QUICK = (  # of the jobs whose checkpoints share experts, or on two nodes; the others are in the whole run only
     ("crashes", "partial retention over lives"),
     ("crashes", "partial rewind"),
     ("object_store", "partial retention over lives"),
+    ("crashes", "joint first save"),
+    ("object_store", "joint partial retention"),
 )
 quick = pytest.mark.parametrize(
     ("family", "workflow"),
@@ -25,7 +27,7 @@ quick = pytest.mark.parametrize(
         for family in FAMILIES
         for workflow in WORKFLOWS
         if (family.__name__, workflow.name) not in LONG
-        and (not workflow.name.startswith("partial") or (family.__name__, workflow.name) in QUICK_PARTIAL)
+        and (not workflow.name.startswith(("partial", "joint")) or (family.__name__, workflow.name) in QUICK)
     ],
 )
 
@@ -55,7 +57,11 @@ def test_every_promise_is_kept_in_every_case(family: Family, workflow: Workflow)
     assert tally.total > FEWEST_CASES
 
 
-@by_workflow
+@pytest.mark.parametrize(
+    "workflow",
+    [workflow for workflow in WORKFLOWS if not workflow.name.startswith("joint")],
+    ids=lambda workflow: workflow.name.replace(" ", "-"),
+)
 def test_a_process_that_really_dies_leaves_the_disk_that_was_looked_at(workflow: Workflow) -> None:
     # The crashes above are looks at an undisturbed run: a dead process must not have done anything else.
     looked_at = [instant for instant in instants(workflow) if instant.phase == "before"]

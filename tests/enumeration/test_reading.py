@@ -18,7 +18,8 @@ from moc.repository import Repository
 from moc.restoration import READ_ATTEMPTS, Restored, restore_best
 from moc.store.local import LocalStore
 from moc.survey import Origin, Request
-from tests.enumeration.job import RUN, SIZE, TRACE, Ledger, Life, SerialHost, choose, snapshots, state_of
+from tests.enumeration.job import RUN, SIZE, TRACE, Ledger, Life, choose, snapshots, state_of
+from tests.enumeration.serial import SerialHost
 from tests.support.faulty_files import FaultyFilesystem
 from tests.support.model_disk import Disk
 from tests.support.model_files import ModelFilesystem

@@ -19,7 +19,8 @@ from moc.repository import Repository
 from moc.store.port import Store
 from moc.trace import Trace
 from moc.verify import check_structure
-from tests.enumeration.job import RUN, TRACE, Ledger, Life, SerialHost, snapshots
+from tests.enumeration.job import RUN, TRACE, Ledger, Life, snapshots
+from tests.enumeration.serial import SerialHost
 
 __all__ = ["ATTEMPTS", "WORKFLOWS", "Site", "StorageGoneError", "Workflow", "go_through"]
 
@@ -260,6 +261,16 @@ def partial(act: Callable[[Site], Life]) -> Callable[[Site], Life]:
     return run
 
 
+def joint(act: Callable[[Site], Life]) -> Callable[[Site], Life]:
+    """Return the same workflow of a job on two nodes."""
+
+    def run(site: Site) -> Life:
+        site.ledger.is_joint = True
+        return act(site)
+
+    return run
+
+
 WORKFLOWS = (
     Workflow(name="first save", act=first_save, last_step=1),
     Workflow(name="further save", act=further_save, last_step=2),
@@ -275,4 +286,9 @@ WORKFLOWS = (
     Workflow(name="partial rewind", act=partial(rewind), last_step=3, again=lambda site: site.rewind(1)),
     Workflow(name="partial sweep", act=partial(sweep), last_step=4),
     Workflow(name="partial collection", act=partial(collection), last_step=3, again=Site.collect),
+    Workflow(name="joint first save", act=joint(first_save), last_step=1),
+    Workflow(name="joint retention", act=joint(retention), last_step=3),
+    Workflow(name="joint late record", act=joint(record_by_the_agent), last_step=2),
+    Workflow(name="joint partial retention", act=joint(partial(retention)), last_step=3),
+    Workflow(name="joint partial retention over lives", act=joint(partial(retention_over_lives)), last_step=4),
 )
