@@ -156,7 +156,7 @@ class Guests:
         """Return an intake for a snapshot that a node offers of its own ranks, or its replica if that is here already.
 
         `known` is the newest moment that the sender knows to be global. An earlier intake of the same rank ends.
-        Raises: FencedError for another life, UsageError where there is no room, IntegrityError.
+        Raises: FencedError for another life or an older moment, UsageError where there is no room, IntegrityError.
         """
         moment = (record.step, record.attempt)
         with self._lock:
@@ -164,6 +164,7 @@ class Guests:
             guest = self._guest_of(record.rank)
             if guest.node != node:
                 raise UsageError(f"the rank belongs to another node: rank={record.rank} node={guest.node} {node=}")
+            self._refuse_older(guest, record)
             self._intakes.pop(record.rank, None)
             if known is not None:
                 self._note_global(known)
@@ -265,6 +266,14 @@ class Guests:
             )
         if record.digest != self._digest:
             raise UsageError(f"rank planned another save: rank={record.rank} digest={record.digest}")
+
+    @staticmethod
+    def _refuse_older(guest: _Guest, record: SealRecord) -> None:
+        """Raise FencedError for a request that comes late: making room for it would cost a newer replica."""
+        for rank, _, held in guest.seals():
+            is_newer = (held.step, held.attempt) > (record.step, record.attempt)
+            if rank == record.rank and held.incarnation == record.incarnation and is_newer:
+                raise FencedError(f"a newer one is here: {rank=} step={record.step} held={held.step}")
 
     def _refuse_ended(self, intake: Intake) -> None:
         if self._intakes.get(intake.record.rank) is not intake:

@@ -15,7 +15,7 @@ import pytest
 from moc.agent.guests import GUEST_VERSIONS, Guests
 from moc.agent.peers.client import PeerClient
 from moc.agent.peers.proof import PROOF, answer_proof
-from moc.errors import CoordinationError, MocError, StoreUnavailableError, UsageError
+from moc.errors import CoordinationError, FencedError, MocError, StoreUnavailableError, UsageError
 from moc.format.manifest import Parent
 from moc.host import SystemHost
 from moc.snapshot.parcel import Intake, read_seal, seal_mark
@@ -135,6 +135,17 @@ def test_the_newest_global_replica_stays_until_a_newer_one_is_global(
     guests.note_global(moment)
 
     assert held_steps(guests) == [8]
+
+
+def test_an_offer_that_comes_late_costs_no_newer_replica(sender: Sender, guests: Guests, url: str, wire: Wire) -> None:
+    older, newer = sender.seal(5, record=0), sender.seal(6, record=1)
+    assert wire.send(sender.parcel(newer, url)).error is None
+
+    late = sender.parcel(older, url)
+    with pytest.raises(FencedError, match="a newer one is here"):
+        guests.offer(late.records[2], node=SENDER, token=LIFE.token, known=None)
+
+    assert held_steps(guests) == [6]
 
 
 def test_a_parcel_under_way_is_no_replica(sender: Sender, guests: Guests) -> None:

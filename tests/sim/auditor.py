@@ -78,9 +78,9 @@ class Auditor(Memories):
                 whole, doer, routes = found
                 routes = self._judge_losses(report, routes)
                 for rejected in report.rejected:
-                    self._judge_rejection(rejected.candidate, rejected.reason)
+                    self._judge_rejection(trainer, rejected.candidate, rejected.reason)
             self.lives[record.token] = LifeFact(fact, is_stored)
-            self.born_s[record.token] = self.sim.scheduler.now_s
+            self._note_birth(trainer)
             self.begun_s = self.sim.scheduler.now_s
             self.wholes[record.token, state.step] = whole
             self.doers[record.token, state.step] = doer
@@ -96,7 +96,7 @@ class Auditor(Memories):
         record = session._life.record
         if record.token not in self.lives:
             self.lives[record.token] = LifeFact(Record(record.run, record.number, record.token, None), True)
-            self.born_s[record.token] = self.sim.scheduler.now_s
+            self._note_birth(trainer)
             self.wholes[record.token, state.step] = whole
             self.doers[record.token, state.step] = state.life
             self.routes[record.token, state.step] = None
@@ -133,7 +133,7 @@ class Auditor(Memories):
         self.count("refused")
         is_late = self.begun_s > trainer.launch.begun_s  # another life began meanwhile, and may have taken the memory
         is_lacking = type(error).__name__ == "NoCheckpointError" and not is_late
-        if "InternalError" in str(error) or (is_lacking and WITHHELD not in str(error)):
+        if "InternalError" in str(error) or (is_lacking and not self._is_withheld(trainer, str(error))):
             self.fail("attach", f"{trainer.process.name}: {type(error).__name__}: {error}")
 
     def note_fenced(self, victim: Process, *, by: Process) -> None:
@@ -204,7 +204,7 @@ class Auditor(Memories):
         # What storage or other nodes withheld in every try may be passed over for an older one, and so may what has
         # lost too many tokens for a whole state. The report names it.
         reasons = {r.candidate.rpartition(" attempt=")[0]: r.reason for r in report.rejected}
-        passed = {name for name, reason in reasons.items() if WITHHELD in reason or TOO_STALE in reason}
+        passed = {n for n, why in reasons.items() if self._is_withheld(trainer, f"{n} {why}") or TOO_STALE in why}
         is_too_stale = any(TOO_STALE in reason for reason in reasons.values())
         is_last_resort = f"{report.source} step={step} incarnation={number}" in reasons
         if report.stale and not is_last_resort and is_too_stale:
@@ -287,11 +287,21 @@ class Auditor(Memories):
             self.fail("PLT", f"{report.plt} reported, {expected} lost at step {report.step}: {report.stale}")
         return routes
 
-    def _judge_rejection(self, candidate: str, reason: str) -> None:
+    def _judge_rejection(self, trainer: Trainer, candidate: str, reason: str) -> None:
         self.count("rejected")
         is_allowed_to_be_stale = self.sim.knobs.plt_limit >= 1 or not self.sim.knobs.is_counting
-        if WITHHELD not in reason and (is_allowed_to_be_stale or TOO_STALE not in reason):
+        is_withheld = self._is_withheld(trainer, f"{candidate} {reason}")
+        if not is_withheld and (is_allowed_to_be_stale or TOO_STALE not in reason):
             self.fail("recovery", f"a candidate was rejected although nothing rots: {candidate}: {reason}")
+
+    def _is_withheld(self, trainer: Trainer, words: str) -> bool:
+        """Return whether candidates may be refused: storage or the network did not give them, or an agent that was
+        alone, and lends nothing to the other nodes of this launch.
+        """
+        launch = trainer.launch
+        is_grown = len(set(launch.places)) > 1 and any(f"incarnation={number} " in words for number in self.alone)
+        is_out_of_reach = "memory step=" in words and self.sim.network.last_trouble_s >= launch.begun_s
+        return WITHHELD in words or is_grown or is_out_of_reach
 
     def _compare(self, trainer: Trainer, token: str) -> None:
         state = trainer.state

@@ -49,12 +49,13 @@ class _Node:
 @dataclass(slots=True)
 class Memories(Ledger):
     """`held` is the newest global snapshot by life, `remembered` the step of each expert that all its slices in a
-    snapshot are of, `born_s` when a life began.
+    snapshot are of, `born_s` when a life began, `alone` the numbers of lives on one node.
     """
 
     held: dict[str, Held] = field(default_factory=dict)
     remembered: dict[Moment, dict[Expert, int]] = field(default_factory=dict)
     born_s: dict[str, float] = field(default_factory=dict)
+    alone: set[int] = field(default_factory=set)
 
     def note_status(self, trainer: Trainer) -> None:
         """What a trainer is told: from now on it must hold."""
@@ -99,6 +100,14 @@ class Memories(Ledger):
         ]
 
     # Inside
+
+    def _note_birth(self, trainer: Trainer) -> None:
+        session = trainer.session
+        assert session is not None
+        life = session._life.record
+        self.born_s[life.token] = self.sim.scheduler.now_s
+        if len(set(trainer.launch.places)) == 1:
+            self.alone.add(life.number)
 
     def _must_be_global(self, trainer: Trainer, step: int) -> None:
         """All ranks' seals of a moment that is at least as new exist, and the replicas that were to be made."""

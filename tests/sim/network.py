@@ -68,6 +68,11 @@ class SimNetwork:
     def are_parted(self, one: Machine, other: Machine) -> bool:
         return _pair(one, other) in self._parted
 
+    @property
+    def last_trouble_s(self) -> float:
+        """Return when something went wrong last between any two machines."""
+        return self.sim.scheduler.now_s if self._parted else max(self._troubled_s.values(), default=float("-inf"))
+
     def note_trouble(self, one: Machine, other: Machine) -> None:
         self._troubled_s[_pair(one, other)] = self.sim.scheduler.now_s
 
