@@ -142,6 +142,7 @@ class Simulation:
 
         def main() -> None:
             agent.server = Agent(folder, run=run, idle_s=idle_s, host=process.host, trace=process.trace)
+            process.selectors.append(agent.server._selector)  # has the listening socket, which must not outlive it
             if agent.server.listen():
                 agent.note_started()
                 agent.server.serve()
