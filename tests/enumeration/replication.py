@@ -113,11 +113,15 @@ class _Visit:
 
     async def read(self) -> bytes:
         pieces = []
-        while piece := await self.read_piece():
+        while piece := self._read_piece():
             pieces.append(piece)
         return b"".join(pieces)
 
-    async def read_piece(self) -> bytes:
+    async def read_each(self, take: Callable[[memoryview], None], *, stall_s: float) -> None:
+        while piece := self._read_piece():
+            take(memoryview(piece))
+
+    def _read_piece(self) -> bytes:
         if self._missing and not self._pieces:
             raise ConnectionResetError("the sender is gone")
         piece = self._pieces.popleft() if self._pieces else b""
