@@ -21,7 +21,7 @@ FACTORS: dict[str, tuple[object, ...]] = {
     "killed": ("one", "all"),
     "source": ("memory", "storage"),
 }
-QUICK_COUNT = 3
+QUICK_COUNT = 4
 TRIES = 60  # candidates for each row of the set; more make it smaller at the cost of time when tests are collected
 
 

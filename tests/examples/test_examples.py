@@ -32,6 +32,7 @@ def run(arguments: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # twelve programs that import torch; what it shows is proved by e2e/test_exactness.py
 def test_a_killed_native_moe_job_goes_on_bit_for_bit_from_memory_and_from_storage(tmp_path: Path) -> None:
     printed = run([sys.executable, "-m", "examples.kill_and_recover"], tmp_path)
 
