@@ -48,7 +48,7 @@ def test_experts_take_turns_over_two_nodes_and_memory_is_recovered(size: int) ->
 @pytest.mark.parametrize(
     ("span", "event", "victim"),
     [
-        ("save.offer", "begin", 1),
+        pytest.param("save.offer", "begin", 1, marks=pytest.mark.slow),
         pytest.param("save.offer", "begin", 0, marks=pytest.mark.slow),
         pytest.param("save.offer", "end", 0, marks=pytest.mark.slow),
         ("save.offer", "end", 1),
@@ -56,7 +56,7 @@ def test_experts_take_turns_over_two_nodes_and_memory_is_recovered(size: int) ->
         pytest.param("save.gather", "begin", 0, marks=pytest.mark.slow),
         pytest.param("save.gather", "begin", 1, marks=pytest.mark.slow),
         pytest.param("commit.put", "begin", 0, marks=pytest.mark.slow),
-        ("commit.put", "end", 0),
+        pytest.param("commit.put", "end", 0, marks=pytest.mark.slow),
         pytest.param("retention.drop", "begin", 0, marks=pytest.mark.slow),
     ],
 )
@@ -137,6 +137,7 @@ def test_one_agent_that_leaves_has_all_nodes_store_the_last_snapshot_whole(leave
         assert job.ask_agent("status", node=1 - leaver)[0]["last_error"] is None
 
 
+@pytest.mark.slow
 def test_routes_of_all_nodes_decide_by_load_and_stand_in_every_manifest() -> None:
     with partial_job(size=SHARED, nodes=2) as job:
         life = job.start(mode="partial_by_load", routes=True)
