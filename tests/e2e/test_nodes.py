@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.launch import Job, Life
+from moc.repository import Repository
+from moc.store.open import open_store
+from moc.verify import verify_repository
+from tests.e2e.launch import Event, Job, Life
 from tests.e2e.matrix import Case
 from tests.support.zygote import Zygote
 
@@ -116,14 +119,75 @@ def _check_versions(
         assert digest == states[rows[2 * rank + int(local)][1] if local else step][name], name
 
 
-def _check_rank(plain: Life, lives: Sequence[Life], rank: int) -> None:
-    """Compare the surviving lineage of one rank with the undisturbed run."""
+@pytest.mark.slow
+def test_a_partial_job_on_two_nodes_is_exact_from_memory_and_goes_on_after_a_lost_node(
+    zygote: Zygote, tmp_path: Path
+) -> None:
+    """Every node has a slice of every expert, and one of four experts has its turn at each commit."""
+    ranks = 4
+    case = Case(
+        model="native", zero="2", dtype="bf16", ranks=ranks, accumulation=1, optimizer="adamw", skips=False,
+        boundary="step", killed="all", source="memory",
+    )  # fmt: skip
+    common = {"case": asdict(case), "persist_every": 2, "is_attached": True, "nodes": 2, "has_frozen": False}
+    common["config"] = {"mode": "partial", "k_persist": 1, "keep_last": 6, "plt_limit": 1.0}
+    with Job(zygote, tmp_path) as job:
+        first = job.start("first", ranks, {**common, "steps": ENDLESS, "seed": 1})
+        first.event("step", step=24, committed=20)
+        first.signal(signal.SIGKILL, ranks - 1)
+
+        second = job.start("second", ranks, {**common, "steps": ENDLESS, "seed": 2})
+        attached = second.event("attached")
+        assert attached["source"] == "memory", second.story()
+        assert not attached["rejected"]
+        assert attached["plt"] == 0.0, "memory has all experts of its newest step"
+        resumed = attached["step"]
+        committed = second.event("step", step=resumed + 10, committed=resumed + 1)["committed"]
+        second.signal(signal.SIGKILL)
+        second.ended()
+        assert job.kill_agents(job.node(1)) == 1
+        shutil.rmtree(job.node(1))
+
+        last = job.start("last", ranks, {**common, "steps": 0, "further": FURTHER_STEPS, "seed": 3})
+        attached = last.event("attached")
+        assert attached["source"] == "storage", last.story()
+        assert attached["step"] >= committed
+        seen = resumed + 8  # rank 0 was two steps further, so every rank has noted as many
+        plain = job.start("plain", ranks, {**common, "is_attached": False, "steps": seen, "seed": 1})
+        last.finished()
+        plain.finished()
+        for rank in range(ranks):
+            expected = plain.events(rank, "step")
+            _check_steps(_lineage([first, second], rank)[:seen], expected, rank)
+
+        repository = Repository(open_store(str(job.storage)))
+        assert not verify_repository(repository, read_data_fraction=1.0).all_findings
+        manifests = [repository.read_manifest(stored.name) for stored in repository.checkpoints()]
+        assert manifests[-1].name.step == attached["last_step"]
+        assert manifests[-1].stale_experts == (), "a job that ends well has stored all of its last step"
+        assert any(manifest.stale_experts for manifest in manifests[:-1])
+        counts = [manifest.routing for manifest in manifests]
+        assert all(routing is not None and sum(map(sum, routing.routed)) for routing in counts)
+        repository.close()
+
+
+def _lineage(lives: Sequence[Life], rank: int) -> list[Event]:
+    """Return what a rank has seen at the steps that count in the end."""
     lineage = lives[0].events(rank, "step")
     for life in lives[1:]:
         resumed = life.event("attached", rank)["step"]
         lineage = [event for event in lineage if event["step"] <= resumed] + life.events(rank, "step")
-    expected = plain.events(rank, "step")
+    return lineage
+
+
+def _check_steps(lineage: Sequence[Event], expected: Sequence[Event], rank: int) -> None:
+    """Compare what a rank has seen with the undisturbed run."""
     assert [event["step"] for event in lineage] == list(range(1, len(expected) + 1))
     for ours, theirs in zip(lineage, expected, strict=True):
         assert (ours["ids"], ours["losses"]) == (theirs["ids"], theirs["losses"]), f"rank={rank} step={theirs['step']}"
+
+
+def _check_rank(plain: Life, lives: Sequence[Life], rank: int) -> None:
+    """Compare the surviving lineage of one rank with the undisturbed run."""
+    _check_steps(_lineage(lives, rank), plain.events(rank, "step"), rank)
     assert lives[-1].event("final", rank)["digests"] == plain.event("final", rank)["digests"]
