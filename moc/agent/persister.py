@@ -75,7 +75,7 @@ class Persister:
         self._thread = host.spawn(self._run, name="moc-persist")
 
     def offer(self, job: SaveJob, *, is_last: bool = False) -> bool:
-        """Queue a save; return False if the queue is full, which it never is for the last one of an agent."""
+        """Queue a save; return False if the queue is full, which it never is for what an agent leaves with."""
         if len(self._jobs) >= QUEUE_LIMIT and not is_last:
             return False
         self._put(job)

@@ -135,7 +135,7 @@ class Saves:
             if moment in flagged | joined:
                 self._look_at(custody, moment, may_start=may_start, is_wished=moment in joined)
             if Wish(moment=moment, is_second=True) in wished:
-                self._start(custody, Wish(moment=moment, is_second=True), is_awaited=True)
+                self._start(custody, Wish(moment=moment, is_second=True), is_wished=True)
         pending = {moment: moment for moment in flagged - {wish.moment for wish in self.wishes}}
         pending |= {wish.target: wish.moment for wish in wished}
         self._give_up_hopeless(custody, pending, ended | others.ended)
@@ -150,7 +150,7 @@ class Saves:
         """Start the save of a complete moment, or give it up if this agent leaves with another one."""
         is_late = any(moment < wish.moment for wish in self.wishes)  # what this agent leaves with is offered already
         if not is_late and (may_start or is_wished):
-            self._start(custody, Wish(moment=moment, is_second=False), is_awaited=is_wished)
+            self._start(custody, Wish(moment=moment, is_second=False), is_wished=is_wished)
             return
         is_other = bool(self.wishes) or moment != custody.newest
         if self.council is not None and is_other and not self._is_under_way(custody, moment):
@@ -333,21 +333,24 @@ class Saves:
             ended = [job for job, _ in self._ended if job.records]
         return any((job.life.number, job.target) == (number, target) for job in ended)
 
-    def _start(self, custody: Custody, wish: Wish, *, is_awaited: bool) -> None:
-        """Queue a save, or give it up where another one is under way and nobody waits for it."""
+    def _start(self, custody: Custody, wish: Wish, *, is_wished: bool) -> None:
+        """Queue a save, or give it up where another one is under way and nobody waits for it.
+
+        What an agent leaves with is never refused: it would be lost with its memory. There is one for each node.
+        """
         if self._is_under_way(custody, wish.target):
             return
         records = custody.records_of(custody.life.record.number, wish.moment)
-        is_awaited |= any(record.flags & EXPLICIT for record in records.values())
+        is_awaited = is_wished or any(record.flags & EXPLICIT for record in records.values())
         with self._lock:
             under_way = [job for _, job in self._under_way.values()]
         if under_way and not is_awaited:
             if any(job.records for job in under_way):  # else a look at the storage, which wakes the loop at its end
                 self.give_up(custody, wish.target, "the previous save is still under way")
             return
-        self._offer(custody, wish)
+        self._offer(custody, wish, is_wished=is_wished)
 
-    def _offer(self, custody: Custody, wish: Wish, *, is_last: bool = False) -> None:
+    def _offer(self, custody: Custody, wish: Wish, *, is_last: bool = False, is_wished: bool = False) -> None:
         life = custody.life.record
         stack = stack_of(custody, custody.life, (life.number, wish.moment))
         mended = mend(custody.arena, stack if is_last or wish.is_second else stack[:1])
@@ -361,7 +364,7 @@ class Saves:
             council=self.council,
             lenders=mended.lenders,
         )
-        if not self._queue(custody, job, is_last=is_last):
+        if not self._queue(custody, job, is_last=is_last or is_wished):
             self.give_up(custody, wish.target, "too many saves wait")
 
     def _queue(self, custody: Custody, job: SaveJob, *, is_last: bool = False) -> bool:

@@ -180,6 +180,38 @@ def test_nodes_that_leave_while_one_of_them_has_begun_a_save_store_the_newest_mo
     assert all(node.saves.last_error is None for node in pair)
 
 
+def test_what_an_agent_leaves_with_is_saved_however_many_saves_wait_at_another_node(pair: Pair, storage: str) -> None:
+    first, second = pair
+    second.host.answers.clear()
+    for node in pair:
+        node.seal(5, record=0, flags=PERSIST | EXPLICIT)
+    first.look(may_start=False)
+    first.tell(second)
+    second.look()
+    assert second.host.asked.wait(PATIENCE_S), "this one is under way"
+    for node in pair:
+        node.seal(6, record=1, flags=PERSIST | EXPLICIT)
+        node.seal(7, record=2, flags=PERSIST | EXPLICIT)
+    first.look(may_start=False)
+    first.tell(second)
+    second.look()
+    assert all(second.custody.is_saving((step, f"{step:08x}")) for step in (5, 6, 7)), "no more are awaited at once"
+    for node in pair:
+        node.seal(8, record=3, flags=0)
+    second.look()
+    second.tell(first)
+
+    first.look(may_start=False)
+    first.saves.persist_newest(first.custody)
+    first.tell(second)
+    second.look()
+    second.host.answers.set()
+    _talk_until(pair, lambda: not any(node.saves.is_busy for node in pair), may_start=False)
+
+    assert [manifest.name.step for manifest in _manifests(storage)] == [8]
+    assert all("too many" not in str(row["error"]) for node in pair for row in node.saves.outcomes())
+
+
 def test_a_commit_is_told_before_its_node_does_a_round_of_retention(storage: str) -> None:
     """Else the next node, which waits a while only, would commit too."""
     is_heard = threading.Event()
