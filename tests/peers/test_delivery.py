@@ -15,10 +15,11 @@ import pytest
 from moc.agent.guests import GUEST_VERSIONS, Guests
 from moc.agent.peers.client import PeerClient
 from moc.agent.peers.proof import PROOF, answer_proof
+from moc.agent.peers.reception import STALL_S
 from moc.errors import CoordinationError, FencedError, MocError, StoreUnavailableError, UsageError
 from moc.format.manifest import Parent
 from moc.host import SystemHost
-from moc.snapshot.parcel import Intake, read_seal, seal_mark
+from moc.snapshot.parcel import Intake, parcel_bytes, read_seal, seal_mark, write_seal
 from tests.peers.nodes import DEADLINE_S, HOST, LIFE, SENDER, Sender, Wire, descriptor, held_steps, listening, member
 from tests.support.repository import Model
 
@@ -216,6 +217,46 @@ def test_what_is_not_of_this_life_or_not_declared_is_refused(
 
     with pytest.raises(MocError, match=words):
         guests.offer(replace(record, **change), node=SENDER, token=token, known=None)
+    assert guests.inventory() == []
+
+
+@pytest.mark.slow
+def test_an_agent_that_leaves_waits_for_nobody_who_is_sending(sender: Sender, guests: Guests) -> None:
+    moment = sender.seal(5, record=0)
+    parcel = sender.parcel(moment, "")
+    has_begun, has_left, ends = threading.Event(), threading.Event(), []
+
+    def halting(intake_units: tuple[int, ...]) -> Iterator[memoryview]:
+        chunks = parcel.chunks(parcel.records[2], intake_units)
+        yield next(chunks)[:100]
+        has_begun.set()
+        assert has_left.wait(DEADLINE_S)
+        yield from chunks
+
+    def put(url: str) -> None:
+        client = PeerClient(member(SENDER), url, stall_s=5.0, host=SystemHost())
+        offer = {"seal": write_seal(parcel.records[2]), "token": LIFE.token, "known": None}
+        units = tuple(client.ask("/replica/offer", offer)["units"])
+        size = parcel_bytes(sender.arena, parcel.records[2], units)
+        target = f"/replica/data?rank=2&step=5&attempt={moment[1]}"
+        deadline_s = SystemHost().now_s() + DEADLINE_S
+        try:
+            client.put(target, halting(units), size_bytes=size, deadline_s=deadline_s, pace=1e12)
+        except MocError as error:
+            ends.append(error)
+
+    with listening(guests) as url:
+        sending = threading.Thread(target=put, args=(url,))
+        sending.start()
+        assert has_begun.wait(DEADLINE_S)
+    for thread in threading.enumerate():
+        if thread.name.startswith("asyncio"):
+            thread.join(STALL_S / 2)
+            assert not thread.is_alive(), "it reads for nobody"
+    has_left.set()
+    sending.join(DEADLINE_S)
+
+    assert [type(error) for error in ends] == [StoreUnavailableError]
     assert guests.inventory() == []
 
 
