@@ -30,6 +30,7 @@ from moc.held import MemorySource
 from moc.host import Host
 from moc.layers import Layers, Open, WithheldError
 from moc.opening import checkpoint_name, open_source
+from moc.plan.freeing import filled_limit
 from moc.plan.lineage import PEERS, STORAGE, Candidate
 from moc.plan.versions import Sizes, older_layers
 from moc.recover import Source
@@ -44,7 +45,6 @@ __all__ = ["Restored", "restore_best"]
 
 log = logging.getLogger(__name__)
 
-FREE_VERSIONS = 2  # of the arena: the candidate's, and one for the new life's first snapshot
 WEIGHT_PARTS = ("master", "weight")
 READ_ATTEMPTS = 3  # of a candidate that storage does not give: what passes by itself passes within seconds
 READ_DELAY_S = 2.0  # between them; a remote store has repeated each request for longer before
@@ -193,7 +193,8 @@ class _Search:
         """Restore one candidate on all ranks; raises one error on all of them if any rank fails."""
         request, state, world, trace = self._request, self._state, self._world, self._trace
         own = agree(world, lambda: encode_state(state.capture()).to_bytes()) if terms.parts is not None else b""
-        snapshots = request.config.arena_versions - FREE_VERSIONS
+        config = request.config
+        snapshots = filled_limit(config.arena_versions, has_replicas=config.replicas > 0) - 1  # the candidate is one
         older = older_layers(candidate, self._origin.layers, snapshots=snapshots) if terms.has_layers else ()
         sizes = self._sizes if terms.has_layers else None
         is_away = not self._origin.is_stored

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from moc.agent.keeping import holdings, keeps_base, supplement
+from moc.agent.keeping import base_of, holdings, supplement
 from moc.agent.life import Life
 from moc.agent.mending import in_pieces
 from moc.agent.peers.report import NOBODY, Others
@@ -19,6 +19,7 @@ from moc.plan.freeing import (
     Moment,
     Seal,
     complete_moments,
+    filled_limit,
     freeable,
     holders_of,
     hopeless_moments,
@@ -103,7 +104,8 @@ class Custody:
         self._adopt_descriptor()
         pinned = self.pinned() | self.life.layers
         base = self._base()
-        if base is not None and len(pinned | {base}) < self.arena.layout.ranks[0].versions:  # room for a snapshot
+        limit = filled_limit(self.arena.layout.ranks[0].versions, has_replicas=bool(self.life.hosts))
+        if base is not None and len(pinned | {base}) <= limit:
             pinned.add(base)
         # Read again: a record that has rotted since it was first read would stay, as the source, and its new trainer,
         # who cannot tell its slots, could never take a snapshot.
@@ -247,16 +249,7 @@ class Custody:
 
     def _base(self) -> tuple[int, Moment] | None:
         """Return the snapshot of the newest commit, None where none is kept."""
-        if self.committed is None or not keeps_base(self.life):
-            return self.life.base if keeps_base(self.life) else None
-        number = self.life.record.number
-        same = [
-            (r.step, r.attempt)
-            for r in self._records.values()
-            if (r.incarnation, r.step) == (number, self.committed[0])
-        ]
-        # A second checkpoint has no snapshot of its own, and of an adopted life's commits only the step is known.
-        return number, self.committed if self.committed in same else max(same, default=self.committed)
+        return base_of(self.life, self.committed, self._records.values())
 
     def note_commit(self, moment: Moment) -> None:
         """Say that a moment of the present life is committed."""

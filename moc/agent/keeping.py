@@ -7,7 +7,7 @@ alike, as long as there is room (docs/decisions/, record 27).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from moc.agent.life import Life
 from moc.agent.mending import in_pieces
@@ -15,7 +15,7 @@ from moc.plan.freeing import Moment
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
 
-__all__ = ["BASED_VERSIONS", "holdings", "keeps_base", "supplement"]
+__all__ = ["BASED_VERSIONS", "base_of", "holdings", "supplement"]
 
 SUPPLEMENTED_VERSIONS = 3  # the newest snapshot, one that has what it lacks, and room for the next
 BASED_VERSIONS = SUPPLEMENTED_VERSIONS + 1  # that of the newest commit too; one more where snapshots have replicas
@@ -23,7 +23,7 @@ BASED_VERSIONS = SUPPLEMENTED_VERSIONS + 1  # that of the newest commit too; one
 Key = tuple[int, Moment]
 
 
-def keeps_base(life: Life) -> bool:
+def _keeps_base(life: Life) -> bool:
     """Return whether a life keeps the snapshot of its newest commit; the same at all of its nodes.
 
     With fewer versions it would take the room of the snapshots to come. On one node nobody could read it: what loses a
@@ -31,6 +31,18 @@ def keeps_base(life: Life) -> bool:
     """
     is_partial = str(life.descriptor["config"]["mode"]) != "full"
     return is_partial and life.nodes > 1 and life.descriptor["versions"] >= BASED_VERSIONS + bool(life.hosts)
+
+
+def base_of(life: Life, committed: Moment | None, records: Iterable[SealRecord]) -> Key | None:
+    """Return the snapshot of the newest commit, before a life's first that of its origin; None where none is kept."""
+    if not _keeps_base(life):
+        return None
+    if committed is None:
+        return life.base
+    number = life.record.number
+    same = [(r.step, r.attempt) for r in records if (r.incarnation, r.step) == (number, committed[0])]
+    # A second checkpoint has no snapshot of its own, and of an adopted life's commits only the step is known.
+    return number, committed if committed in same else max(same, default=committed)
 
 
 def supplement(

@@ -15,6 +15,7 @@ __all__ = [
     "attempt_id",
     "attempt_ordinal",
     "complete_moments",
+    "filled_limit",
     "freeable",
     "holders_of",
     "hopeless_moments",
@@ -62,6 +63,15 @@ def attempt_ordinal(attempt: str) -> int:
 def moment_after(step: int, ordinal: int) -> Moment:
     """Return a moment that sorts after the ordinal-th attempt of a step and before the next one."""
     return (step, f"{ordinal:02x}~")
+
+
+def filled_limit(versions: int, *, has_replicas: bool) -> int:
+    """Return how many versions of an arena may be in use when a life begins, until it has a global moment.
+
+    One free version is enough for that. Where there are replicas two are needed, for only a flagged snapshot has some:
+    the first of a life has none, nor has an explicit one, and either stays until a flagged one is complete beside it.
+    """
+    return versions - (2 if has_replicas else 1)
 
 
 def holders_of(seals: Iterable[Seal], incarnation: int) -> dict[Moment, set[int]]:

@@ -14,8 +14,8 @@ from moc.agent.peers.report import Others
 from moc.config import Config
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, encode_incarnation
-from moc.plan.freeing import Seal
-from moc.snapshot.seal import SealRecord
+from moc.plan.freeing import Seal, filled_limit
+from moc.snapshot.seal import REPLICATE, SealRecord
 from moc.topology import Topology
 from tests.support.plain import PlainState
 from tests.support.repository import Model
@@ -48,7 +48,14 @@ def _descriptor(*lives: Incarnation) -> dict[str, object]:
 
 
 def _seal(
-    custody: Custody, rank: int, step: int, record: int, *, experts_at: int | None = None, attempt: str = "00abcdef"
+    custody: Custody,
+    rank: int,
+    step: int,
+    record: int,
+    *,
+    experts_at: int | None = None,
+    attempt: str = "00abcdef",
+    flags: int = 0,
 ) -> None:
     units = len(custody.arena.rank_layout(rank).units)
     custody.arena.seal(
@@ -58,7 +65,7 @@ def _seal(
             incarnation=custody.life.record.number,
             step=step,
             rank=rank,
-            flags=0,
+            flags=flags,
             attempt=attempt,
             digest="0123456789abcdef",
             state_bytes=0,
@@ -319,6 +326,35 @@ def test_a_new_life_has_room_for_its_first_snapshot_whatever_it_keeps() -> None:
     custody.renew(_joint(FIRST, SECOND, base=[1, 3, "00abcdef"]) | {"layers": layers})
 
     assert _held(custody) == [4, 5, 6]
+    custody.close()
+
+
+@pytest.mark.parametrize("versions", [3, 5])
+def test_with_replicas_a_flagged_snapshot_becomes_global_beside_all_that_a_new_life_keeps(versions: int) -> None:
+    """The first snapshot of a life, or an explicit save, is not replicated: it must not take the last free version."""
+    custody = Custody.create(_joint(FIRST, versions=versions) | {"hosts": [1]}, earlier=None)
+    steps = range(2, 2 + versions)
+    for record, step in enumerate(steps):
+        for rank in (0, 1):
+            _seal(custody, rank, step, record)
+    used = list(steps)[-filled_limit(versions, has_replicas=True) :]  # as many as a restore reads from memory at most
+    layers = {"layers": [[1, step, "00abcdef"] for step in used], "hosts": [1]}
+    parent = Parent(incarnation=1, step=used[-1], attempt=None)
+    second = replace(SECOND, parent=parent)
+    custody.renew(_joint(FIRST, second, versions=versions, base=[1, used[0] - 1, "00abcdef"]) | layers)
+    assert _held(custody) == used
+
+    _seal_all(custody, 10, number=2)
+    for rank in (0, 1):
+        free = next(record for record in range(versions) if custody.arena.is_free(rank, record))
+        _seal(custody, rank, 11, free, flags=REPLICATE)
+    custody.scan(others=_elsewhere(10, 11, number=2))
+    assert custody.unreplicated() == [(11, "00abcdef")]
+    custody.done = ((11, "00abcdef"),)
+    custody.scan(others=replace(_elsewhere(11, number=2), done={1: custody.done}))
+
+    assert custody.global_step == 11
+    assert _held(custody) == [11]
     custody.close()
 
 
