@@ -18,7 +18,6 @@ QUICK = (  # of the jobs whose checkpoints share experts, or on two nodes; the o
     ("crashes", "partial rewind"),
     ("object_store", "partial retention over lives"),
     ("crashes", "joint first save"),
-    ("object_store", "joint partial retention"),
 )
 quick = pytest.mark.parametrize(
     ("family", "workflow"),

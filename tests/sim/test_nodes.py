@@ -8,21 +8,22 @@ from tests.sim.seeds import find, keep_promises
 from tests.sim.simulation import simulate
 from tests.support.mutant import Mutation
 
-SEEDS, CHUNK = 8, 4
-MORE_SEEDS = 1000
+SEEDS = 4
+MORE_SEEDS = 504
 SEARCHED = "0..399"
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_every_promise_of_several_nodes_holds_whatever_fails(first: int) -> None:
-    keep_promises(range(first, first + CHUNK), has_nodes=True)
+@pytest.mark.parametrize("is_partial", [False, True])
+def test_every_promise_of_several_nodes_holds_whatever_fails(is_partial: bool) -> None:
+    keep_promises(range(SEEDS), is_partial=is_partial, has_nodes=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("is_partial", [False, True])
 @pytest.mark.parametrize("first", range(SEEDS, MORE_SEEDS, 100))
-def test_every_promise_of_several_nodes_holds_whatever_fails_on_more_seeds(first: int) -> None:
-    keep_promises(range(first, first + 100), has_nodes=True)
+def test_every_promise_of_several_nodes_holds_whatever_fails_on_more_seeds(first: int, is_partial: bool) -> None:
+    keep_promises(range(first, first + 100), is_partial=is_partial, has_nodes=True)
 
 
 def test_a_seed_of_several_nodes_repeats_itself() -> None:
