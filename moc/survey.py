@@ -154,8 +154,14 @@ def survey(request: Request, stored: Stored, held: Holdings, *, host: Host, trac
     """Return where the new life comes from. Rank 0 only. Raises: MocError."""
     notes = [*stored.notes, *held.notes]
     records, checkpoints = stored.records, stored.checkpoints
-    if stored.is_stored and not held.snapshots:
-        records, checkpoints = _list_again(request, host=host, trace=trace)
+    # Of several nodes an earlier life may have committed, and dropped, what memory does not hold whole by now.
+    if stored.is_stored and (not held.snapshots or held.lenders):
+        try:
+            records, checkpoints = _list_again(request, host=host, trace=trace)
+        except StoreUnavailableError as error:
+            if not held.snapshots:
+                raise
+            notes.append(f"storage does not say what it has by now: {error}")
     if not stored.is_stored and not held.snapshots:
         raise StoreUnavailableError(
             f"storage is unavailable and no snapshot is in memory: storage={request.place} reason={stored.notes[-1]}"
@@ -255,7 +261,9 @@ def refuse_other_runs(numbers: Sequence[tuple[str, int]], request: Request, run:
 def _list_again(
     request: Request, *, host: Host, trace: Trace
 ) -> tuple[tuple[Incarnation, ...], tuple[CheckpointName, ...]]:
-    """Return what an agent that was leaving, or of another version, has stored since the first look."""
+    """Return what an agent has stored and dropped since the first look: one that was leaving, of another version, or of
+    several nodes.
+    """
     repository = Repository(host.open_store(request.storage, trace=trace))
     try:
         return repository.incarnations()[0], tuple(checkpoint.name for checkpoint in repository.checkpoints())
