@@ -16,6 +16,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Native operators are built for this environment alone: two environments that share a cache rebuild each other's.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
+# Containers often ask Python to keep no bytecode: then each of the hundreds of processes that a run of the tests starts
+# compiles moc again, which is a third of an agent's start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
 .PHONY: setup train test test-all lint format clean help
 
