@@ -72,11 +72,14 @@ class Company:
     def lend(self, custody: Custody, address: str) -> None:
         """Let nodes that a job has now read what it left here when this was its only one, until the next life begins.
 
+        Also after an attach that failed: the next one reads it.
+
         Blocks: until it listens. Raises: UsageError if it cannot.
         """
         if self._fellows is not None or importlib.util.find_spec("aiohttp") is None:
             return
         life, secret = custody.life.record, "".join(self._host.token() for _ in range(SECRET_TOKENS))
+        # A life of one node has no other member: who reads asks as a second one, which nobody is.
         self._member = Membership(run=life.run, incarnation=life.number, node=0, nodes=2, secret=secret)
         self._open().listen(self._member, address=address, port=0)
         self._loans.show(custody)

@@ -71,10 +71,12 @@ class Composer:
         is_whole: bool,
         is_inherited: bool,
         is_joint: bool,
+        is_lowest: bool = True,
         lenders: Sequence[SealRecord] = (),
     ) -> Offer:
         """Return what these ranks have for the checkpoint of this name. With `is_joint`, other nodes offer too.
 
+        What is long and the same everywhere, counts of routes and the outline of a state, the lowest node says alone.
         The `lenders` are the seals of older snapshots that some of its experts are from: they know what these have
         learned. Raises: ShardCorruptError for a state that has changed.
         """
@@ -90,8 +92,8 @@ class Composer:
             is_inherited=is_inherited,
             base=None if base is None else _attempt(base.name),
             finite=() if base is None else tuple(sorted(map(_attempt, base.finite))),
-            routing=captures[0].routing if captures else None,
-            state=read_base(arena, min(records, key=lambda record: record.rank)),
+            routing=captures[0].routing if captures and is_lowest else None,
+            state=read_base(arena, min(records, key=lambda record: record.rank)) if is_lowest else None,
         )
 
     def compose(self, name: CheckpointName, offers: Sequence[Offer], descriptor: Mapping[str, Any]) -> Composition:

@@ -178,6 +178,7 @@ class Persister:
             is_whole=job.is_whole,
             is_inherited=job.is_inherited,
             is_joint=council is not None,
+            is_lowest=council is None or council.is_lowest,
             lenders=job.lenders,
         )
         offers: tuple[Offer, ...] = (mine,)
@@ -234,7 +235,7 @@ class Persister:
             moment=job.target,
             parent=parent,
             receipts=tuple(receipts),
-            routing=composed.composition.routing if composed.digest is None else None,
+            routing=composed.composition.routing if composed.digest is None and council.is_lowest else None,
             composed=composed.digest,
         )
         with self._trace.span("save.gather", step=step, attempt=attempt, node=council.node):

@@ -42,8 +42,8 @@ class Offer:
     """One node's part of what a checkpoint is composed of; `moment` is the checkpoint's.
 
     base: the commit that it would grow from as this node knows it. finite: the attempts known to be all finite.
-    composed: the digest of what this node has composed of all offers, None before. state: the outline of the small
-    state of the node's lowest rank; all ranks of the job store theirs relative to that of the lowest node.
+    composed: the digest of what this node has composed of all offers, None before. Only the lowest node gives the
+    routing, and the outline of the small state of its lowest rank, relative to which all ranks of the job store theirs.
     """
 
     moment: Moment

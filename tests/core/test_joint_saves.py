@@ -10,14 +10,14 @@ import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from moc.agent.custody import Custody
 from moc.agent.peers.council import Council
-from moc.agent.peers.report import report_from_json
+from moc.agent.peers.report import Report, report_from_json
 from moc.agent.saves import Saves
 from moc.config import Config
 from moc.format.keys import manifest_key
@@ -47,6 +47,7 @@ class Node(Desk):
     """One of two agents, with what it has to do with the other one; `bell` is what wakes its loop."""
 
     bell: int
+    told: list[Report] = field(default_factory=list)
 
     @property
     def council(self) -> Council:
@@ -73,6 +74,7 @@ class Node(Desk):
             verdicts=self.saves.verdicts(self.custody.life.record.number, self.council.asked()),
         )
         if told is not None:
+            self.told.append(told)
             ranks = self.custody.life.ranks
             other.council.hear(report_from_json(json.loads(json.dumps(told.to_json())), node=told.node, ranks=ranks))
 
@@ -291,6 +293,8 @@ def test_what_ranks_have_alike_is_stored_by_the_lowest_node_that_has_offered(
         moments = {node.seal(6, record=0, flags=PERSIST, alike=bytes(range(256)) * 2) for node in pair}
         _talk_until(pair, lambda: all(moments <= _moments(node) for node in pair), may_start=True)
         assert [node.saves.last_error for node in pair] == [None, None]
+        outlines = [{r.offer.state is not None for r in node.told if r.offer is not None} for node in pair]
+        assert outlines == ([{True}, {False}] if config is TURNS else [set(), set()]), "it is long, and said once"
 
     repository, manifest = Repository(open_store(storage)), _manifests(storage)[-1]
     dense = [row for row in manifest.objects if row.key.endswith("-d.safetensors")]

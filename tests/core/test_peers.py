@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moc.agent.peers.client import PeerClient
-from moc.agent.peers.fellows import Fellows
+from moc.agent.peers.fellows import REPORT, Fellows
 from moc.agent.peers.proof import (
     PROOF,
     STREAM,
@@ -211,6 +212,55 @@ def test_a_life_ends_at_once_although_there_is_news_at_the_same_moment() -> None
     finally:
         for agent in agents:
             threading.Thread(target=agent.close, daemon=True).start()  # one that hangs must not hang the test
+
+
+@contextmanager
+def _listener(letters: queue.Queue[dict[str, Any]], answers: queue.Queue[dict[str, Any]]) -> Iterator[Transport]:
+    """Node 1 of two, whose words are the test's."""
+
+    def hear(_: int, letter: dict[str, Any]) -> dict[str, Any]:
+        letters.put(letter)
+        return answers.get(timeout=TIMEOUT_S)
+
+    routes = Routes()
+    routes.message(REPORT, hear)
+    opened = Transport(routes, address="127.0.0.1", port=0, host=SystemHost())
+    opened.enter(Membership(run="run", incarnation=1, node=1, nodes=2, secret="a secret"))
+    try:
+        yield opened
+    finally:
+        answers.put({})  # whoever is still asked
+        opened.close()
+
+
+def test_a_report_is_told_to_who_does_not_know_it_and_read_by_who_does_not() -> None:
+    letters: queue.Queue[dict[str, Any]] = queue.Queue()
+    answers: queue.Queue[dict[str, Any]] = queue.Queue()
+    with _listener(letters, answers) as other, closing(Fellows(host=SystemHost(), wake=threading.Event().set)) as agent:
+        membership = Membership(run="run", incarnation=1, node=0, nodes=2, secret="a secret")
+        url = agent.begin(membership, [(0,), (1,)], address="127.0.0.1", port=0)
+        _publish(agent, committed=1)
+        agent.meet([url, other.url])
+        first = letters.get(timeout=TIMEOUT_S)
+        assert (first["heard"], first["report"]["node"]) == (None, 0)
+        order = first["report"]["order"]
+        answers.put({"heard": order})
+
+        assert letters.get(timeout=TIMEOUT_S) == {"heard": None}, "it has it"
+        answers.put({"heard": None})  # a successor that has not
+        assert letters.get(timeout=TIMEOUT_S)["report"]["order"] == order
+        own = {**first["report"], "node": 1, "order": [7, 1]}
+        answers.put({"heard": order, "report": own})
+
+        assert ask(other, url, REPORT, {"heard": order}) == {"heard": [7, 1]}
+        assert ask(other, url, REPORT, {"heard": [0, 0]}) == {"heard": [7, 1], "report": first["report"]}
+        old = {"heard": order, "report": {"order": [7, 1], "held": "nothing that could be read"}}
+        assert ask(other, url, REPORT, old) == {"heard": [7, 1]}
+        for wrong in ({"order": [7, 2], "held": "as before"}, {"order": "8"}, {}, [7, 2]):
+            with pytest.raises(CoordinationError, match="report"):
+                ask(other, url, REPORT, {"heard": order, "report": wrong})
+        with pytest.raises(CoordinationError, match="order of a report"):
+            ask(other, url, REPORT, {"heard": "all"})
 
 
 def _publish(agent: Fellows, *, committed: int) -> None:

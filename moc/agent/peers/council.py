@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from moc.agent.peers.report import Contribution, Others, Report, Verdict, Wish
+from moc.agent.peers.report import Contribution, Order, Others, Report, Verdict, Wish
 from moc.errors import CoordinationError, PlanDivergedError, SaveFailedError, WaitTimeoutError
 from moc.host import Host
 from moc.plan.freeing import Moment, Seal
@@ -58,6 +58,11 @@ class Council:
         self._born_ns, self._sequence = int(host.now_s() * 1e9), 0
         self._told: Report | None = None
 
+    @property
+    def is_lowest(self) -> bool:
+        """Return whether this node says what is said once for the job."""
+        return self.node == 0
+
     # The transport's thread
 
     def hear(self, report: Report) -> bool:
@@ -71,6 +76,17 @@ class Council:
         self._stir()
         self._wake()
         return True
+
+    def known(self, node: int) -> Order | None:
+        """Return which report of another node is known, None before the first."""
+        with self._lock:
+            report = self._reports.get(node)
+        return None if report is None else report.order
+
+    def note_alive(self, node: int) -> None:
+        """Note that another node has been heard, with nothing new to tell."""
+        with self._lock:
+            self._heard_s[node] = self._host.now_s()
 
     # The main thread
 

@@ -1,20 +1,23 @@
 """An agent among those of the other nodes: it tells each of them what it knows, and hears what they know.
 
 One exchange per node is under way at a time: report there, report back, at every change and at least every second.
-The newest report is sent, so a slow node costs nobody anything but its own news. Nothing here decides: `Council` does.
+The newest report is sent, so a slow node costs nobody anything but its own news. A report may be long and is told at
+least every second: it is encoded once, who has it already is sent none, and what is not newer is not decoded. Nothing
+here decides: `Council` does.
 Thread: the agent's main thread; the exchanges run on the transport's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from moc.agent.peers.council import Council
 from moc.agent.peers.proof import Membership
-from moc.agent.peers.report import Report, report_from_json
+from moc.agent.peers.report import Order, Report, order_from_json, report_from_json
 from moc.agent.peers.transport import Routes, Transport
 from moc.errors import CoordinationError, MocError, UsageError
 from moc.host import Host
@@ -30,6 +33,13 @@ SPACING_S = 0.01  # between two exchanges with one node: what changes meanwhile 
 RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+class _Told(NamedTuple):
+    """The newest report: which one it is, and its bytes."""
+
+    order: Order
+    text: bytes
+
+
 class Fellows:
     """Owns the transport and the exchanges of the present life."""
 
@@ -40,7 +50,8 @@ class Fellows:
         self._exchanges: list[asyncio.Task[None]] = []
         self._dirty: dict[int, asyncio.Event] = {}
         self._urls: dict[int, str] = {}
-        self._told: dict[str, object] | None = None
+        self._told: _Told | None = None
+        self._acknowledged: dict[int, Order | None] = {}
         self.council: Council | None = None
         self.routes = Routes()
         """Add what else is to be answered before `begin`."""
@@ -95,7 +106,7 @@ class Fellows:
         """Have the others told; None: nothing has changed."""
         if report is None or self._transport is None:
             return
-        self._told = report.to_json()
+        self._told = _Told(report.order, json.dumps(report.to_json(), separators=(",", ":")).encode())
         self._transport.submit(self._mark())
 
     def flush(self, timeout_s: float) -> None:
@@ -111,7 +122,7 @@ class Fellows:
         if self._transport is not None:
             self._transport.enter(None)
             self._transport.submit(self._stop()).result()
-        self._urls, self._told = {}, None
+        self._urls, self._told, self._acknowledged = {}, None, {}
 
     def close(self) -> None:
         """End the life and stop listening."""
@@ -167,11 +178,15 @@ class Fellows:
             return
         await asyncio.sleep(SPACING_S)
 
-    async def _tell(self, council: Council, node: int, told: Mapping[str, object], timeout_s: float) -> None:
+    async def _tell(self, council: Council, node: int, told: _Told, timeout_s: float) -> None:
         assert self._transport is not None, "exchanges end before the transport"
-        answer = await self._transport.ask(self._urls[node], REPORT, told, timeout_s=timeout_s)
-        if answer:
+        texts = [told.text] if self._acknowledged.get(node) != told.order else [None, told.text]
+        for text in texts:
+            letter = _letter(council, node, text)
+            answer = await self._transport.ask(self._urls[node], REPORT, letter, timeout_s=timeout_s)
             self._hear(council, node, answer)
+            if self._acknowledged.get(node) == told.order:
+                return  # else it had known the report, and has a successor that does not
 
     async def _tell_all(self, timeout_s: float) -> None:
         council, told = self.council, self._told
@@ -184,16 +199,36 @@ class Fellows:
             if isinstance(result, BaseException):
                 log.info("agent of another node was not told the last news: node=%d reason=%s", node, result)
 
-    def _answer(self, node: int, body: dict[str, Any]) -> Mapping[str, object]:
-        """Hear a report and answer with the own one, which is empty before there is anything to tell."""
+    def _answer(self, node: int, body: dict[str, Any]) -> bytes:
+        """Hear another node and answer with the own report, unless there is none yet or it has that."""
         council = self.council
         if council is None:
             raise CoordinationError("this agent is between two lives")
         self._hear(council, node, body)
-        return self._told or {}
+        told = self._told
+        is_known = told is None or self._acknowledged.get(node) == told.order
+        return _letter(council, node, None if told is None or is_known else told.text)
 
     def _hear(self, council: Council, node: int, body: Mapping[str, Any]) -> None:
-        report = report_from_json(body, node=node, ranks=council.ranks_of[node])
+        """Take which report another node knows, and its own one. Raises: UsageError for what no agent says."""
+        heard, told = body.get("heard"), body.get("report")
+        self._acknowledged[node] = None if heard is None else order_from_json(heard)
+        if told is None:
+            council.note_alive(node)
+            return
+        if not isinstance(told, dict):
+            raise UsageError(f"report is not readable: node={node} type={type(told).__name__}")
+        known = council.known(node)
+        if known is not None and known >= order_from_json(told.get("order")):
+            council.note_alive(node)
+            return
+        report = report_from_json(told, node=node, ranks=council.ranks_of[node])
         if council.hear(report) and self._urls.get(node, report.url) != report.url:
             log.info("agent of another node has moved: node=%d url=%s", node, report.url)
             self._urls[node] = report.url
+
+
+def _letter(council: Council, node: int, report: bytes | None) -> bytes:
+    """Return what is said to a node: which of its reports is known here, and the own one where it is to be told."""
+    heard = json.dumps(council.known(node)).encode()
+    return b'{"heard":%b}' % heard if report is None else b'{"heard":%b,"report":%b}' % (heard, report)

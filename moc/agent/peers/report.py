@@ -22,9 +22,21 @@ from moc.plan.offers import Attempt, Offer, OfferedExpert
 from moc.routing import COUNT_LIMIT, Routing
 from moc.state import Expert
 
-__all__ = ["NOBODY", "Contribution", "Others", "Report", "Verdict", "Wish", "report_from_json"]
+__all__ = [
+    "NOBODY",
+    "Contribution",
+    "Order",
+    "Others",
+    "Report",
+    "Verdict",
+    "Wish",
+    "order_from_json",
+    "report_from_json",
+]
 
 T = TypeVar("T")
+Order = tuple[int, int]
+"""Of reports of one node: when its agent began, and how many it had told before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +50,8 @@ class Contribution:
     parent: Parent | None
     receipts: tuple[Receipt, ...]
     routing: Routing | None = None
-    """The routes of the run as one of the node's ranks has captured them; None where the nodes composed together."""
+    """The routes of the run as one of the lowest node's ranks has captured them; None from others, and where the nodes
+    composed together."""
     composed: str | None = None
     """The digest of what the nodes have composed together."""
 
@@ -79,7 +92,7 @@ class Report:
     """
 
     node: int
-    order: tuple[int, int]
+    order: Order
     url: str
     held: tuple[tuple[Moment, tuple[int, ...]], ...]
     passed: tuple[tuple[int, Moment], ...]
@@ -125,12 +138,21 @@ class Others:
 NOBODY = Others()
 
 
+def order_from_json(row: Any) -> Order:
+    """Return which report is meant; raises UsageError for what is none."""
+    try:
+        born, number = map(_count, row)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"not the order of a report: given={row!r:.80}") from error
+    return (born, number)
+
+
 def report_from_json(body: Mapping[str, Any], *, node: int, ranks: tuple[int, ...]) -> Report:
     """Return a report of this node, which has these ranks; raises UsageError for what no agent says."""
     try:
         report = Report(
             node=_count(body["node"]),
-            order=(_count(body["order"][0]), _count(body["order"][1])),
+            order=order_from_json(body["order"]),
             url=_text(body["url"]),
             held=tuple((_moment(row[:2]), tuple(map(_count, row[2]))) for row in body["held"]),
             passed=tuple((_count(row[0]), _moment(row[1:])) for row in body["passed"]),

@@ -36,7 +36,9 @@ T = TypeVar("T")
 ANSWER_LIMIT_BYTES = 16 << 20  # of a report; receipts of a thousand ranks take a few hundred KiB
 BODY_TIMEOUT_S = 30.0  # to receive a control message whole
 
-Respond = Callable[[int, dict[str, Any]], Mapping[str, object]]
+Message = Mapping[str, object] | bytes
+"""A JSON object, encoded already where it is told often."""
+Respond = Callable[[int, dict[str, Any]], Message]
 Stream = Callable[[int, Visit], Awaitable[None]]
 
 
@@ -99,7 +101,7 @@ class Transport:
 
     # Client
 
-    async def ask(self, url: str, path: str, body: Mapping[str, object], *, timeout_s: float) -> dict[str, Any]:
+    async def ask(self, url: str, path: str, body: Message, *, timeout_s: float) -> dict[str, Any]:
         """Send a control message and return the answer.
 
         Raises: StoreUnavailableError where nobody answers, CoordinationError for a refusal, or an answer without proof.
@@ -107,7 +109,7 @@ class Transport:
         member = self._member
         if member is None:
             raise CoordinationError("this agent is in no life of several nodes")
-        text = json.dumps(body, separators=(",", ":")).encode()
+        text = _encode(body)
         headers = request_headers(member, "POST", path, body_digest(text))
         try:
             status, given, content = await self._network.ask(
@@ -153,11 +155,15 @@ class Transport:
         if self._member is not member:  # a report of that life must not be heard in this one
             raise UsageError("another life has begun while the body came")
         try:
-            found: Mapping[str, object] = answer(node, _parse(text))
+            found: Message = answer(node, _parse(text))
         except MocError as error:
             found = {"error": str(error)}
-        content = json.dumps(found, separators=(",", ":")).encode()
+        content = _encode(found)
         visit.answer(200, content, headers={PROOF: answer_proof(member, visit.headers[PROOF], 200, content)})
+
+
+def _encode(message: Message) -> bytes:
+    return message if isinstance(message, bytes) else json.dumps(message, separators=(",", ":")).encode()
 
 
 def _parse(text: bytes) -> dict[str, Any]:
