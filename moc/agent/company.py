@@ -174,6 +174,7 @@ class Company:
             wishes=saves.wishes,
             verdicts=saves.verdicts(number, council.asked()),
             done=custody.done,
+            leaning=custody.leaning,
         )
         self._fellows.publish(report)
 

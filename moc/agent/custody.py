@@ -10,7 +10,7 @@ import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from moc.agent.keeping import base_of, holdings, supplement
+from moc.agent.keeping import base_of, holdings, origin_of, supplement
 from moc.agent.life import Life
 from moc.agent.mending import in_pieces
 from moc.agent.peers.report import NOBODY, Others
@@ -111,7 +111,7 @@ class Custody:
         # who cannot tell its slots, could never take a snapshot.
         self._records.clear()
         self._refresh()
-        source = self._whole_snapshot(self.life)
+        source = self._origin(self.life)
         for (rank, index), record in list(self._records.items()):
             key = (record.incarnation, (record.step, record.attempt))
             if key != source and key not in pinned:
@@ -137,6 +137,10 @@ class Custody:
         which every node has done its duty."""
         self.done: tuple[Moment, ...] = ()
         """The newest moments to which this node has done its duty."""
+        self.leaning: tuple[Moment, ...] = ()
+        """The moments that this node's part of lets none of the nodes do without memory of another layout."""
+        self._leaning_elsewhere: frozenset[Moment] = frozenset()
+        self._replicated: Moment | None = None
         self.begun: Moment | None = None
         """The newest moment whose replication has begun; no older one ever will."""
         self.hopeless: dict[Moment, tuple[int, ...]] = {}
@@ -162,7 +166,7 @@ class Custody:
             for moment in flagged
             if moment not in self.hopeless
             and (self.begun is None or moment >= self.begun)
-            and (self.stable is None or moment > self.stable)
+            and all(settled is None or moment > settled for settled in (self.stable, self._replicated))
         )
 
     def pin(self, incarnation: int, moment: Moment) -> None:
@@ -212,6 +216,7 @@ class Custody:
         self.complete = complete = complete_moments(seals, ranks, incarnation)
         if complete and complete[-1] != self.newest:
             self.newest = complete[-1]
+        self.leaning, self._leaning_elsewhere = self._leaning(), others.leaning
         self._note_global(others)
         if self.stable is not None:
             self._is_source_earlier = False
@@ -219,7 +224,7 @@ class Custody:
             self.earlier.close()
             self.earlier = None
         # With a global step the new life stands on its own.
-        whole = self._whole_snapshot(self.life)
+        whole = self._origin(self.life)
         source = None if self.stable is not None else whole
         wanted = self.unfinished_saves().union(wished)
         pinned = self.pinned() | {(incarnation, moment) for moment in wanted} | self._kept_in_partial_modes(whole)
@@ -259,14 +264,24 @@ class Custody:
         found = self.newest
         if self.life.hosts:
             done = {**others.done, self.life.node: self.done}
-            found = global_moment(self.complete, done, nodes=range(self.life.nodes))
+            self._replicated = found = global_moment(self.complete, done, nodes=range(self.life.nodes))
         if found is not None and not self.leans_on_earlier(found):
             self.stable = max(found, self.stable or found)
 
     def leans_on_earlier(self, moment: Moment) -> bool:
-        """Return whether a moment has experts in pieces while a recovery still reads memory of another layout."""
-        is_read = self.source() is not self  # and goes on to be, since only there these experts are whole
-        return is_read and bool(in_pieces(self.arena, self.records_of(self.life.record.number, moment)))
+        """Return whether a moment has experts in pieces at any node that still reads memory of another layout.
+
+        All nodes must say the same: else some would show a recovery that memory, and others have given it up.
+        """
+        return moment in self.leaning or moment in self._leaning_elsewhere
+
+    def _leaning(self) -> tuple[Moment, ...]:
+        """Return the moments, held here whole, with experts in pieces that only memory of another layout has whole."""
+        if self.source() is self:
+            return ()
+        number = self.life.record.number
+        mine = (moment for moment in sorted(self.held) if self.holds(moment))
+        return tuple(moment for moment in mine if in_pieces(self.arena, self.records_of(number, moment)))
 
     def _read_passed(self) -> dict[int, Moment]:
         """Return how far each rank has come: what it has sealed by the last look, or what it says it has skipped."""
@@ -307,26 +322,11 @@ class Custody:
         Empty if memory does not hold all of them.
         """
         self._refresh()
-        source = self._whole_snapshot(life)
+        source = self._origin(life)
         return {} if source is None else self.records_of(*source)
 
-    def _whole_snapshot(self, life: Life) -> tuple[int, Moment] | None:
-        """Return the attempt at the parent's step that the life was recovered from, else the latest that is whole here.
-
-        Only that one is kept for a recovery, at all nodes: with more of them a life might find no free record, ever.
-        """
-        parent = life.record.parent
-        if parent is None:
-            return None
-        moments = {
-            (r.step, r.attempt)
-            for r in self._records.values()
-            if (r.incarnation, r.step) == (parent.incarnation, parent.step) and parent.attempt in (None, r.attempt)
-        }
-        ranks = set(self.life.ranks)
-        chosen = {moment for moment in moments if (parent.incarnation, moment) in life.layers}
-        whole = [m for m in chosen or moments if set(self.records_of(parent.incarnation, m)) == ranks]
-        return (parent.incarnation, max(whole)) if whole else None
+    def _origin(self, life: Life) -> tuple[int, Moment] | None:
+        return origin_of(life, self.life.ranks, self._records.values())
 
     def settle(self, moment: Moment) -> None:
         """Say that the save of this moment has ended, well or badly, and holds its seals no longer."""

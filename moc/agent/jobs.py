@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moc.agent.composer import FULL
+from moc.agent.custody import Custody
+from moc.agent.mending import mend, stack_of
 from moc.agent.peers.council import Council
+from moc.agent.peers.report import Wish
 from moc.format.keys import CheckpointName
 from moc.format.manifest import Incarnation
 from moc.persist import checkpoint_name
@@ -15,7 +18,7 @@ from moc.plan.freeing import Moment, second_attempt
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import EXPLICIT, SealRecord
 
-__all__ = ["Outcome", "SaveJob", "Written", "is_full", "is_made_at_once", "is_whole", "once_more"]
+__all__ = ["Outcome", "SaveJob", "Written", "inherited_save", "is_full", "is_whole", "once_more"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,12 @@ class SaveJob:
         return (self.name.step, self.name.attempt)
 
     @property
+    def wish(self) -> Wish:
+        """What an agent that leaves with this save tells the others."""
+        is_second = self.target != self.moment
+        return Wish(moment=self.moment, is_second=is_second, is_inherited=self.is_inherited)
+
+    @property
     def is_offered(self) -> bool:
         """Return whether the nodes compose the checkpoint together: experts take turns, or did in an earlier life."""
         return self.council is not None and (not is_full(self.descriptor) or self.is_inherited)
@@ -96,14 +105,33 @@ def is_whole(descriptor: Mapping[str, Any], records: Mapping[int, SealRecord]) -
     return is_full(descriptor) or any(record.flags & EXPLICIT for record in records.values())
 
 
-def is_made_at_once(descriptor: Mapping[str, Any], records: Mapping[int, SealRecord]) -> bool:
-    """Return whether a checkpoint of these seals needs no other one, and no other name for it."""
-    is_of_one_step = all(step == record.step for record in records.values() for step in record.steps)
-    return is_whole(descriptor, records) and is_of_one_step
-
-
 def once_more(records: Mapping[int, SealRecord]) -> dict[int, SealRecord]:
     """Return the seals for a second checkpoint of their moment: with other experts it is another one, and a key is
     written with one content only.
     """
     return {rank: replace(record, attempt=second_attempt(record.attempt)) for rank, record in records.items()}
+
+
+def inherited_save(custody: Custody, council: Council | None) -> SaveJob | None:
+    """Return the save of what the present life was recovered from, as its own; None where memory has nothing of it."""
+    source, life = custody.source(), custody.life
+    origin = source.recovery_source(life)
+    if not origin:
+        return None
+    first = next(iter(origin.values()))
+    key = (first.incarnation, (first.step, first.attempt))
+    mended = mend(source.arena, stack_of(source, life, key))
+    own = {rank: replace(record, incarnation=life.record.number) for rank, record in mended.records.items()}
+    is_of_one_step = all(step == record.step for record in own.values() for step in record.steps)
+    # Whether it is whole one node cannot tell alone, and all must give the checkpoint one name.
+    is_made_at_once = council is None and is_whole(source.life.descriptor, own) and is_of_one_step
+    return SaveJob(
+        arena=source.arena,
+        records=own if is_made_at_once else once_more(own),
+        life=life.record,
+        descriptor=source.life.descriptor,
+        pinned=key,
+        is_whole=True,
+        council=council,
+        lenders=mended.lenders,
+    )

@@ -15,7 +15,7 @@ from moc.plan.freeing import Moment
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
 
-__all__ = ["BASED_VERSIONS", "base_of", "holdings", "supplement"]
+__all__ = ["BASED_VERSIONS", "base_of", "holdings", "origin_of", "supplement"]
 
 SUPPLEMENTED_VERSIONS = 3  # the newest snapshot, one that has what it lacks, and room for the next
 BASED_VERSIONS = SUPPLEMENTED_VERSIONS + 1  # that of the newest commit too; one more where snapshots have replicas
@@ -43,6 +43,24 @@ def base_of(life: Life, committed: Moment | None, records: Iterable[SealRecord])
     same = [(r.step, r.attempt) for r in records if (r.incarnation, r.step) == (number, committed[0])]
     # A second checkpoint has no snapshot of its own, and of an adopted life's commits only the step is known.
     return number, committed if committed in same else max(same, default=committed)
+
+
+def origin_of(life: Life, ranks: Iterable[int], records: Iterable[SealRecord]) -> Key | None:
+    """Return the attempt at the parent's step that a life was recovered from, else the latest that these ranks hold.
+
+    Only that one is kept for a recovery, at all nodes: with more of them a life might find no free record, ever.
+    """
+    parent = life.record.parent
+    if parent is None:
+        return None
+    holders: dict[Moment, set[int]] = {}
+    for record in records:
+        is_origin = (record.incarnation, record.step) == (parent.incarnation, parent.step)
+        if is_origin and parent.attempt in (None, record.attempt):
+            holders.setdefault((record.step, record.attempt), set()).add(record.rank)
+    chosen = {moment for moment in holders if (parent.incarnation, moment) in life.layers}
+    whole = [moment for moment in chosen or holders if holders[moment] == set(ranks)]
+    return (parent.incarnation, max(whole)) if whole else None
 
 
 def supplement(

@@ -11,11 +11,11 @@ import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moc.agent import wire
 from moc.agent.custody import Custody
-from moc.agent.jobs import Outcome, SaveJob, Written, is_full, is_made_at_once, is_whole, once_more
+from moc.agent.jobs import Outcome, SaveJob, Written, inherited_save, is_full, is_whole, once_more
 from moc.agent.mending import mend, stack_of
 from moc.agent.peers.council import Council
 from moc.agent.peers.report import NOBODY, Others, Verdict, Wish
@@ -128,6 +128,9 @@ class Saves:
         others = NOBODY if self.council is None else self.council.others()
         self._hear(custody, others)
         wished = self._wished(custody, others)
+        for wish in (wish for wish in wished if wish.is_inherited):
+            self._inherit(custody, wish)
+        wished = [wish for wish in wished if not wish.is_inherited]
         complete = custody.scan(ended=ended, others=others, wished={wish.moment for wish in wished})
         wished = [wish for wish in wished if custody.holds(wish.moment)]
         flagged, joined = custody.unfinished_saves(), {wish.moment for wish in wished if not wish.is_second}
@@ -215,11 +218,11 @@ class Saves:
         Of a life without one, what it was recovered from, as its own.
         """
         custody.scan(others=NOBODY if self.council is None else self.council.others())
-        life, moment, source = custody.life.record, custody.newest, custody.source()
+        life, moment = custody.life.record, custody.newest
         is_stored = life.parent is not None and life.parent.attempt is not None
         needs_source = (moment is None or custody.leans_on_earlier(moment)) and not is_stored
-        records = source.recovery_source(custody.life) if needs_source else {}
-        if moment is not None and not records:
+        job = inherited_save(custody, self.council) if needs_source else None
+        if moment is not None and job is None:
             mended = mend(custody.arena, stack_of(custody, custody.life, (life.number, moment)))
             # Its own checkpoint may lack what had no turn yet, or what the snapshot has in pieces.
             is_enough = is_whole(custody.life.descriptor, mended.records) and not mended.lenders
@@ -230,28 +233,20 @@ class Saves:
             if not self._is_committed(custody, last) and not self._is_queued(custody, last.target):
                 self.wishes = {last}
                 self._offer(custody, last, is_last=True)
+        elif job is not None and not self._is_committed(custody, job.wish) and not self._is_queued(custody, job.target):
+            log.info("persisting the snapshot that this life was recovered from: step=%d", job.name.step)
+            self.wishes = {job.wish}
+            self._queue(custody.source(), job, is_last=True)
+
+    def _inherit(self, custody: Custody, wish: Wish) -> None:
+        """Save what this life was recovered from, because an agent of another node leaves with it."""
+        if self._is_under_way(custody, wish.target):
             return
-        if not records:
-            return
-        log.info(
-            "persisting the snapshot that this life was recovered from: step=%d", min(r.step for r in records.values())
-        )
-        record = next(iter(records.values()))
-        key = (record.incarnation, (record.step, record.attempt))
-        mended = mend(source.arena, stack_of(source, custody.life, key))
-        own = {rank: replace(record, incarnation=life.number) for rank, record in mended.records.items()}
-        job = SaveJob(
-            arena=source.arena,
-            # Whether it is whole one node cannot tell alone, and all must give the checkpoint one name.
-            records=own if self.council is None and is_made_at_once(source.life.descriptor, own) else once_more(own),
-            life=life,
-            descriptor=source.life.descriptor,
-            pinned=key,
-            is_whole=True,
-            council=self.council,
-            lenders=mended.lenders,
-        )
-        self._queue(source, job, is_last=True)
+        job = inherited_save(custody, self.council)
+        if job is not None and job.wish == wish:
+            self._queue(custody.source(), job, is_last=True)
+        else:  # at once: the other one waits for this node's part
+            self.give_up(custody, wish.target, "this node has nothing of what the life was recovered from")
 
     def wait(self, waiter: Waiter) -> None:
         """Answer the connection when the save has ended, or at its deadline."""

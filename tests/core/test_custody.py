@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from dataclasses import asdict, replace
 
@@ -10,13 +9,10 @@ import pytest
 
 from moc.agent.custody import Custody
 from moc.agent.life import Life
-from moc.agent.peers.report import Others
 from moc.config import Config
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, encode_incarnation
-from moc.plan.freeing import Seal, filled_limit
-from moc.snapshot.seal import REPLICATE, SealRecord
-from moc.topology import Topology
+from moc.snapshot.seal import SealRecord
 from tests.support.plain import PlainState
 from tests.support.repository import Model
 
@@ -225,136 +221,6 @@ def test_beside_half_of_what_a_life_was_recovered_from_no_other_attempt_takes_th
     custody.scan()
 
     assert [custody.arena.is_free(rank, record) for rank in (0, 1) for record in (0, 1)] == [False, True, True, True]
-    custody.close()
-
-
-def _joint(*lives: Incarnation, versions: int = 4, mode: str = "partial", base: object = None) -> dict[str, object]:
-    """Return the descriptor of node 0 of two, with two of four ranks."""
-    topology = Topology(world_size=4, node_of_rank=(0, 0, 1, 1), ep_sizes=())
-    descriptor = _replicated(*lives, versions=versions) | {
-        "topology": topology.to_json(),
-        "config": asdict(Config(mode=mode)),
-        "fellows": {"node": 0, "secret": "", "address": "", "urls": []},
-    }
-    descriptor["catalogs"] = descriptor["catalogs"][:2]  # type: ignore[index]
-    return descriptor if base is None else descriptor | {"base": [base]}
-
-
-def _elsewhere(*steps: int, number: int = 1) -> Others:
-    return Others(
-        seals=tuple(
-            Seal(incarnation=number, step=step, attempt="00abcdef", rank=rank, record=0)
-            for step in steps
-            for rank in (2, 3)
-        )
-    )
-
-
-def _held(custody: Custody) -> list[int]:
-    return sorted({r.step for rank in (0, 1) for r in custody.arena.seals(rank).values()})
-
-
-def _seal_all(custody: Custody, step: int, *, number: int = 1) -> None:
-    for rank in (0, 1):
-        free = next(
-            record for record in range(custody.arena.layout.ranks[0].versions) if custody.arena.is_free(rank, record)
-        )
-        _seal(custody, rank, step, free)
-    custody.scan(others=_elsewhere(step, number=number))
-
-
-@pytest.mark.parametrize(
-    ("mode", "versions", "is_kept"), [("partial", 4, True), ("partial", 3, False), ("full", 4, False)]
-)
-def test_the_snapshot_of_the_newest_commit_stays_until_the_next_commit(mode: str, versions: int, is_kept: bool) -> None:
-    custody = Custody.create(_joint(FIRST, versions=versions, mode=mode), earlier=None)
-    _seal_all(custody, 5)
-    custody.note_commit((5, "00abcdef"))
-    for step in range(6, 12):
-        _seal_all(custody, step)
-        assert _held(custody) == ([5, step] if is_kept else [step])
-
-    custody.note_commit((11, "00abcdef"))
-    _seal_all(custody, 12)
-
-    assert _held(custody) == ([11, 12] if is_kept else [12])
-    custody.close()
-
-
-def test_an_agent_that_adopts_an_arena_keeps_the_snapshot_of_the_newest_commit_before_it_has_looked_it_up() -> None:
-    first = Custody.create(_joint(FIRST), earlier=None)
-    _seal_all(first, 5)
-    first.note_commit((5, "00abcdef"))
-    _seal_all(first, 6)
-    first.arena.publish(global_step=6, committed_step=5)
-
-    custody = Custody.adopt(os.dup(first.arena.fd))
-    _seal_all(custody, 7)
-    assert _held(custody) == [5, 7]
-    custody.note_commit((5, "00abcdef"))
-    _seal_all(custody, 8)
-
-    assert _held(custody) == [5, 8]
-    custody.close()
-    first.close()
-
-
-def test_a_new_life_keeps_the_snapshot_of_the_checkpoint_that_it_grew_from_until_its_own_first_commit() -> None:
-    custody = Custody.create(_joint(FIRST), earlier=None)
-    _seal_all(custody, 4)
-    custody.note_commit((4, "00abcdef"))
-    _seal_all(custody, 5)
-
-    custody.renew(_joint(FIRST, SECOND, base=[1, 4, "00abcdef"]) | {"layers": [[1, 5, "00abcdef"]]})
-    assert _held(custody) == [4, 5]
-    _seal_all(custody, 7, number=2)
-    assert _held(custody) == [4, 7], "what it was recovered from is needed no more"
-    custody.note_commit((7, "00abcdef"))
-    _seal_all(custody, 8, number=2)
-
-    assert _held(custody) == [7, 8]
-    custody.close()
-
-
-def test_a_new_life_has_room_for_its_first_snapshot_whatever_it_keeps() -> None:
-    custody = Custody.create(_joint(FIRST), earlier=None)
-    for record, step in enumerate((3, 4, 5, 6)):
-        for rank in (0, 1):
-            _seal(custody, rank, step, record)
-
-    layers = [[1, step, "00abcdef"] for step in (6, 5, 4)]
-    custody.renew(_joint(FIRST, SECOND, base=[1, 3, "00abcdef"]) | {"layers": layers})
-
-    assert _held(custody) == [4, 5, 6]
-    custody.close()
-
-
-@pytest.mark.parametrize("versions", [3, 5])
-def test_with_replicas_a_flagged_snapshot_becomes_global_beside_all_that_a_new_life_keeps(versions: int) -> None:
-    """The first snapshot of a life, or an explicit save, is not replicated: it must not take the last free version."""
-    custody = Custody.create(_joint(FIRST, versions=versions) | {"hosts": [1]}, earlier=None)
-    steps = range(2, 2 + versions)
-    for record, step in enumerate(steps):
-        for rank in (0, 1):
-            _seal(custody, rank, step, record)
-    used = list(steps)[-filled_limit(versions, has_replicas=True) :]  # as many as a restore reads from memory at most
-    layers = {"layers": [[1, step, "00abcdef"] for step in used], "hosts": [1]}
-    parent = Parent(incarnation=1, step=used[-1], attempt=None)
-    second = replace(SECOND, parent=parent)
-    custody.renew(_joint(FIRST, second, versions=versions, base=[1, used[0] - 1, "00abcdef"]) | layers)
-    assert _held(custody) == used
-
-    _seal_all(custody, 10, number=2)
-    for rank in (0, 1):
-        free = next(record for record in range(versions) if custody.arena.is_free(rank, record))
-        _seal(custody, rank, 11, free, flags=REPLICATE)
-    custody.scan(others=_elsewhere(10, 11, number=2))
-    assert custody.unreplicated() == [(11, "00abcdef")]
-    custody.done = ((11, "00abcdef"),)
-    custody.scan(others=replace(_elsewhere(11, number=2), done={1: custody.done}))
-
-    assert custody.global_step == 11
-    assert _held(custody) == [11]
     custody.close()
 
 

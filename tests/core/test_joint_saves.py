@@ -72,6 +72,7 @@ class Node(Desk):
             ended=(),
             wishes=self.saves.wishes,
             verdicts=self.saves.verdicts(self.custody.life.record.number, self.council.asked()),
+            leaning=self.custody.leaning,
         )
         if told is not None:
             self.told.append(told)
@@ -415,8 +416,10 @@ def _manifests_of(storage: str, step: int) -> Manifest:
     return repository.read_manifest(name)
 
 
-@pytest.mark.parametrize("mode", [TURNS, WHOLE])
-def test_what_a_life_has_inherited_is_stored_by_both_nodes_under_one_name(storage: str, mode: Config) -> None:
+@pytest.mark.parametrize(("mode", "leaving"), [(TURNS, {0, 1}), (WHOLE, {0, 1}), (TURNS, {0}), (TURNS, {1})])
+def test_what_a_life_has_inherited_is_stored_by_both_nodes_under_one_name(
+    storage: str, mode: Config, leaving: set[int]
+) -> None:
     """One of them has an expert of an earlier step, and cannot know that the other one has not, nor the reverse."""
     with _node(0, storage, config=TURNS) as first, _node(1, storage, config=TURNS) as second:
         pair = (first, second)
@@ -427,14 +430,34 @@ def test_what_a_life_has_inherited_is_stored_by_both_nodes_under_one_name(storag
         for node in pair:
             node.begin(Parent(incarnation=1, step=7, attempt=None), mode)
 
+        for number in leaving:
+            pair[number].saves.persist_newest(pair[number].custody)
+        target = (7, second_attempt("00000007"))
+        _talk_until(pair, lambda: all(target in _moments(node, life=2) for node in pair), may_start=len(leaving) == 1)
         for node in pair:
             node.saves.persist_newest(node.custody)
-        target = (7, second_attempt("00000007"))
-        _talk_until(pair, lambda: all(target in _moments(node, life=2) for node in pair), may_start=False)
+            assert not node.saves.is_busy, "it is not made again"
 
     last = _manifests(storage)[-1]
     assert (last.name.incarnation, last.name.step, last.name.attempt) == (2, *target)
     assert [(row.expert, row.step, row.source.step) for row in last.stale_experts] == [(EXPERTS[1], 6, 6)]
+
+
+def test_a_leaving_agent_hears_at_once_that_another_node_has_nothing_of_what_the_life_has_inherited(
+    storage: str,
+) -> None:
+    with _node(0, storage, config=TURNS) as first, _node(1, storage, config=TURNS) as second:
+        pair = (first, second)
+        _commit(pair, 6, record=0)
+        first.seal(7, record=1, flags=0)
+        for node in pair:
+            node.begin(Parent(incarnation=1, step=7, attempt=None), TURNS)
+
+        first.saves.persist_newest(first.custody)
+        target = (7, second_attempt("00000007"))
+        _talk_until(pair, lambda: target in _moments(first, life=2), may_start=True)
+
+        assert "nothing of what the life was recovered from node=1" in str(first.saves.last_error)
 
 
 def test_contributions_to_different_checkpoints_fail_the_save(turning: Pair, storage: str) -> None:

@@ -256,6 +256,6 @@ MUTATIONS = (
         file="moc/agent/custody.py",
         old="for key in (lacking, base) if",
         new="for key in (lacking,) if",
-        tests=("tests/core/test_custody.py",),
+        tests=("tests/core/test_joint_custody.py",),
     ),
 )

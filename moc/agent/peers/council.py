@@ -100,6 +100,7 @@ class Council:
         wishes: Iterable[Wish],
         verdicts: Sequence[Verdict],
         done: Sequence[Moment] = (),
+        leaning: Sequence[Moment] = (),
     ) -> Report | None:
         """Return what to tell the others, None if that is what they were told last."""
         with self._lock:
@@ -121,6 +122,7 @@ class Council:
             contributions=contributions,
             verdicts=tuple(verdicts),
             done=tuple(done),
+            leaning=tuple(leaning),
             offer=offer,
         )
         if report == self._told:
@@ -147,6 +149,7 @@ class Council:
             wishes=frozenset(wish for report in reports for wish in report.wishes),
             verdicts=tuple(verdict for report in reports for verdict in report.verdicts),
             done={report.node: report.done for report in reports},
+            leaning=frozenset(moment for report in reports for moment in report.leaning),
             silent=silent,
         )
 

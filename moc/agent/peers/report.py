@@ -64,6 +64,8 @@ class Wish:
 
     moment: Moment
     is_second: bool
+    is_inherited: bool = False
+    """Whether the moment is one of an earlier life, from which the present one was recovered."""
 
     @property
     def target(self) -> Moment:
@@ -87,7 +89,8 @@ class Report:
 
     held: the moments in its memory, and which of its ranks hold them. passed: how far each rank has come; what it has
     passed and does not hold, it never will. ended: ranks whose trainer is dead. wishes: what this agent leaves with.
-    done: the newest moments of which every host of this node that is not away holds a replica. offer: for a save in
+    done: the newest moments of which every host of this node that is not away holds a replica. leaning: held moments
+    of which this node has experts in pieces, while it shows a recovery memory of another layout. offer: for a save in
     which experts take turns, until it is committed.
     """
 
@@ -101,6 +104,7 @@ class Report:
     contributions: tuple[Contribution, ...]
     verdicts: tuple[Verdict, ...]
     done: tuple[Moment, ...] = ()
+    leaning: tuple[Moment, ...] = ()
     offer: Offer | None = None
 
     def to_json(self) -> dict[str, object]:
@@ -111,10 +115,11 @@ class Report:
             "held": [[*moment, list(ranks)] for moment, ranks in self.held],
             "passed": [[rank, *moment] for rank, moment in self.passed],
             "ended": list(self.ended),
-            "wishes": [[*wish.moment, wish.is_second] for wish in self.wishes],
+            "wishes": [[*wish.moment, wish.is_second, wish.is_inherited] for wish in self.wishes],
             "contributions": [_contribution_to_json(part) for part in self.contributions],
             "verdicts": [[*v.moment, v.size_bytes, v.error] for v in self.verdicts],
             "done": [list(moment) for moment in self.done],
+            "leaning": [list(moment) for moment in self.leaning],
             "offer": None if self.offer is None else _offer_to_json(self.offer),
         }
 
@@ -132,6 +137,7 @@ class Others:
     wishes: frozenset[Wish] = frozenset()
     verdicts: tuple[Verdict, ...] = ()
     done: Mapping[int, tuple[Moment, ...]] = field(default_factory=dict)
+    leaning: frozenset[Moment] = frozenset()
     silent: tuple[int, ...] = ()
 
 
@@ -164,6 +170,7 @@ def report_from_json(body: Mapping[str, Any], *, node: int, ranks: tuple[int, ..
                 for row in body["verdicts"]
             ),
             done=tuple(map(_moment, body["done"])),
+            leaning=tuple(map(_moment, body["leaning"])),
             offer=_maybe(_offer_from_json, body["offer"]),
         )
     except (LookupError, TypeError, ValueError, AttributeError, MocError) as error:
@@ -262,10 +269,10 @@ def _receipt_from_json(row: Any) -> Receipt:
 
 
 def _wish_from_json(row: Any) -> Wish:
-    step, attempt, is_second = row
+    step, attempt, is_second, is_inherited = row
     if not re.fullmatch(ATTEMPT_PATTERN, _text(attempt), re.ASCII):
         raise ValueError(f"not an attempt: {attempt!r}")
-    return Wish(moment=(_count(step), attempt), is_second=_fact(is_second))
+    return Wish(moment=(_count(step), attempt), is_second=_fact(is_second), is_inherited=_fact(is_inherited))
 
 
 def _moment(row: Any) -> Moment:
