@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from moc.agent.client import AgentClient
-from moc.agent.peers.lender import LentPart, Snapshot, lenders_of
+from moc.agent.peers.lender import Doubts, LentPart, Snapshot, lenders_of
 from moc.agent.runtime import runtime_folder
 from moc.errors import MocError, ShardCorruptError
 from moc.format.keys import CheckpointName
@@ -33,11 +33,20 @@ Opened = tuple[Source | None, Callable[[], None]]
 
 
 def open_source(
-    request: Request, origin: Origin, candidate: Candidate, rank: int, *, is_whole: bool, host: Host, trace: Trace
+    request: Request,
+    origin: Origin,
+    candidate: Candidate,
+    rank: int,
+    *,
+    is_whole: bool,
+    doubts: Doubts,
+    host: Host,
+    trace: Trace,
 ) -> Opened:
     """Return a candidate's source, and what closes it; None where nobody has anything of a layer.
 
-    `is_whole`: it is the candidate itself, so no rank's part may be missing. Raises: MocError.
+    `is_whole`: it is the candidate itself, so no rank's part may be missing. `doubts` are those of the recovery.
+    Raises: MocError.
     """
     if candidate.source == STORAGE:
         repository = Repository(host.open_store(request.storage, trace=trace))
@@ -62,7 +71,7 @@ def open_source(
         raise ShardCorruptError(f"seal is gone: candidate={candidate} ranks={missing or 'all'}")
     if missing:
         log.warning("part of a snapshot is lost: %s ranks=%s", candidate, missing)
-    lent = {other: LentPart(snapshot, other, found, host=host) for other, found in lenders.items()}
+    lent = {other: LentPart(snapshot, other, found, host=host, doubts=doubts) for other, found in lenders.items()}
     own = {} if arena is None else held_parts(arena, records)
     return (MemorySource(own, lent) if own or lent else None), close
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moc import errors
+from moc.agent.peers.lender import Doubts
 from moc.agreement import agree, decide, exchange
 from moc.assembly import Terms, TooStale, assemble
 from moc.errors import (
@@ -128,6 +129,7 @@ class _Search:
         self._request, self._origin, self._wanted = request, origin, wanted
         self._state, self._world, self._sizes, self._software = state, world, sizes, software
         self._host, self._trace = host, trace
+        self._doubts = Doubts(host)
         self.rejected: list[Rejection] = []
         self.unread: list[tuple[Candidate, MocError]] = []
         self.too_stale: Candidate | None = None
@@ -255,7 +257,14 @@ class _Search:
         def open_layer(layer: Candidate) -> tuple[Source | None, Callable[[], None]]:
             is_whole, rank = layer == first, self._world.rank
             source, close = open_source(
-                self._request, self._origin, layer, rank, is_whole=is_whole, host=self._host, trace=self._trace
+                self._request,
+                self._origin,
+                layer,
+                rank,
+                is_whole=is_whole,
+                doubts=self._doubts,
+                host=self._host,
+                trace=self._trace,
             )
             if source is not None and not is_whole:
                 try:  # whether the candidate itself may be used was asked before anything was looked at

@@ -18,7 +18,7 @@ from moc.agent import wire
 from moc.agent.custody import Custody
 from moc.agent.peers.client import PeerClient
 from moc.agent.peers.courier import SLOWEST_BYTES_PER_S, STALL_S
-from moc.agent.peers.lender import Lender, Snapshot, ask_in_turn, ask_seal, data_target, lenders_of
+from moc.agent.peers.lender import Doubts, Lender, Snapshot, ask_in_turn, ask_seal, data_target, lenders_of
 from moc.agent.room import refuse_if_too_large
 from moc.errors import MocError, ShardCorruptError, UsageError
 from moc.host import Host
@@ -69,6 +69,7 @@ class Restock:
     def __init__(self, *, host: Host, trace: Trace, wake: Callable[[], None]) -> None:
         """`wake` tells the main thread that an errand has ended."""
         self._host, self._trace, self._wake = host, trace, wake
+        self._doubts = Doubts(host)
         self._lock = threading.Lock()
         self._wanted: list[tuple[socket.socket, Errand]] = []
         self._errand: Errand | None = None
@@ -116,6 +117,7 @@ class Restock:
     def _attempt(self, errand: Errand, arena: Arena | None) -> tuple[Custody | None, dict[str, object]]:
         """Do the errand and say how it went: the thread's top, nothing escapes."""
         made: Custody | None = None
+        self._doubts = Doubts(self._host)
         try:
             with self._trace.span("replica.fetch", step=errand.snapshot[1]):
                 if arena is None:
@@ -157,7 +159,7 @@ class Restock:
 
     def _first(self, errand: Errand, rank: int, act: Callable[[PeerClient], T]) -> T:
         lenders = errand.lenders.get(rank, ())
-        return ask_in_turn(lenders, act, snapshot=errand.snapshot, rank=rank, host=self._host)
+        return ask_in_turn(lenders, act, snapshot=errand.snapshot, rank=rank, host=self._host, doubts=self._doubts)
 
     def _fetch(self, client: PeerClient, errand: Errand, arena: Arena, rank: int) -> int:
         record = ask_seal(client, errand.snapshot, rank)

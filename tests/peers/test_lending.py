@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
@@ -12,7 +14,7 @@ from moc._native import crc32c
 from moc.agent.custody import Custody
 from moc.agent.guests import Guests
 from moc.agent.loans import Loans
-from moc.agent.peers.lender import Lender, LentPart, lenders_of, merge_lenders
+from moc.agent.peers.lender import SPARED_S, Doubts, Lender, LentPart, lenders_of, merge_lenders
 from moc.errors import ShardCorruptError, UsageError
 from moc.held import HeldPart, MemorySource
 from moc.host import SystemHost
@@ -53,6 +55,40 @@ class Owner:
         self.loans.close()
         self.guests.close()
         self.custody.close()
+
+
+class Deaf:
+    """Something in an agent's place that hangs up on everybody, and counts them."""
+
+    def __init__(self) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.calls = 0
+        self._thread = threading.Thread(target=self._hang_up, daemon=True)
+        self._thread.start()
+
+    def _hang_up(self) -> None:
+        while True:
+            connection, _ = self._listening.accept()
+            with connection:
+                if not connection.recv(1):
+                    return  # as `close` does
+                self.calls += 1
+
+    def close(self) -> None:
+        with socket.create_connection(self._listening.getsockname()):
+            pass
+        self._thread.join()
+        self._listening.close()
+
+
+class Clock(SystemHost):
+    """This machine, whose clock can be moved."""
+
+    jump_s = 0.0
+
+    def now_s(self) -> float:
+        return super().now_s() + self.jump_s
 
 
 def lender(url: str) -> Lender:
@@ -142,6 +178,39 @@ def test_what_one_has_wrong_another_has_right(owner: Owner) -> None:
         owner.rot(2, 5)
         with pytest.raises(ShardCorruptError, match="checksum mismatch"):
             part.read(0)
+
+
+def test_who_does_not_answer_is_asked_once_and_not_for_every_shard(owner: Owner) -> None:
+    moment, host = owner.sender.seal(5, record=0), Clock()
+    with closing(Deaf()) as deaf:
+        doubts = Doubts(host)
+        lenders = [lender(deaf.url), lender(owner.url)]
+        for rank in (2, 3):
+            part = LentPart((LIFE.number, *moment), rank, lenders, host=host, doubts=doubts)
+            assert len(part.state()) == part.record.state_bytes
+            for index in range(len(part.catalog.shards)):
+                with part.read(index):
+                    pass
+        assert deaf.calls == 1
+
+
+def test_who_alone_has_something_and_does_not_answer_is_asked_again_after_a_while_only(owner: Owner) -> None:
+    moment, host = owner.sender.seal(5, record=0), Clock()
+    with closing(Deaf()) as deaf:
+        doubts = Doubts(host)
+        parts = [LentPart((LIFE.number, *moment), r, [lender(deaf.url)], host=host, doubts=doubts) for r in (1, 2, 3)]
+        source = MemorySource({}, dict(enumerate(parts[:2], start=1)))
+        assert source.slices([], 0, 1, step=5) == []
+        assert deaf.calls == 2, "an agent may turn one away once"
+        assert len(source.placed(CATALOGS[2].shards[:1]).failures) == 2
+        assert deaf.calls == 2
+        host.jump_s = SPARED_S + 1
+        with pytest.raises(ShardCorruptError, match="does not answer"):
+            _ = parts[0].record
+        assert deaf.calls == 2, "what was said of a part stays so"
+        with pytest.raises(ShardCorruptError, match="does not answer"):
+            _ = parts[2].record
+        assert deaf.calls == 4
 
 
 def test_what_is_freed_or_of_another_attempt_is_not_lent(owner: Owner) -> None:

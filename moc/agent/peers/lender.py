@@ -27,6 +27,7 @@ from moc.snapshot.seal import SealRecord
 from moc.state import RankCatalog
 
 __all__ = [
+    "Doubts",
     "Lender",
     "LentPart",
     "Snapshot",
@@ -41,9 +42,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Snapshot = tuple[int, int, str]
+_Told = tuple[RankCatalog, tuple[Unit, ...], Mapping[str, object]]
 
 ROUNDS = 2  # an agent that hundreds of ranks ask at once may turn one away before it has seen who that is
 ROUND_WAIT_S = 1.0
+SPARED_S = 60.0  # a node that is gone costs seconds to ask, and a recovery has thousands of questions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,46 +137,107 @@ def ask_seal(client: PeerClient, snapshot: Snapshot, rank: int) -> SealRecord:
     return record
 
 
+class Doubts:
+    """Which lenders have not answered in one recovery. They are asked after all others; for a while not at all, once
+    they were asked again and nobody else could give it. Thread: any.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._lock = threading.Lock()
+        self._doubted: set[str] = set()
+        self._spared_until_s: dict[str, float] = {}
+
+    def in_order(self, lenders: Sequence[Lender]) -> list[Lender]:
+        """Return whom to ask, in this order."""
+        with self._lock:
+            now_s = self._host.now_s()
+            asked = [lender for lender in lenders if self._spared_until_s.get(lender.url, now_s) <= now_s]
+            return sorted(asked, key=lambda lender: lender.url in self._doubted)
+
+    def note(self, lender: Lender, *, answers: bool) -> None:
+        """Note whether a lender has answered."""
+        with self._lock:
+            if answers:
+                self._doubted.discard(lender.url)
+                self._spared_until_s.pop(lender.url, None)
+            else:
+                self._doubted.add(lender.url)
+
+    def spare(self, lender: Lender) -> None:
+        """Ask a lender nothing for a while."""
+        with self._lock:
+            self._spared_until_s[lender.url] = self._host.now_s() + SPARED_S
+
+
 def ask_in_turn(
-    lenders: Sequence[Lender], act: Callable[[PeerClient], T], *, snapshot: Snapshot, rank: int, host: Host
+    lenders: Sequence[Lender],
+    act: Callable[[PeerClient], T],
+    *,
+    snapshot: Snapshot,
+    rank: int,
+    host: Host,
+    doubts: Doubts,
 ) -> T:
     """Return what the first lender gives that gives it right. Raises: ShardCorruptError if none does."""
-    problems: list[str] = []
-    for number in range(ROUNDS):
+    failures: list[tuple[Lender, MocError]] = []
+    asked = doubts.in_order(lenders)
+    spared = [f"node {lender.node}: did not answer before" for lender in lenders if lender not in asked]
+    for number in range(ROUNDS if asked else 0):
         if number:
             host.sleep(ROUND_WAIT_S)
         failures = []
-        for lender in lenders:
+        for lender in asked:
             try:
-                return act(lender.client(host))
+                found = act(lender.client(host))
             except MocError as error:
                 log.warning("snapshot cannot be had: rank=%d node=%d reason=%s", rank, lender.node, error)
-                failures.append(error)
-        problems = [f"node {lender.node}: {error}" for lender, error in zip(lenders, failures, strict=True)]
-        if not any(isinstance(error, StoreUnavailableError) for error in failures):
+                doubts.note(lender, answers=not isinstance(error, StoreUnavailableError))
+                failures.append((lender, error))
+            else:
+                doubts.note(lender, answers=True)
+                return found
+        if not any(isinstance(error, StoreUnavailableError) for _, error in failures):
             break
+    for lender, failure in failures:
+        if isinstance(failure, StoreUnavailableError):
+            doubts.spare(lender)
+    problems = [*(f"node {lender.node}: {failure}" for lender, failure in failures), *spared]
     raise ShardCorruptError(f"no other node gives it: rank={rank} snapshot={snapshot} {'; '.join(problems)}")
 
 
 class LentPart:
-    """One rank's part of a snapshot, which other nodes have (see `moc.held.Part`)."""
+    """One rank's part of a snapshot, which other nodes have (see `moc.held.Part`).
 
-    def __init__(self, snapshot: Snapshot, rank: int, lenders: Sequence[Lender], *, host: Host) -> None:
+    A seal or catalog that nobody gives is not asked for again.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, rank: int, lenders: Sequence[Lender], *, host: Host, doubts: Doubts | None = None
+    ) -> None:
+        """`doubts` are those of the recovery."""
         self._snapshot, self._rank, self._lenders, self._host = snapshot, rank, lenders, host
+        self._doubts = doubts or Doubts(host)
         self._lock = threading.Lock()
         self._good = ""
         self.holder = f"memory of another node rank={rank}"
         self.lent_bytes = 0
 
-    @cached_property
+    @property
     def record(self) -> SealRecord:
-        return self._ask(lambda client: ask_seal(client, self._snapshot, self._rank))
+        return _given(self._seal)
 
     @cached_property
-    def _told(self) -> tuple[RankCatalog, tuple[Unit, ...], Mapping[str, object]]:
-        record = self.record
+    def _seal(self) -> SealRecord | ShardCorruptError:
+        return self._attempt(lambda client: ask_seal(client, self._snapshot, self._rank))
 
-        def ask(client: PeerClient) -> tuple[RankCatalog, tuple[Unit, ...], Mapping[str, object]]:
+    @cached_property
+    def _told(self) -> _Told | ShardCorruptError:
+        if isinstance(self._seal, ShardCorruptError):
+            return self._seal
+        record = self._seal
+
+        def ask(client: PeerClient) -> _Told:
             answer = client.ask("/replica/catalog", _fields(self._snapshot, self._rank))
             life = wire.mapping(answer, "life")
             for name in ("topology", "software", "fingerprint"):
@@ -187,19 +251,19 @@ class LentPart:
                 raise ShardCorruptError(f"the seal is of another catalog: rank={self._rank} step={record.step}")
             return catalog, units, life
 
-        return self._ask(ask)
+        return self._attempt(ask)
 
     @property
     def catalog(self) -> RankCatalog:
-        return self._told[0]
+        return _given(self._told)[0]
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        return self._told[1]
+        return _given(self._told)[1]
 
     @property
     def life(self) -> Mapping[str, object]:
-        return self._told[2]
+        return _given(self._told)[2]
 
     def read(self, index: int) -> memoryview:
         return self._fetch(str(index), self.catalog.shards[index].size_bytes, self.record.crcs[index])
@@ -230,6 +294,13 @@ class LentPart:
             self.lent_bytes += size_bytes
         return found
 
+    def _attempt(self, act: Callable[[PeerClient], T]) -> T | ShardCorruptError:
+        """Return what is asked for, or why nobody gives it."""
+        try:
+            return self._ask(act)
+        except ShardCorruptError as error:
+            return error
+
     def _ask(self, act: Callable[[PeerClient], T]) -> T:
         """Ask first who gave something last."""
 
@@ -239,4 +310,10 @@ class LentPart:
             return found
 
         lenders = sorted(self._lenders, key=lambda lender: lender.url != self._good)
-        return ask_in_turn(lenders, ask, snapshot=self._snapshot, rank=self._rank, host=self._host)
+        return ask_in_turn(lenders, ask, snapshot=self._snapshot, rank=self._rank, host=self._host, doubts=self._doubts)
+
+
+def _given(found: T | ShardCorruptError) -> T:
+    if isinstance(found, ShardCorruptError):
+        raise found
+    return found
