@@ -126,8 +126,11 @@ class Layers:
         # A rotation leaves experts behind: no checkpoint before this one has them any newer, nor has a snapshot before
         # this one. But memory may have what a checkpoint has not.
         is_newer_level = first.source == STORAGE and following.source == MEMORY
+        # And a later snapshot of the same step, taken on request with all experts, may have outlived its memory.
+        is_taken_again = any(_is_later_of_step(other, first) for other in self.candidates[len(self.inventories) :])
         return any(
-            (layer or is_newer_level) and self.inventories[layer][expert].step < following.step
+            ((layer or is_newer_level) and self.inventories[layer][expert].step < following.step)
+            or (is_taken_again and self.inventories[layer][expert].step < first.step)
             for expert, layer in choice.layers.items()
         )
 
@@ -178,3 +181,7 @@ class Layers:
         ]
         self.sources.append(source)
         self.inventories.append(consistent(slices, self._sizes))
+
+
+def _is_later_of_step(other: Candidate, first: Candidate) -> bool:
+    return (other.incarnation, other.step) == (first.incarnation, first.step) and other.attempt > first.attempt

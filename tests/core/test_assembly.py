@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -228,6 +228,26 @@ def test_what_memory_has_newer_than_a_checkpoint_is_taken_from_memory(history: H
 
     holds(outcome, 9, {**{e: 8 for e in GRID if e != C}, A: 2})
     assert outcome.assembled[0].layers == (snapshot,)
+
+
+def test_a_checkpoint_of_a_later_snapshot_of_the_step_outlives_its_memory_and_has_what_the_earlier_one_left_behind(
+    history: History,
+) -> None:
+    earlier = History(2)
+    snapshot = replace(earlier.seal(9, {(rank, A): 6 for rank in range(2)}), attempt="00000001")
+    before = earlier.seal(8)
+    history.seal(9)
+    again = history.store_checkpoint(9)
+
+    def opener(rank: int) -> Open:
+        memory, storage = earlier.opener(rank), history.opener(rank)
+        return lambda candidate: (memory if candidate.source == MEMORY else storage)(candidate)
+
+    outcome = good(history, [snapshot, before, again], opener=opener)
+
+    holds(outcome, 9, {})
+    assert outcome.assembled[0].stale == ()
+    earlier.close()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "dropped"])

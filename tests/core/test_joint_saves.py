@@ -485,6 +485,29 @@ def test_contributions_to_different_checkpoints_fail_the_save(turning: Pair, sto
     assert [manifest.name.step for manifest in _manifests(storage)] == [7]
 
 
+def test_contributions_that_grow_from_different_commits_fail_the_save(pair: Pair, storage: str) -> None:
+    first, second = pair
+    _commit(pair, 6, record=0)
+    moments = {node.seal(7, record=1, flags=PERSIST) for node in pair}
+    _talk_until(pair, lambda: all(moments <= _moments(node) for node in pair), may_start=True)
+    heard = second.council.report("http://y", {}, {}, ended=(), wishes=(), verdicts=())
+    assert heard is not None
+    (_, part) = heard.contributions
+    for node in pair:
+        node.seal(8, record=2, flags=PERSIST)
+    second.custody.scan()
+    second.tell(first)
+    first.look()
+    moment = (8, "00000008")
+    grown = replace(part, moment=moment, parent=Parent(incarnation=1, step=6, attempt="00000006"))
+    order = (heard.order[0], heard.order[1] + 10)
+    first.council.hear(replace(heard, order=order, contributions=(grown,), verdicts=()))
+    first.look_until(lambda: moment in _moments(first))
+
+    assert "nodes follow different commits: step=8" in str(first.saves.last_error)
+    assert [manifest.name.step for manifest in _manifests(storage)] == [7]
+
+
 def test_an_offer_that_leaves_an_expert_out_fails_the_save(turning: Pair, storage: str) -> None:
     first, second = turning
     for node in turning:

@@ -48,25 +48,11 @@ PLANTED = (
         tests=("replicas",),
     ),
     Mutation(
-        name="two-committers-with-differing-parents",
-        file="moc/agent/persister.py",
-        old="        if any(other != parent for other in parents):\n",
-        new="        if False:\n",
-        tests=("I1",),
-    ),
-    Mutation(
         name="the-only-replica-makes-room",
         file="moc/agent/guests.py",
         old="                if (held.step, held.attempt) != self._global:\n",
         new="                if True:\n",
         tests=("replicas",),
-    ),
-    Mutation(
-        name="what-a-life-was-recovered-from-is-kept-by-no-host",
-        file="moc/agent/guests.py",
-        old="        if rank not in sources or sources[rank][2] != index:\n",
-        new="        if True:\n",
-        tests=("recovery", "attach"),
     ),
     Mutation(
         name="global-where-this-node-holds-it",
