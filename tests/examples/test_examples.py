@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from examples.main_job import free_port
+from tests.support.zygote import Zygote, run_world
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+DENSE = ROOT / "examples/attach_dense.py"
 LOSS = re.compile(r"rank (\d+) step (\d+) loss (-?0x\S+?p[+-]\d+)")
 
 pytestmark = pytest.mark.world
@@ -39,12 +41,34 @@ def test_a_killed_native_moe_job_goes_on_bit_for_bit_from_memory_and_from_storag
     assert "losses equal: 80 of 80 (rank, step) pairs bit-equal" in printed
 
 
-def test_a_dense_job_is_saved_without_touching_its_loop_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def check_dense(first: str, second: str) -> None:
+    """Check what a job of 12 steps has printed, and then one of 15 in the same repository."""
+    assert sorted({(int(rank), int(step)) for rank, step, _ in LOSS.findall(first)}) == of_both_ranks(range(1, 13))
+    assert sorted({(int(rank), int(step)) for rank, step, _ in LOSS.findall(second)}) == of_both_ranks(range(13, 16))
+
+
+def of_both_ranks(steps: range) -> list[tuple[int, int]]:
+    return [(rank, step) for rank in range(2) for step in steps]
+
+
+def test_a_dense_job_is_saved_without_touching_its_loop_and_goes_on_where_it_was(
+    zygote: Zygote, tmp_path: Path
+) -> None:
+    printed = []
+    for steps in ("12", "15"):
+        folder = tmp_path / steps
+        folder.mkdir()
+        spec = {"script": str(DENSE), "arguments": ["--steps", steps, "--storage", str(tmp_path / "ck")]}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        assert not run_world(zygote, "tests.examples.script", spec, ranks=2, folder=folder, environment=meeting)
+        printed.append("".join(log.read_text() for log in sorted(folder.glob("*.log"))))
+
+    check_dense(*printed)
+
+
+@pytest.mark.slow  # six programs that import torch; all but the launcher is in the test before
+def test_the_same_under_deepspeeds_launcher(tmp_path: Path) -> None:
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
-    script = [*launcher, str(ROOT / "examples/attach_dense.py")]
+    script = [*launcher, str(DENSE), "--storage", str(tmp_path / "ck"), "--steps"]
 
-    first = LOSS.findall(run([*script, "--steps", "12", "--storage", str(tmp_path / "ck")], tmp_path))
-    second = LOSS.findall(run([*script, "--steps", "15", "--storage", str(tmp_path / "ck")], tmp_path))
-
-    assert sorted({int(step) for _, step, _ in first}) == list(range(1, 13))
-    assert sorted({int(step) for _, step, _ in second}) == [13, 14, 15]
+    check_dense(run([*script, "12"], tmp_path), run([*script, "15"], tmp_path))
