@@ -17,7 +17,7 @@ from tests.support.job import Job, Life, lineage_steps, until
 SEED = int(os.environ.get("MOC_CRASH_SEED", "20240607"))
 
 
-@pytest.mark.parametrize("kills", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_random_kills_lose_nothing_that_was_announced(kills: int, capsys: pytest.CaptureFixture[str]) -> None:
     chance = random.Random(SEED)
     with capsys.disabled():

@@ -11,6 +11,18 @@ AT_ATTACH = ("attach.", "recover.", "store.")
 TRAINING = ("train.forward", "train.update")  # of the workers themselves
 RUN = "spans"
 
+TELLING = ("commit.put:end", "retention.delete:end", "store.delete:end")  # where no other span begins at once
+
+
+def at_both_events(spans: tuple[str, ...]) -> pytest.MarkDecorator:
+    """Parametrize over begin and end of each span; ends are slow, because the next span begins there, but for some."""
+    cases = [
+        pytest.param(span, event, marks=() if event == "begin" or f"{span}:end" in TELLING else pytest.mark.slow)
+        for span in spans
+        for event in ("begin", "end")
+    ]
+    return pytest.mark.parametrize(("span", "event"), cases)
+
 
 def _die(life: Life, victim: int) -> None:
     """Wait until the victim is dead by its own hand and the others have noticed."""
@@ -18,7 +30,7 @@ def _die(life: Life, victim: int) -> None:
     assert codes[victim] == -9, f"the kill point was not reached: {codes}\n{life.story()}"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])  # rank 0 has all spans that 1 has
 def test_trainer_killed_at_every_span(victim: int) -> None:
     with Job(size=2, persist_every=4) as job:
         start = job.start()
@@ -51,8 +63,7 @@ def test_trainer_killed_at_every_span(victim: int) -> None:
         assert not job.committed_steps() or max(job.committed_steps()) == last.newest_step("step")
 
 
-@pytest.mark.parametrize("span", AGENT)
-@pytest.mark.parametrize("event", ["begin", "end"])
+@at_both_events(AGENT)
 def test_agent_killed_at_every_span_together_with_the_trainers(span: str, event: str) -> None:
     # keep_last=1 makes retention work at the second commit and delete at the third.
     with Job(size=1, persist_every=2, keep_last=1, run_id=RUN, step_s=0.002) as job:
@@ -74,8 +85,7 @@ def test_agent_killed_at_every_span_together_with_the_trainers(span: str, event:
         job.sound()
 
 
-@pytest.mark.parametrize("span", ["save.persist", "persist.put", "commit.put", "retention.condemn", "retention.delete"])
-@pytest.mark.parametrize("event", ["begin", "end"])
+@at_both_events(("save.persist", "persist.put", "commit.put", "retention.condemn", "retention.delete"))
 def test_agent_killed_at_a_span_and_adopted(span: str, event: str) -> None:
     with Job(size=2, persist_every=2, keep_last=1, run_id=RUN, step_s=0.002) as job:
         agent = start_agent(job, RUN, f"{span}:{event}:2")

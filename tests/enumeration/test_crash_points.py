@@ -12,7 +12,7 @@ from tests.enumeration.workflows import WORKFLOWS, Workflow
 by_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name.replace(" ", "-"))
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 
-LONG = (("errors", "collection"),)  # in the whole run only
+LONG = (("errors", "collection"), ("double_crashes", "sweep"))  # in the whole run only
 QUICK = (  # of the jobs whose checkpoints share experts, or on two nodes; the others are in the whole run only
     ("crashes", "partial retention over lives"),
     ("crashes", "partial rewind"),
