@@ -115,8 +115,9 @@ class Persister:
         except Exception as failure:  # a defect: recorded, reported, and the next save starts afresh
             error = f"InternalError: {type(failure).__name__}: {failure}{_where(job)}"
             log.exception("save failed: name=%s", job.name)
-        if error is not None and job.council is not None:
-            self._prepared = None  # list anew: what failed here, or so it seemed, another node may have committed
+        if job.council is not None:
+            if error is not None:
+                self._prepared = None  # list anew: what failed here, or so it seemed, another node may have committed
             job.council.withdraw()
         return Outcome(name=name, size_bytes=size, seconds=self._host.now_s() - began_s, error=error)
 

@@ -245,14 +245,14 @@ def test_a_node_composes_nothing_else_than_another_one_has_composed() -> None:
         first.council.confirm(offer(0, composed="b"))
 
 
-def test_an_offer_is_told_until_its_save_has_failed_here_or_is_committed() -> None:
+def test_an_offer_is_told_until_its_save_has_ended_here() -> None:
     host = Host()
     (first, _) = nodes(host)
     first.council.confirm(offer(0))
     assert first.report().offer == offer(0)
     first.verdicts = [Verdict(moment=MOMENT, size_bytes=0, error="disk full node=1")]
     assert first.report().offer == offer(0), "made once more, it is of this offer"
-    first.verdicts = [Verdict(moment=MOMENT, size_bytes=5, error=None)]
+    first.council.announce(Verdict(moment=MOMENT, size_bytes=5, error=None))
     assert first.report().offer is None
     first.council.confirm(offer(0, moment=(9, "00abcdef")))
     assert first.report().offer is not None

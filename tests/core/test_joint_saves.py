@@ -281,6 +281,22 @@ def test_experts_of_two_nodes_take_turns(turning: Pair, storage: str) -> None:
     assert all(manifest.is_finite for manifest in stored)
 
 
+def test_an_offer_is_not_told_again_after_its_save_however_many_were_skipped_since(turning: Pair) -> None:
+    first, second = turning
+    _commit(turning, 6, record=0)
+    first.council.close("its agent has died")
+    first.saves.enter(_council(0, first.bell))  # a successor, which has no part in the save
+    first.tell(second)
+    for step in range(7, 40):
+        second.saves.give_up(second.custody, (step, "00000000"), "a rank skipped its snapshot")
+
+    second.tell(first)
+
+    last = second.told[-1]
+    assert min(verdict.moment[0] for verdict in last.verdicts) > 6
+    assert last.offer is None
+
+
 @pytest.mark.parametrize(("config", "whole"), [(TURNS, [0]), (WHOLE, [0, 1])])
 def test_what_ranks_have_alike_is_stored_by_the_lowest_node_that_has_offered(
     storage: str, config: Config, whole: list[int]

@@ -106,8 +106,6 @@ class Council:
         with self._lock:
             announced, contributions = self._announced, tuple(self._contributions.values())
             offer = self._offer
-        if offer is not None and any(v.moment == offer.moment and v.error is None for v in verdicts):
-            offer = None  # the verdict says all that others need, and is shorter
         if announced is not None:
             verdicts = [*(verdict for verdict in verdicts if verdict.moment != announced.moment), announced]
         order = (self._born_ns, self._sequence)
@@ -203,8 +201,10 @@ class Council:
             raise PlanDivergedError(f"nodes compose different checkpoints: step={mine.moment[0]} nodes={differing}")
 
     def withdraw(self) -> None:
-        """Offer nothing any more: the save has failed here."""
+        """Offer nothing any more: the save has ended here. How it has, the verdict says, and is shorter."""
         with self._lock:
+            if self._offer is None:
+                return
             self._offer = None
         self._wake()
 
@@ -236,7 +236,7 @@ class Council:
     def announce(self, verdict: Verdict) -> None:
         """Have the others told that this node has committed a save, before its own job is done with it."""
         with self._lock:
-            self._announced = verdict
+            self._announced, self._offer = verdict, None
         self._wake()
 
     def verdict(self, moment: Moment) -> Verdict | None:
