@@ -12,7 +12,7 @@ from typing import Any
 
 from moc.agent.keeping import base_of, holdings, origin_of, supplement
 from moc.agent.life import Life
-from moc.agent.mending import in_pieces
+from moc.agent.mending import Pieces
 from moc.agent.peers.report import NOBODY, Others
 from moc.agent.room import refuse_if_too_large
 from moc.plan.freeing import (
@@ -30,7 +30,7 @@ from moc.plan.layout import ArenaLayout, arrange_arena
 from moc.plan.replication import global_moment
 from moc.snapshot.arena import Arena, CorruptSeal, descriptor_room
 from moc.snapshot.seal import PERSIST, REPLICATE, SealRecord
-from moc.state import catalogs_from_json
+from moc.state import Expert, catalogs_from_json
 
 __all__ = ["Custody"]
 
@@ -46,6 +46,7 @@ class Custody:
         self.arena, self.earlier = arena, earlier
         self._is_source_earlier = earlier is not None
         self._records: dict[tuple[int, int], SealRecord] = {}
+        self._pieces = Pieces(arena)
         self._pins: dict[tuple[int, Moment], int] = {}
         self._pins_lock = threading.Lock()
         self._adopt_descriptor()
@@ -248,7 +249,7 @@ class Custody:
     def _kept_in_partial_modes(self, source: tuple[int, Moment] | None) -> set[tuple[int, Moment]]:
         """Return what to keep beside the newest complete snapshot because it may not have all that a recovery wants."""
         known = [*([source] if source else []), *((self.life.record.number, moment) for moment in self.complete)]
-        lacking = supplement(self.arena, known, self.records_of)
+        lacking = supplement(self.arena.layout.ranks[0].versions, known, self._in_pieces)
         base = self._base()
         return {key for key in (lacking, base) if key is not None}
 
@@ -281,7 +282,10 @@ class Custody:
             return ()
         number = self.life.record.number
         mine = (moment for moment in sorted(self.held) if self.holds(moment))
-        return tuple(moment for moment in mine if in_pieces(self.arena, self.records_of(number, moment)))
+        return tuple(moment for moment in mine if self._in_pieces((number, moment)))
+
+    def _in_pieces(self, key: tuple[int, Moment]) -> frozenset[Expert]:
+        return self._pieces.of(key, self.records_of(*key))
 
     def _read_passed(self) -> dict[int, Moment]:
         """Return how far each rank has come: what it has sealed by the last look, or what it says it has skipped."""

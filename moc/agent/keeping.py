@@ -7,13 +7,13 @@ alike, as long as there is room (docs/decisions/, record 27).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from moc.agent.life import Life
-from moc.agent.mending import in_pieces
 from moc.plan.freeing import Moment
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
+from moc.state import Expert
 
 __all__ = ["BASED_VERSIONS", "base_of", "holdings", "origin_of", "supplement"]
 
@@ -63,20 +63,18 @@ def origin_of(life: Life, ranks: Iterable[int], records: Iterable[SealRecord]) -
     return (parent.incarnation, max(whole)) if whole else None
 
 
-def supplement(
-    arena: Arena, known: Sequence[Key], records_of: Callable[[int, Moment], Mapping[int, SealRecord]]
-) -> Key | None:
+def supplement(versions: int, known: Sequence[Key], in_pieces: Callable[[Key], Collection[Expert]]) -> Key | None:
     """Return the snapshot to keep beside the newest, because it has experts whole that the newest has not.
 
     `known` are the complete ones, ascending. Else those experts come from storage, if the job fails before it makes up
     for them, for which two versions have no room.
     """
-    if len(known) < 2 or arena.layout.ranks[0].versions < SUPPLEMENTED_VERSIONS:
+    if len(known) < 2 or versions < SUPPLEMENTED_VERSIONS:
         return None
-    lacking = in_pieces(arena, records_of(*known[-1]))
+    lacking = frozenset(in_pieces(known[-1]))
     if not lacking:
         return None
-    return next((key for key in reversed(known[:-1]) if lacking - in_pieces(arena, records_of(*key))), None)
+    return next((key for key in reversed(known[:-1]) if lacking.difference(in_pieces(key))), None)
 
 
 def holdings(arena: Arena, life: Life) -> dict[str, object]:

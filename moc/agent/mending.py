@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moc.agent.life import Life
-from moc.plan.composition import steps_of_experts
 from moc.plan.freeing import Moment
 from moc.plan.versions import Inventory, Version, choose, consistent
 from moc.snapshot.arena import Arena
@@ -23,7 +22,9 @@ from moc.state import Expert
 if TYPE_CHECKING:
     from moc.agent.custody import Custody
 
-__all__ = ["Mended", "in_pieces", "mend", "stack_of"]
+__all__ = ["Mended", "Pieces", "in_pieces", "mend", "stack_of"]
+
+PIECES_LIMIT = 16  # snapshots looked at: more than an arena of any settings holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +35,36 @@ class Mended:
     lenders: tuple[SealRecord, ...] = ()
 
 
+class Pieces:
+    """Which experts of an arena's snapshots are in pieces. Each is looked at once: what is sealed never changes."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._known: dict[tuple[int, Moment], tuple[Mapping[int, SealRecord], frozenset[Expert]]] = {}
+
+    def of(self, key: tuple[int, Moment], records: Mapping[int, SealRecord]) -> frozenset[Expert]:
+        """Return the experts of which ranks hold different steps in a snapshot that has these seals."""
+        looked_at, found = self._known.get(key, ({}, frozenset()))
+        if records.keys() != looked_at.keys() or any(looked_at[rank] is not r for rank, r in records.items()):
+            found = in_pieces(self._arena, records)
+            self._known[key] = (dict(records), found)
+            while len(self._known) > PIECES_LIMIT:
+                del self._known[next(iter(self._known))]
+        return found
+
+
 def in_pieces(arena: Arena, records: Mapping[int, SealRecord]) -> frozenset[Expert]:
     """Return the experts of which ranks hold different steps in a snapshot."""
     if all(step == record.step for record in records.values() for step in record.steps):
         return frozenset()
-    slices = ((e, v.step) for record in records.values() for e, v in _held(arena, record).items())
-    return frozenset(expert for expert, step in steps_of_experts(slices).items() if step is None)
+    steps: dict[Expert, int] = {}
+    slices = (
+        (unit.expert, step)
+        for record in records.values()
+        for unit, step in zip(arena.rank_layout(record.rank).units, record.steps, strict=True)
+        if unit.expert is not None
+    )
+    return frozenset(expert for expert, step in slices if steps.setdefault(expert, step) != step)
 
 
 def stack_of(custody: Custody, life: Life, first: tuple[int, Moment]) -> list[Mapping[int, SealRecord]]:

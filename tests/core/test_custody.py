@@ -9,10 +9,12 @@ import pytest
 
 from moc.agent.custody import Custody
 from moc.agent.life import Life
+from moc.agent.mending import Pieces
 from moc.config import Config
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, encode_incarnation
 from moc.snapshot.seal import SealRecord
+from moc.state import Expert
 from tests.support.plain import PlainState
 from tests.support.repository import Model
 
@@ -131,6 +133,27 @@ def test_a_snapshot_stays_while_the_newest_has_experts_in_pieces_that_it_has_who
             _seal(custody, rank, 7, 2)
         custody.scan()
         assert all(custody.arena.is_free(rank, record) for rank in range(4) for record in (0, 1))
+    custody.close()
+
+
+def test_experts_in_pieces_are_looked_for_once_in_what_is_sealed_and_again_in_what_is_sealed_anew() -> None:
+    """The agent asks at every turn of its loop, and a look takes as long as the model has experts."""
+    custody = Custody.create(_replicated(FIRST), earlier=None)
+    for rank in range(4):
+        _seal(custody, rank, 6, 1, experts_at=5 if rank == 2 else 6)
+    custody.scan()
+    pieces, key = Pieces(custody.arena), (1, (6, "00abcdef"))
+
+    found = pieces.of(key, custody.records_of(*key))
+    assert found == {Expert(layer=layer, index=0) for layer in (0, 1)}
+    custody.scan()
+    assert pieces.of(key, custody.records_of(*key)) is found
+
+    custody.arena.free(2, 1)
+    _seal(custody, 2, 6, 1)
+    custody.look_again()
+    custody.scan()
+    assert pieces.of(key, custody.records_of(*key)) == frozenset()
     custody.close()
 
 
