@@ -228,10 +228,11 @@ class Custody:
         whole = self._origin(self.life)
         source = None if self.stable is not None else whole
         wanted = self.unfinished_saves().union(wished)
-        pinned = self.pinned() | {(incarnation, moment) for moment in wanted} | self._kept_in_partial_modes(whole)
+        pinned = self.pinned() | {(incarnation, moment) for moment in wanted}
         if self.life.hosts:
             kept = [*self.unreplicated(), *([] if self.stable is None else [self.stable])]
             pinned |= {(incarnation, moment) for moment in kept}
+        pinned |= self._kept_in_partial_modes(whole, kept=pinned)
         here = set(self.life.ranks)
         for seal in freeable(
             seals,
@@ -246,10 +247,12 @@ class Custody:
                 self._free(seal.rank, seal.record)
         return [moment for moment in complete if moment in wanted]
 
-    def _kept_in_partial_modes(self, source: tuple[int, Moment] | None) -> set[tuple[int, Moment]]:
+    def _kept_in_partial_modes(
+        self, source: tuple[int, Moment] | None, *, kept: Collection[tuple[int, Moment]]
+    ) -> set[tuple[int, Moment]]:
         """Return what to keep beside the newest complete snapshot because it may not have all that a recovery wants."""
         known = [*([source] if source else []), *((self.life.record.number, moment) for moment in self.complete)]
-        lacking = supplement(self.arena.layout.ranks[0].versions, known, self._in_pieces)
+        lacking = supplement(self.arena.layout.ranks[0].versions, known, self._in_pieces, kept=kept)
         base = self._base()
         return {key for key in (lacking, base) if key is not None}
 

@@ -63,18 +63,27 @@ def origin_of(life: Life, ranks: Iterable[int], records: Iterable[SealRecord]) -
     return (parent.incarnation, max(whole)) if whole else None
 
 
-def supplement(versions: int, known: Sequence[Key], in_pieces: Callable[[Key], Collection[Expert]]) -> Key | None:
+def supplement(
+    versions: int,
+    known: Sequence[Key],
+    in_pieces: Callable[[Key], Collection[Expert]],
+    *,
+    kept: Collection[Key] = (),
+) -> Key | None:
     """Return the snapshot to keep beside the newest, because it has experts whole that the newest has not.
 
-    `known` are the complete ones, ascending. Else those experts come from storage, if the job fails before it makes up
-    for them, for which two versions have no room.
+    `known` are the complete ones, ascending; of these some are `kept` anyway, which cost no room: the newest of them
+    that has all of these experts whole, else the newest one that has any. Without it they come from storage, if the job
+    fails before it makes up for them, for which two versions have no room.
     """
     if len(known) < 2 or versions < SUPPLEMENTED_VERSIONS:
         return None
     lacking = frozenset(in_pieces(known[-1]))
     if not lacking:
         return None
-    return next((key for key in reversed(known[:-1]) if lacking.difference(in_pieces(key))), None)
+    older = known[-2::-1]
+    anyway = (key for key in older if key in kept and lacking.isdisjoint(in_pieces(key)))
+    return next(anyway, None) or next((key for key in older if lacking.difference(in_pieces(key))), None)
 
 
 def holdings(arena: Arena, life: Life) -> dict[str, object]:

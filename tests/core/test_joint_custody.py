@@ -171,6 +171,32 @@ def _heard(custody: Custody) -> Others:
     return Others(seals=tuple(seals), done=done, leaning=frozenset(custody.leaning))
 
 
+def test_a_snapshot_that_is_being_saved_stands_in_for_another_one_where_the_newest_has_experts_in_pieces() -> None:
+    """Else all versions would be in use until the save has ended, and every snapshot be skipped."""
+    custody = Custody.create(_of_two(0, FIRST, versions=4), earlier=None)
+    elsewhere: list[Seal] = []
+
+    def seal(step: int, *, experts_at: int | None = None) -> list[int]:
+        free = next(record for record in range(4) if custody.arena.is_free(0, record))
+        for rank in (0, 2):
+            _seal(custody, rank, step, free, experts_at=experts_at if rank == 2 else None)
+        elsewhere.extend(Seal(incarnation=1, step=step, attempt="00abcdef", rank=rank, record=0) for rank in (1, 3))
+        custody.scan(others=Others(seals=tuple(elsewhere)))
+        return sorted(record.step for record in custody.arena.seals(0).values())
+
+    seal(5)
+    custody.note_commit((5, "00abcdef"))
+    seal(6)
+    custody.pin(1, (6, "00abcdef"))
+    seal(7)
+
+    assert seal(8, experts_at=7) == [5, 6, 8]
+    custody.unpin(1, (6, "00abcdef"))
+    assert seal(9) == [5, 9]
+    assert seal(10, experts_at=9) == [5, 9, 10], "without a save the newest one that has them stays"
+    custody.close()
+
+
 @pytest.mark.parametrize("has_replicas", [False, True])
 def test_all_nodes_stay_with_memory_of_another_layout_while_one_of_them_has_experts_in_pieces(
     has_replicas: bool,
