@@ -230,8 +230,9 @@ class Guests:
                 found = [
                     (guest, record)
                     for guest in self._guests
-                    for holder, _, record in guest.seals()
-                    if holder == rank and (record.incarnation, record.step, record.attempt) == snapshot
+                    if rank in guest.ranks
+                    for record in guest.arena.seals(rank).values()
+                    if (record.incarnation, record.step, record.attempt) == snapshot
                 ]
                 if not found:
                     raise UsageError(f"there is no such replica: rank={rank} snapshot={snapshot}")

@@ -13,7 +13,7 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
-from moc.errors import ManifestCorruptError
+from moc.errors import ManifestCorruptError, UsageError
 from moc.format.canonical import Fields
 from moc.format.keys import (
     ATTEMPT_PATTERN,
@@ -28,9 +28,10 @@ from moc.format.keys import (
 )
 from moc.format.object import ALIGNMENT, HEADER_LIMIT_BYTES
 
-__all__ = ["Block", "ObjectRow", "decode_blocks", "decode_rows", "encode_blocks", "objects_of"]
+__all__ = ["OBJECT_LIMIT", "Block", "ObjectRow", "decode_blocks", "decode_rows", "encode_blocks", "objects_of"]
 
 CRC_LIMIT = (1 << 32) - 1
+OBJECT_LIMIT = 3_000_000  # of a manifest: with real sizes and checksums a record has no room for more
 
 
 class ObjectRow(NamedTuple):
@@ -55,8 +56,10 @@ class Block:
     rows: Sequence[ObjectRow]
 
 
-def encode_blocks(rows: Iterable[ObjectRow]) -> list[dict[str, object]]:
-    """Return a manifest's field `objects`."""
+def encode_blocks(rows: Sequence[ObjectRow]) -> list[dict[str, object]]:
+    """Return a manifest's field `objects`; raises UsageError for more of them than a reader takes."""
+    if len(rows) > OBJECT_LIMIT:
+        raise UsageError(f"too many objects for a manifest: objects={len(rows)} allowed={OBJECT_LIMIT}")
     return [
         {
             "incarnation": block.owner.incarnation,
@@ -74,7 +77,13 @@ def encode_blocks(rows: Iterable[ObjectRow]) -> list[dict[str, object]]:
 
 def decode_blocks(fields: Fields, run: str) -> list[Block]:
     """Return the blocks of a manifest, sorted; raises ManifestCorruptError for what `encode_blocks` never makes."""
-    blocks = [_block(entry, run) for entry in fields.objects("objects")]
+    entries = fields.objects("objects")
+    count = sum(len(entry.rows("size")) for entry in entries)
+    if count > OBJECT_LIMIT:  # before each becomes a row: short numbers fill a record with many times as much memory
+        raise ManifestCorruptError(
+            f"manifest names too many objects: name={fields.name} objects={count} allowed={OBJECT_LIMIT}"
+        )
+    blocks = [_block(entry, run) for entry in entries]
     for first, second in pairwise(blocks):
         if (first.owner, first.piece) >= (second.owner, second.piece):
             raise ManifestCorruptError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -59,8 +60,12 @@ def piece_range(arena: Arena, record: SealRecord, piece: str) -> tuple[int, int]
         return arena.state_offset(record.rank, record.slots), record.state_bytes
     if not (piece.isascii() and piece.isdigit() and len(piece) < 10 and int(piece) < len(shards)):
         raise UsageError(f"there is no such piece: rank={record.rank} piece={piece[:20]!r} shards={len(shards)}")
-    offsets = arena.shard_offsets(record.rank, record.slots)
-    return offsets[int(piece)], shards[int(piece)].size_bytes
+    index, units = int(piece), arena.rank_layout(record.rank).units
+    number = (
+        bisect_right(units, index, key=lambda unit: unit.first) - 1
+    )  # pieces are asked for one by one, of thousands
+    base = arena.slot_offset(record.rank, number, record.slots[number])
+    return base + units[number].positions[index - units[number].first], shards[index].size_bytes
 
 
 def range_chunks(arena: Arena, ranges: Iterable[tuple[int, int]]) -> Iterator[memoryview]:

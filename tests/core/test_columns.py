@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moc.errors import ManifestCorruptError
+from moc.errors import ManifestCorruptError, UsageError
 from moc.format.canonical import Fields, seal_record
-from moc.format.columns import ObjectRow, decode_blocks, encode_blocks, objects_of
+from moc.format.columns import OBJECT_LIMIT, ObjectRow, decode_blocks, encode_blocks, objects_of
 from moc.format.keys import CheckpointName, object_key, parse_object_key, parse_object_keys
 from moc.format.manifest import decode_manifest, encode_manifest
 from tests.core.values import manifests, names
@@ -111,6 +111,15 @@ def test_a_block_that_nobody_wrote_is_refused(field: str, value: object, words: 
 
     with pytest.raises(ManifestCorruptError, match=f"name=m.objects.0. .*{words}"):
         decode_blocks(Fields({"objects": [BODY | {field: value}]}, "m"), "run")
+
+
+def test_more_objects_than_any_manifest_has_are_refused_before_they_are_rows() -> None:
+    many = [None] * (OBJECT_LIMIT // 2 + 1)  # of which no row could be made
+    body = {"objects": [BODY | {"size": many}, BODY | {"size": many, "piece": "e00"}]}
+    with pytest.raises(ManifestCorruptError, match="too many objects"):
+        decode_blocks(Fields(body, "m"), "run")
+    with pytest.raises(UsageError, match="too many objects"):
+        encode_blocks([ObjectRow("", 8192, 4096, 0)] * (OBJECT_LIMIT + 1))
 
 
 def test_blocks_are_sorted_each_once() -> None:

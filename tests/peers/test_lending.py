@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import pytest
 
@@ -15,14 +16,15 @@ from moc.agent.custody import Custody
 from moc.agent.guests import Guests
 from moc.agent.loans import Loans
 from moc.agent.peers.lender import SPARED_S, Doubts, Lender, LentPart, lenders_of, merge_lenders
+from moc.agent.peers.transport import Routes, Transport
 from moc.errors import ShardCorruptError, UsageError
 from moc.held import HeldPart, MemorySource
 from moc.host import SystemHost
 from moc.plan.freeing import Moment
 from moc.plan.read import find_pieces
-from moc.snapshot.parcel import seal_mark
+from moc.snapshot.parcel import piece_range, seal_mark, write_seal
 from moc.state import Shard
-from tests.peers.nodes import CATALOGS, HOST, LIFE, SENDER, Sender, listening, whole_descriptor
+from tests.peers.nodes import CATALOGS, HOST, LIFE, SENDER, Sender, listening, member, whole_descriptor
 
 PASSWORD = "c4nary"
 NOWHERE = "http://127.0.0.1:9"  # the port of a service that no machine offers any more
@@ -246,6 +248,32 @@ def test_what_is_told_of_a_life_holds_no_secret(owner: Owner) -> None:
     assert PASSWORD not in told
     assert "a secret" not in told
     assert "a secret" not in repr(lender(owner.url))
+
+
+def test_a_state_that_is_longer_than_its_room_is_not_fetched(owner: Owner) -> None:
+    moment = owner.sender.seal(5, record=0)
+    arena, routes = owner.custody.arena, Routes()
+    catalog, life = arena.catalog(2), {name: arena.descriptor[name] for name in ("topology", "software", "fingerprint")}
+    seal = write_seal(replace(arena.seals(2)[0], state_bytes=catalog.state_capacity_bytes + 1))
+    routes.message("/replica/find", lambda _node, _body: {"seal": seal})
+    routes.message("/replica/catalog", lambda _node, _body: {"catalog": catalog.to_json(), "life": life})
+    with closing(Transport(routes, address="127.0.0.1", port=0, host=SystemHost())) as liar:
+        liar.enter(member(HOST))
+        part = LentPart((LIFE.number, *moment), 2, [lender(liar.url)], host=SystemHost())
+
+        with pytest.raises(ShardCorruptError, match="of another catalog"):
+            part.state()
+
+
+def test_a_piece_lies_where_the_layout_says(owner: Owner) -> None:
+    owner.sender.seal(5, record=0)
+    owner.sender.seal(6, record=1)
+    arena = owner.custody.arena
+    for rank in (2, 3):
+        for record in arena.seals(rank).values():
+            sizes = [shard.size_bytes for shard in arena.catalog(rank).shards]
+            expected = list(zip(arena.shard_offsets(rank, record.slots), sizes, strict=True))
+            assert [piece_range(arena, record, str(index)) for index in range(len(sizes))] == expected
 
 
 @pytest.mark.parametrize("piece", ["-1", "99999", "1e3", "state2"])

@@ -247,7 +247,8 @@ class LentPart:
             except (InternalError, LookupError, TypeError, ValueError) as error:
                 raise ShardCorruptError(f"catalog is not readable: rank={self._rank} reason={error}") from error
             units = arrange_rank(catalog, versions=1).units
-            if (len(catalog.shards), len(units)) != (len(record.crcs), len(record.slots)):
+            is_of_catalog = (len(catalog.shards), len(units)) == (len(record.crcs), len(record.slots))
+            if not is_of_catalog or record.state_bytes > catalog.state_capacity_bytes:
                 raise ShardCorruptError(f"the seal is of another catalog: rank={self._rank} step={record.step}")
             return catalog, units, life
 
@@ -269,7 +270,9 @@ class LentPart:
         return self._fetch(str(index), self.catalog.shards[index].size_bytes, self.record.crcs[index])
 
     def state(self) -> bytes:
-        return bytes(self._fetch("state", self.record.state_bytes, self.record.state_crc32c))
+        _given(self._told)  # so that the blob is no longer than the catalog allows
+        record = self.record
+        return bytes(self._fetch("state", record.state_bytes, record.state_crc32c))
 
     def _fetch(self, piece: str, size_bytes: int, expected: int) -> memoryview:
         target = data_target(self._snapshot, self._rank, piece)
