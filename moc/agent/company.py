@@ -72,7 +72,7 @@ class Company:
     def lend(self, custody: Custody, address: str) -> None:
         """Let nodes that a job has now read what it left here when this was its only one, until the next life begins.
 
-        Also after an attach that failed: the next one reads it.
+        Also after an attach that failed, where this node may not have come to listen again: the next one reads it.
 
         Blocks: until it listens. Raises: UsageError if it cannot.
         """
@@ -80,8 +80,9 @@ class Company:
             return
         life, secret = custody.life.record, "".join(self._host.token() for _ in range(SECRET_TOKENS))
         # A life of one node has no other member: who reads asks as a second one, which nobody is.
-        self._member = Membership(run=life.run, incarnation=life.number, node=0, nodes=2, secret=secret)
-        self._open().listen(self._member, address=address, port=0)
+        nodes = max(2, custody.life.nodes)
+        member = Membership(run=life.run, incarnation=life.number, node=0, nodes=nodes, secret=secret)
+        self._enter(member, lambda fellows: fellows.listen(member, address=address, port=0))
         self._loans.show(custody)
 
     def replicas_held(self) -> dict[str, object]:
@@ -122,9 +123,10 @@ class Company:
         )
         ranks_of = [topology.ranks_of(other) for other in range(topology.node_count)]
         port = (urlsplit(urls[node]).port or 0) if urls else 0
+        address = wire.text(fellows, "address")
+        url = self._enter(member, lambda opened: opened.begin(member, ranks_of, address=address, port=port))
         self._remembered = list(urls)
-        self._member = member
-        return self._open().begin(member, ranks_of, address=wire.text(fellows, "address"), port=port)
+        return url
 
     def replicate(self, custody: Custody) -> None:
         """Make room for replicas of other nodes' snapshots, and begin to send this node's. Blocks: 0.7 s per GB.
@@ -216,6 +218,16 @@ class Company:
             self._fellows = Fellows(host=self._host, wake=self._wake)
             Reception(self._guests, self._loans).add_to(self._fellows.routes)
         return self._fellows
+
+    def _enter(self, member: Membership, listen: Callable[[Fellows], str]) -> str:
+        """Become a member and return this agent's URL; nothing is left of who cannot listen. Raises: UsageError."""
+        try:
+            url = listen(self._open())
+        except BaseException:
+            self.close()
+            raise
+        self._member = member
+        return url
 
     def _remember(self, custody: Custody) -> None:
         """Note in the arena where the others are now, for an agent that adopts it."""
