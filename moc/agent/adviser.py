@@ -6,11 +6,14 @@ Thread: the agent's main thread.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from moc.agent.custody import Custody
 from moc.agent.saves import Saves
 from moc.plan.layout import Unit
-from moc.plan.tuning import RankTimes, Settings, Tuning, describe_tuning, tune
+
+if TYPE_CHECKING:
+    from moc.plan.tuning import Settings, Tuning
 
 __all__ = ["Adviser"]
 
@@ -51,11 +54,15 @@ class Adviser:
             self._log(tuning, f"after {commits} commits")
 
     def _log(self, tuning: Tuning, when: str) -> None:
+        from moc.plan.tuning import describe_tuning
+
         log.info("advice %s: %s", when, "; ".join(describe_tuning(tuning.to_json())))
 
 
 def _tuning(custody: Custody, saves: Saves) -> Tuning | None:
     """Return advice for the present life, None as long as something is not measured."""
+    from moc.plan.tuning import RankTimes, Settings, tune  # an agent's start, which trainers wait for, does not need it
+
     arena, life, written = custody.arena, custody.life, saves.written
     if written is None:
         return None
