@@ -1,21 +1,24 @@
-"""One rank of a world that knows nothing of moc: loads an exported checkpoint with DeepSpeed alone and trains on.
+"""A world that knows nothing of moc: its ranks load an exported checkpoint with DeepSpeed alone and train on.
 
-torchrun ... -m tests.export.plain_job FOLDER SCENARIO...
+python -m tests.export.plain_job RANKS FOLDER SCENARIO...
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import deepspeed
 import safetensors
 import torch
 import torch.distributed as dist
 
 from tests.export.models import Scenario, build, logits_of, masters_of, observe, train
 from tests.export.scenarios import BY_NAME
+from tests.support.ranks import join_world
 
 STEPS_AFTER = 4
 
@@ -47,14 +50,30 @@ def logits_of_whole_model(scenario: Scenario, folder: Path) -> torch.Tensor:
     return logits_of(engine)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    for name in sys.argv[2:]:
-        run(BY_NAME[name], Path(sys.argv[1], name))
+def run_rank(rank: int, ranks: int, rendezvous: str, folder: Path, names: list[str]) -> None:
+    """Be one rank; collective."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    join_world({"rendezvous": rendezvous})
+    for name in names:
+        run(BY_NAME[name], folder / name)
     assert not [name for name in sys.modules if name == "moc" or name.startswith("moc.")]
     dist.barrier()
     dist.destroy_process_group()
+
+
+def main() -> None:
+    """Fork the ranks, which find everything imported, and exit with 1 unless all have come to a good end."""
+    ranks, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as meeting:
+        arguments = (ranks, f"{meeting}/rendezvous", folder, names)
+        processes = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    sys.exit(int(any(process.exitcode for process in processes)))
 
 
 if __name__ == "__main__":

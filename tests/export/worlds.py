@@ -1,4 +1,4 @@
-"""Runs a module as a world of ranks that have never seen moc, and brings its processes to an end, whatever happens."""
+"""Runs a world of ranks that have never seen moc, and brings its processes to an end, whatever happens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ DEADLINE_S = 240
 
 
 def run_plain(module: str, *arguments: str, ranks: int = 2) -> None:
-    """Run `python -m module arguments` on so many ranks; raises AssertionError with the output if the world fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    """Run `python -m module ranks arguments`, which forks the ranks; raises AssertionError with its output."""
     process = subprocess.Popen(
-        [*command, "-m", module, *arguments],
+        [sys.executable, "-m", module, str(ranks), *arguments],
         cwd=ROOT,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -12,7 +12,7 @@ from tests.sim.seeds import find, keep_promises
 from tests.sim.simulation import simulate
 from tests.support.mutant import ROOT, Mutation
 
-SEEDS, CHUNK = 200, 25
+SEEDS, CHUNK = 125, 25
 PARTIAL_SEEDS = 50
 SEARCHED = "0..399"  # where a planted defect must show
 

@@ -345,7 +345,11 @@ def test_the_script_refuses_a_bad_setting_before_anything_starts(tmp_path: Path)
     ("settings", "named"),
     [
         (["data.corpus=[missing.txt]"], "corpus file cannot be read path=missing.txt"),
-        (["model.gmm=grouped_gemm", "training.precision=bf16"], "model.gmm grouped_gemm needs a cuda accelerator"),
+        pytest.param(
+            ["model.gmm=grouped_gemm", "training.precision=bf16"],
+            "model.gmm grouped_gemm needs a cuda accelerator",
+            marks=pytest.mark.slow,  # its line takes the way of the one before
+        ),
     ],
 )
 def test_the_script_says_in_one_line_what_is_missing(tmp_path: Path, settings: list[str], named: str) -> None:
