@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,12 +25,14 @@ from moc.agent.peers.proof import (
     refuse_stranger,
     request_headers,
 )
-from moc.agent.peers.report import Verdict
+from moc.agent.peers.report import Verdict, report_from_json
 from moc.agent.peers.transport import Routes, Transport
 from moc.errors import CoordinationError, MocError, StoreUnavailableError, UsageError
 from moc.host import SystemHost
 from moc.network.http import CONTROL_LIMIT_BYTES, STRANGER_LIMIT
 from moc.network.port import Visit, query_of
+from moc.plan.offers import Offer, OfferedExpert
+from moc.state import Expert
 
 TIMEOUT_S = 20.0
 WORDS = st.text(max_size=20)
@@ -254,13 +257,28 @@ def test_a_report_is_told_to_who_does_not_know_it_and_read_by_who_does_not() -> 
 
         assert ask(other, url, REPORT, {"heard": order}) == {"heard": [7, 1]}
         assert ask(other, url, REPORT, {"heard": [0, 0]}) == {"heard": [7, 1], "report": first["report"]}
-        old = {"heard": order, "report": {"order": [7, 1], "held": "nothing that could be read"}}
-        assert ask(other, url, REPORT, old) == {"heard": [7, 1]}
-        for wrong in ({"order": [7, 2], "held": "as before"}, {"order": "8"}, {}, [7, 2]):
+        _check_offers(other, agent, own, order)
+        old = {"heard": order, "report": {"order": [7, 4], "held": "nothing that could be read"}}
+        assert ask(other, url, REPORT, old) == {"heard": [7, 4]}
+        for wrong in ({"order": [7, 5], "held": "as before"}, {"order": "8"}, {}, [7, 5]):
             with pytest.raises(CoordinationError, match="report"):
                 ask(other, url, REPORT, {"heard": order, "report": wrong})
         with pytest.raises(CoordinationError, match="order of a report"):
             ask(other, url, REPORT, {"heard": "all"})
+
+
+def _check_offers(other: Transport, agent: Fellows, report: dict[str, Any], order: list[int]) -> None:
+    """Tell three reports, the last one with another offer."""
+    assert agent.council is not None
+    found = []
+    for number, step in ((2, 5), (3, 5), (4, 6)):
+        rows = tuple(OfferedExpert(expert=Expert(layer=0, index=index), step=step) for index in range(3))
+        told = Offer(moment=(6, "00abcdef"), experts=rows, is_whole=False, is_inherited=False)
+        body = {**replace(report_from_json(report, node=1, ranks=(1,)), offer=told).to_json(), "order": [7, number]}
+        assert ask(other, agent.url, REPORT, {"heard": order, "report": body}) == {"heard": [7, number]}
+        found.append(agent.council._reports[1].offer)
+        assert found[-1] == told
+    assert found[0] is found[1], "not decoded again"
 
 
 def _publish(agent: Fellows, *, committed: int) -> None:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 from moc.agent.peers.council import Council
 from moc.agent.peers.proof import Membership
-from moc.agent.peers.report import Order, Report, order_from_json, report_from_json
+from moc.agent.peers.report import Order, Report, offer_from_text, order_from_json, report_from_json
 from moc.agent.peers.transport import Routes, Transport
 from moc.errors import CoordinationError, MocError, UsageError
 from moc.host import Host
+from moc.plan.offers import Offer
 
 __all__ = ["Fellows"]
 
@@ -52,6 +53,7 @@ class Fellows:
         self._urls: dict[int, str] = {}
         self._told: _Told | None = None
         self._acknowledged: dict[int, Order | None] = {}
+        self._offers: dict[int, tuple[str, Offer]] = {}
         self.council: Council | None = None
         self.routes = Routes()
         """Add what else is to be answered before `begin`."""
@@ -122,7 +124,7 @@ class Fellows:
         if self._transport is not None:
             self._transport.enter(None)
             self._transport.submit(self._stop()).result()
-        self._urls, self._told, self._acknowledged = {}, None, {}
+        self._urls, self._told, self._acknowledged, self._offers = {}, None, {}, {}
 
     def close(self) -> None:
         """End the life and stop listening."""
@@ -222,10 +224,19 @@ class Fellows:
         if known is not None and known >= order_from_json(told.get("order")):
             council.note_alive(node)
             return
-        report = report_from_json(told, node=node, ranks=council.ranks_of[node])
+        report = report_from_json(
+            told, node=node, ranks=council.ranks_of[node], read_offer=lambda text: self._read_offer(node, text)
+        )
         if council.hear(report) and self._urls.get(node, report.url) != report.url:
             log.info("agent of another node has moved: node=%d url=%s", node, report.url)
             self._urls[node] = report.url
+
+    def _read_offer(self, node: int, text: str) -> Offer:
+        """Return another node's offer, decoded once: it stays as it is in many reports."""
+        known = self._offers.get(node)
+        if known is None or known[0] != text:
+            known = self._offers[node] = (text, offer_from_text(text))
+        return known[1]
 
 
 def _letter(council: Council, node: int, report: bytes | None) -> bytes:

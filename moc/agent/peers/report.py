@@ -6,6 +6,7 @@ which of two is newer, across restarts of an agent too.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "Verdict",
     "Wish",
+    "offer_from_text",
     "order_from_json",
     "report_from_json",
 ]
@@ -120,7 +122,7 @@ class Report:
             "verdicts": [[*v.moment, v.size_bytes, v.error] for v in self.verdicts],
             "done": [list(moment) for moment in self.done],
             "leaning": [list(moment) for moment in self.leaning],
-            "offer": None if self.offer is None else _offer_to_json(self.offer),
+            "offer": None if self.offer is None else json.dumps(_offer_to_json(self.offer), separators=(",", ":")),
         }
 
 
@@ -153,8 +155,24 @@ def order_from_json(row: Any) -> Order:
     return (born, number)
 
 
-def report_from_json(body: Mapping[str, Any], *, node: int, ranks: tuple[int, ...]) -> Report:
-    """Return a report of this node, which has these ranks; raises UsageError for what no agent says."""
+def offer_from_text(text: str) -> Offer:
+    """Return the offer in a report; raises ValueError and the like for what is none.
+
+    It is a text of its own, because it is most of a report and mostly what it was in the one before.
+    """
+    try:
+        return _offer_from_json(json.loads(text))
+    except RecursionError as error:
+        raise ValueError("an offer is nested too deep") from error
+
+
+def report_from_json(
+    body: Mapping[str, Any], *, node: int, ranks: tuple[int, ...], read_offer: Callable[[str], Offer] = offer_from_text
+) -> Report:
+    """Return a report of this node, which has these ranks; raises UsageError for what no agent says.
+
+    `read_offer` is called as `offer_from_text`, by who may know what comes out.
+    """
     try:
         report = Report(
             node=_count(body["node"]),
@@ -171,7 +189,7 @@ def report_from_json(body: Mapping[str, Any], *, node: int, ranks: tuple[int, ..
             ),
             done=tuple(map(_moment, body["done"])),
             leaning=tuple(map(_moment, body["leaning"])),
-            offer=_maybe(_offer_from_json, body["offer"]),
+            offer=_maybe(lambda text: read_offer(_text(text)), body["offer"]),
         )
     except (LookupError, TypeError, ValueError, AttributeError, MocError) as error:
         raise UsageError(f"report is not readable: node={node} reason={type(error).__name__}: {error}") from error
