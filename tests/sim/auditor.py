@@ -215,6 +215,7 @@ class Auditor(Memories):
             if better is not None and better < found and not is_passed:
                 self.fail("recovery", f"{where}: behind the checkpoint {name}")
         self._judge_ages(report, links, survey)
+        self._judge_layers(trainer, report, links, found)
         for held in self.surviving(trainer):
             if report.source != "storage" and (held.number, held.step) == (number, step):
                 self._judge_memory(report, self.remembered.get((held.token, step), {}))
@@ -243,10 +244,24 @@ class Auditor(Memories):
             if row.step < (newest.step if promised is None else promised.step):
                 self.fail("age", f"{row} recovered at step {report.step}, although {newest} has {promised}")
 
+    def _judge_layers(self, trainer: Trainer, report: RecoveryReport, links: Links, start: tuple[int, int]) -> None:
+        """No expert is older than a snapshot in memory has it right, of those that a recovery has room for."""
+        if not report.experts:
+            return
+        arena = self._arena_of(trainer.process)
+        assert arena is not None
+        room = arena.rank_layout(trainer.rank).versions - 1  # one is left for the first snapshot of the life
+        offered = self._in_memory(trainer, links, start, layers=room - (report.source == "storage"))
+        if report.source == "memory" and len({row.source for row in report.experts}) > 1:
+            self.count("layered recoveries")
+        for row in report.stale:
+            if row.step < offered.get(row.expert, 0):
+                self.fail("age", f"{row} recovered at step {report.step}, although memory has {offered}")
+
     def _judge_memory(self, report: RecoveryReport, remembered: Mapping[Expert, int]) -> None:
         """No expert is older than the snapshot that was recovered has it."""
         for row in report.stale:
-            if row.step < remembered.get(row.expert, 0):
+            if row.step < remembered.get(row.expert, 0) and not self.has_rotted:
                 self.fail("age", f"{row} recovered at step {report.step}, although memory has {remembered}")
 
     def _composed(
@@ -301,7 +316,8 @@ class Auditor(Memories):
         launch = trainer.launch
         is_grown = len(set(launch.places)) > 1 and any(f"incarnation={number} " in words for number in self.alone)
         is_out_of_reach = "memory step=" in words and self.sim.network.last_trouble_s >= launch.begun_s
-        return WITHHELD in words or is_grown or is_out_of_reach
+        is_rotten = self.has_rotted and "memory step=" in words and "shard checksum mismatch" in words
+        return WITHHELD in words or is_grown or is_out_of_reach or is_rotten
 
     def _compare(self, trainer: Trainer, token: str) -> None:
         state = trainer.state

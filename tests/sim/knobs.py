@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields, replace
 __all__ = ["Knobs"]
 
 
+ROTTING_ODDS = 0.3  # of a simulation of partial checkpoints on one node
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs:
     """The settings of one simulation; odds are per opportunity, times in virtual seconds."""
@@ -61,6 +64,7 @@ class Knobs:
     net_cut_odds: float = 0.0
     net_twice_odds: float = 0.0
     net_flip_odds: float = 0.0  # that a bit of a piece of a snapshot changes on its way
+    is_rotting: bool = False  # bits of the newest snapshot flip as the job fails
     part_s: float = 0.0  # how long machines do not hear each other, at most
 
     @property
@@ -75,7 +79,7 @@ class Knobs:
         if not is_partial:
             return knobs
         k_snapshot = chance.choice((1, 2, 2, 3))
-        return replace(
+        knobs = replace(
             knobs,
             mode=chance.choice(("partial", "partial", "partial_by_load")),
             is_counting=chance.random() < 0.7,
@@ -83,6 +87,18 @@ class Knobs:
             k_snapshot=k_snapshot,
             k_persist=chance.randint(1, k_snapshot),
             persist_every=knobs.persist_every or knobs.snapshot_every,
+        )
+        if has_nodes or chance.random() > ROTTING_ODDS:
+            return knobs
+        # Memory must be there, and newer than storage, or nobody would read it.
+        return replace(
+            knobs,
+            is_rotting=True,
+            agent_kill_odds=0.0,
+            persist_every=chance.choice((2, 3, 5)) * knobs.snapshot_every,
+            save_odds=min(knobs.save_odds, 0.1),
+            event_s=min(knobs.event_s, 4.0),
+            chaos_turns=900,
         )
 
     def __str__(self) -> str:

@@ -16,6 +16,8 @@ from moc.snapshot.seal import SealRecord
 from moc.state import Expert
 from tests.sim.facts import Held
 from tests.sim.ledger import Ledger, Moment
+from tests.sim.model import Links, position
+from tests.sim.rot import Layer, Remains, remains_of
 from tests.sim.versions import consistent_steps
 
 if TYPE_CHECKING:
@@ -49,13 +51,16 @@ class _Node:
 @dataclass(slots=True)
 class Memories(Ledger):
     """`held` is the newest global snapshot by life, `remembered` the step of each expert that all its slices in a
-    snapshot are of, `born_s` when a life began, `alone` the numbers of lives on one node.
+    snapshot are of, `born_s` when a life began, `alone` the numbers of lives on one node, `remains` what a rank (by its
+    pid) could recover from memory on one node, `has_rotted` whether a bit of memory has flipped.
     """
 
     held: dict[str, Held] = field(default_factory=dict)
     remembered: dict[Moment, dict[Expert, int]] = field(default_factory=dict)
     born_s: dict[str, float] = field(default_factory=dict)
     alone: set[int] = field(default_factory=set)
+    remains: dict[int, Remains] = field(default_factory=dict)
+    has_rotted: bool = False
 
     def note_status(self, trainer: Trainer) -> None:
         """What a trainer is told: from now on it must hold."""
@@ -77,6 +82,37 @@ class Memories(Ledger):
             if held is None or step > held.step:
                 self.count("global")
             self._must_be_global(trainer, step)
+
+    def note_rot(self, layer: Layer, rank: int, expert: Expert | None) -> None:
+        self.sim.note(None, "memory rots", {"snapshot": layer, "rank": rank, "expert": expert})
+        self.has_rotted = True
+        self.count("rotten")
+
+    def note_span(self, process: Process, event: str, span: str) -> None:
+        """Look at memory while a launch recovers: what is there before and after is there all the while."""
+        if not self.has_rotted or event != "begin" or span not in ("recover.restore", "recover.apply"):
+            return
+        found: dict[Layer, Mapping[Expert, int]] = {}
+        for agent in self.sim.agents:
+            if agent.process.is_alive and agent.server is not None and agent.server._custody is not None:
+                found |= remains_of(agent.server._custody)
+        if span == "recover.apply":
+            before = self.remains.get(process.pid, {})
+            found = {layer: kept for layer, kept in before.items() if layer in found}
+        self.remains[process.pid] = found
+
+    def _in_memory(self, trainer: Trainer, links: Links, start: tuple[int, int], *, layers: int) -> dict[Expert, int]:
+        """Return the newest step at which each expert is right in the snapshots, at most so many, from a place of the
+        lineage back.
+        """
+        remains = self.remains.get(trainer.launch.trainers[0].process.pid, {})
+        placed = [(position(links, *layer[:2]), -int(layer[2], 16), layer) for layer in remains]
+        older = sorted((place, late, layer) for place, late, layer in placed if place is not None and place >= start)
+        newest: dict[Expert, int] = {}
+        for _, _, layer in older[:layers]:
+            for expert, step in remains[layer].items():
+                newest[expert] = max(newest.get(expert, step), step)
+        return newest
 
     def must_be_committed(self, run: str, number: int, step: int) -> None:
         if not any((n.run, n.number, n.step) == (run, number, step) for n in (*self.manifests, *self.dropped)):

@@ -13,6 +13,7 @@ from moc.errors import MocError
 from moc.repository import Repository
 from tests.sim.job import STORAGE_URL, Job
 from tests.sim.machine import Machine
+from tests.sim.rot import rot
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
@@ -46,6 +47,8 @@ class Nemesis:
         )
         if sim.knobs.nodes > 1:
             self._acts += ((12, self._lose_machine), (5, self._part), (2, self._isolate), (2, self._kill_agents))
+        if sim.knobs.is_rotting:
+            self._acts += ((12, self._rot),)
         self._later()
 
     def at_span(self, process: Process, event: str, span: str) -> None:
@@ -122,6 +125,11 @@ class Nemesis:
             storage.is_down = False
 
         self._soon(20.0, mend)
+
+    def _rot(self) -> None:
+        """The job fails, and a bit of what its newest snapshot alone has flips."""
+        self._kill_trainers()
+        rot(self.sim)
 
     # Machines and what is between them
 

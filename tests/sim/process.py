@@ -119,6 +119,7 @@ class Process:
         if self.is_dead:
             raise Killed
         self.sim.note(self, f"{span} {event}", fields)
+        self.sim.auditor.note_span(self, event, span)
         self.sim.nemesis.at_span(self, event, span)
         self.sim.scheduler.pause()
 

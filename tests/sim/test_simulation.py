@@ -162,6 +162,20 @@ PLANTED_PARTIAL = (
         new='    return piece != "d" and owner in sources and owner == max(sources)\n',
         tests=("I3",),
     ),
+    Mutation(
+        name="the-oldest-version-of-an-expert-is-chosen",
+        file="moc/plan/versions.py",
+        old="            (-layer[expert].step, number)\n",
+        new="            (layer[expert].step, number)\n",
+        tests=("age",),
+    ),
+    Mutation(
+        name="experts-come-from-the-last-layer-of-all",
+        file="moc/plan/versions.py",
+        old="            chosen[expert] = min(usable)[1]\n",
+        new="            chosen[expert] = max(number for _, number in usable)\n",
+        tests=("age",),
+    ),
 )
 
 
