@@ -144,8 +144,8 @@ PLANTED_PARTIAL = (
     Mutation(
         name="what-a-stale-expert-has-not-learned-is-forgotten",
         file="moc/routing.py",
-        old="        rows[expert.layer][expert.index] = learned\n",
-        new="",
+        old="            rows[expert.layer][expert.index] = learned if is_possible else 0\n",
+        new="            pass\n",
         tests=("PLT",),
     ),
     Mutation(
@@ -158,8 +158,8 @@ PLANTED_PARTIAL = (
     Mutation(
         name="experts-of-the-newest-life-alone",
         file="moc/plan/composition.py",
-        old='    return piece != "d" and owner in sources\n',
-        new='    return piece != "d" and owner in sources and owner == max(sources)\n',
+        old='        if piece != "d" and owner in sources:\n',
+        new='        if piece != "d" and owner in sources and owner == max(sources):\n',
         tests=("I3",),
     ),
     Mutation(
