@@ -310,15 +310,17 @@ class Guests:
 
 
 def _keep_source(guest: _Guest, life: Incarnation, layers: Collection[tuple[int, Moment]]) -> None:
-    """Free all replicas but those of the state that a life was recovered from: of each rank the attempt that `layers`
-    name, else the latest.
+    """Free all replicas but one of each rank, for there must be room for the next: that of the state that the life was
+    recovered from, in the attempt that `layers` name, else the latest; where there is none, the newest of `layers`.
     """
     parent = None if life.parent is None else (life.parent.incarnation, life.parent.step)
-    sources: dict[int, tuple[bool, str, int]] = {}
+    kept: dict[int, tuple[bool, bool, int, int, str, int]] = {}
     for rank, index, record in guest.seals():
-        if (record.incarnation, record.step) == parent:
-            is_chosen = (record.incarnation, (record.step, record.attempt)) in layers
-            sources[rank] = max(sources.get(rank, (False, "", -1)), (is_chosen, record.attempt, index))
+        is_source = (record.incarnation, record.step) == parent
+        is_used = (record.incarnation, (record.step, record.attempt)) in layers
+        if is_source or is_used:
+            worth = (is_source, is_used, record.incarnation, record.step, record.attempt, index)
+            kept[rank] = max(kept.get(rank, worth), worth)
     for rank, index, record in guest.seals():
-        if rank not in sources or sources[rank][2] != index:
+        if rank not in kept or kept[rank][-1] != index:
             guest.free(rank, index, record)

@@ -301,6 +301,20 @@ def test_the_attempt_that_a_life_grew_from_is_kept_though_a_later_one_is_here(
     assert [attempt for _, _, attempt, _ in guests.inventory()] == [five[1]] * 2
 
 
+def test_a_snapshot_that_lent_experts_to_a_life_from_storage_is_kept(
+    sender: Sender, guests: Guests, url: str, wire: Wire
+) -> None:
+    """A failure before the life's first global step finds these experts again."""
+    five, six = sender.seal(5, record=0), sender.seal(6, record=1)
+    wire.send(sender.parcel(five, url))
+    wire.send(sender.parcel(six, url, known=five))
+    child = replace(LIFE, number=3, token="1" * 8, parent=Parent(incarnation=2, step=7, attempt="00abcdef"))
+
+    guests.begin_life(child, descriptor(HOST, life=child) | {"layers": [[2, *five]]})
+
+    assert held_steps(guests) == [5]
+
+
 def test_strangers_get_nothing_and_leave_nothing(sender: Sender, guests: Guests, url: str, wire: Wire) -> None:
     moment = sender.seal(5, record=0)
     stranger = Wire(secret="another secret")
