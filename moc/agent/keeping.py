@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from moc.agent.life import Life
-from moc.plan.freeing import Moment
+from moc.plan.freeing import Moment, second_attempt
 from moc.snapshot.arena import Arena
 from moc.snapshot.seal import SealRecord
 from moc.state import Expert
@@ -37,12 +37,17 @@ def base_of(life: Life, committed: Moment | None, records: Iterable[SealRecord])
     """Return the snapshot of the newest commit, before a life's first that of its origin; None where none is kept."""
     if not _keeps_base(life):
         return None
-    if committed is None:
-        return life.base
-    number = life.record.number
-    same = [(r.step, r.attempt) for r in records if (r.incarnation, r.step) == (number, committed[0])]
+    base = life.base if committed is None else (life.record.number, committed)
+    if base is None:
+        return None
+    number, (step, attempt) = base
+    same = {r.attempt for r in records if (r.incarnation, r.step) == (number, step)}
+    if attempt in same:
+        return base
     # A second checkpoint has no snapshot of its own, and of an adopted life's commits only the step is known.
-    return number, committed if committed in same else max(same, default=committed)
+    first = {other for other in same if second_attempt(other) == attempt}
+    is_any = committed is not None and not first
+    return number, (step, max(same if is_any else first, default=attempt))
 
 
 def origin_of(life: Life, ranks: Iterable[int], records: Iterable[SealRecord]) -> Key | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moc.format.keys import LAST_STEP
 from moc.format.manifest import Incarnation, Parent
+from moc.plan.freeing import second_attempt
 
 __all__ = ["Candidate", "Link", "candidates", "chain", "faults_of", "is_on_chain", "merge_incarnations", "tip"]
 
@@ -40,8 +41,9 @@ class Link:
     def admits(self, incarnation: int, step: int, attempt: str | None = None) -> bool:
         if self.incarnation != incarnation or (self.last_step is not None and step > self.last_step):
             return False
-        is_fork = step == self.last_step and self.last_attempt is not None
-        return not is_fork or attempt in (None, self.last_attempt)
+        if step != self.last_step or self.last_attempt is None or attempt in (None, self.last_attempt):
+            return True
+        return second_attempt(attempt) == self.last_attempt  # the snapshot whose second checkpoint is the fork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,6 +105,22 @@ def test_a_new_life_keeps_the_snapshot_of_the_checkpoint_that_it_grew_from_until
     custody.close()
 
 
+def test_a_new_life_keeps_the_snapshot_whose_second_checkpoint_it_grew_from() -> None:
+    custody = Custody.create(_joint(FIRST), earlier=None)
+    for record, attempt in enumerate(("00abcdef", "01abcdef")):
+        for rank in (0, 1):
+            _seal(custody, rank, 5, record, attempt=attempt)
+    custody.scan()
+    grown = replace(SECOND, parent=Parent(incarnation=1, step=5, attempt="00abcdf0"))
+
+    custody.renew(_joint(FIRST, grown, base=[1, 5, "00abcdf0"]))
+
+    assert [custody.arena.is_free(0, record) for record in range(2)] == [False, True]
+    custody.scan()
+    assert [custody.arena.is_free(0, record) for record in range(2)] == [False, True]
+    custody.close()
+
+
 def test_a_new_life_has_room_for_its_first_snapshot_whatever_it_keeps() -> None:
     custody = Custody.create(_joint(FIRST), earlier=None)
     for record, step in enumerate((3, 4, 5, 6)):

@@ -147,3 +147,20 @@ def test_faults_are_lives_that_went_on_from_storage_after_a_failure() -> None:
     assert faults_of(lives) == 2
     assert faults_of([*lives, lives[-1]]) == 2, "each once"
     assert faults_of(lives[:2]) == 0, "from memory nothing is lost"
+
+
+def test_the_snapshot_of_the_second_checkpoint_that_a_life_grew_from_is_on_the_chain() -> None:
+    """A life that dies early finds again what it took from it; another attempt of the step led elsewhere."""
+    first, second, other = "00abcdef", "00abcdf0", "01abcdef"
+    records = {1: _life(1, None), 2: _life(2, (1, 5), attempt=second)}
+    known = [
+        _candidate(STORAGE, 1, 5, second),
+        _candidate(MEMORY, 1, 5, first),
+        _candidate(MEMORY, 1, 5, other),
+        _candidate(MEMORY, 1, 4),
+    ]
+    tried = candidates(chain(records, 2), known)
+    assert set(tried) == {known[0], known[1], known[3]}
+
+    records[2] = _life(2, (1, 5), attempt=first)
+    assert not is_on_chain(chain(records, 2), 1, 5, second), "its experts are newer than what the life grew from"
