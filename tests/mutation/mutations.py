@@ -240,7 +240,7 @@ MUTATIONS = (
     Mutation(
         name="what-a-life-was-recovered-from-is-kept-by-no-host",
         file="moc/agent/guests.py",
-        old="        if rank not in sources or sources[rank][2] != index:\n",
+        old="        if rank not in kept or kept[rank][-1] != index:\n",
         new="        if True:\n",
         tests=("tests/peers/test_delivery.py::test_a_new_life_keeps_what_it_grew_from_until_it_is_global_itself",),
     ),
