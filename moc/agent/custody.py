@@ -49,6 +49,7 @@ class Custody:
         self._pieces = Pieces(arena)
         self._pins: dict[tuple[int, Moment], int] = {}
         self._pins_lock = threading.Lock()
+        self.is_read = False  # whether an errand reads the source: to become global would end that
         self._adopt_descriptor()
 
     @classmethod
@@ -189,7 +190,7 @@ class Custody:
         return (self.life.record.number, moment) in self.pinned()
 
     def is_pinned(self) -> bool:
-        """Return whether a save reads this memory, or that of an earlier life behind it."""
+        """Return whether a save or an errand reads this memory, or that of an earlier life behind it."""
         return bool(self.pinned()) or (self.earlier is not None and self.earlier.is_pinned())
 
     def pinned(self) -> set[tuple[int, Moment]]:
@@ -269,7 +270,7 @@ class Custody:
         if self.life.hosts:
             done = {**others.done, self.life.node: self.done}
             self._replicated = found = global_moment(self.complete, done, nodes=range(self.life.nodes))
-        if found is not None and not self.leans_on_earlier(found):
+        if found is not None and not self.is_read and not self.leans_on_earlier(found):
             self.stable = max(found, self.stable or found)
 
     def leans_on_earlier(self, moment: Moment) -> bool:

@@ -73,6 +73,7 @@ class Restock:
         self._lock = threading.Lock()
         self._wanted: list[tuple[socket.socket, Errand]] = []
         self._errand: Errand | None = None
+        self._read: tuple[Custody, Custody] | None = None  # whose source is read for the errand, and that source
         self._outcome: tuple[Custody | None, dict[str, object]] | None = None
 
     @property
@@ -89,7 +90,9 @@ class Restock:
         if self._errand is not None or not self._wanted:
             return
         errand = self._errand = self._wanted[0][1]
-        arena = None if custody is None else custody.source().arena
+        arena = None
+        if custody is not None:
+            arena = self._keep(custody, errand.snapshot).arena
 
         def run() -> None:
             outcome = self._attempt(errand, arena)
@@ -108,9 +111,26 @@ class Restock:
         if outcome is None or self._errand is None:
             return None, []
         snapshot, self._errand = self._errand.snapshot, None
+        self._release(snapshot)
         replies = [(connection, outcome[1]) for connection, errand in self._wanted if errand.snapshot == snapshot]
         self._wanted = [row for row in self._wanted if row[1].snapshot != snapshot]
         return outcome[0], replies
+
+    def _keep(self, custody: Custody, snapshot: Snapshot) -> Custody:
+        """Return the source, kept as it is until `_release`: to unmap what the errand reads would end the agent, and
+        what it has brought back would be freed while ranks of this node still lack it.
+        """
+        source, (incarnation, step, attempt) = custody.source(), snapshot
+        source.pin(incarnation, (step, attempt))
+        custody.is_read = True
+        self._read = (custody, source)
+        return source
+
+    def _release(self, snapshot: Snapshot) -> None:
+        if self._read is not None:
+            (custody, source), (incarnation, step, attempt) = self._read, snapshot
+            custody.is_read, self._read = False, None
+            source.unpin(incarnation, (step, attempt))
 
     # The errand's thread
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from array import array
+from contextlib import closing
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,14 +13,18 @@ import pytest
 from moc.agent.custody import Custody
 from moc.agent.life import Life
 from moc.agent.mending import Pieces
+from moc.agent.restock import Errand, Restock
 from moc.config import Config
 from moc.errors import UsageError
 from moc.format.manifest import Incarnation, Parent, encode_incarnation
+from moc.host import SystemHost
 from moc.snapshot.seal import SealRecord
 from moc.state import Expert
+from moc.trace import Trace
 from tests.support.plain import PlainState
 from tests.support.repository import Model
 
+DEADLINE_S = 30.0
 CATALOGS = Model(world_size=2, moe_layers=1, experts=2, hidden=4, dense=(("embed.weight", (50, 4)),)).catalogs()
 FIRST = Incarnation(run="run-7", number=1, token="0" * 8, parent=None, reason="start", fingerprint={})
 SECOND = replace(
@@ -198,6 +205,35 @@ def test_memory_of_another_layout_stays_while_the_first_snapshot_has_experts_in_
     assert custody.global_step == 8
     assert custody.earlier is None
     custody.close()
+
+
+def test_memory_of_another_layout_stays_while_an_errand_reads_it() -> None:
+    """It is read by address on a thread: unmapped it would end the agent, and the recovery would lose its source."""
+    earlier = Custody.create(_descriptor(FIRST), earlier=None)
+    custody = Custody.create(_descriptor(FIRST, SECOND), earlier=earlier)
+    woken = threading.Event()
+    restock = Restock(host=SystemHost(), trace=Trace(), wake=woken.set)
+    errand = Errand(
+        snapshot=(1, 5, "00abcdef"), rank=0, run="run-7", storage="unused", memory_budget_bytes=None, lenders={}
+    )
+    for rank in (0, 1):
+        _seal(custody, rank, 7, 0)
+    asking, answered = socket.socketpair()
+    with closing(custody), asking, answered:
+        restock.want(answered, errand)
+        restock.start_next(custody)
+
+        custody.scan()
+
+        assert custody.earlier is earlier
+        assert custody.global_step is None, "the source of the recovery would change under it"
+        assert earlier.pinned() == {(1, (5, "00abcdef"))}
+        assert woken.wait(DEADLINE_S)
+        restock.collect()
+        assert not earlier.pinned()
+        custody.scan()
+        assert custody.global_step == 7
+        assert custody.earlier is None
 
 
 def test_layers_of_a_recovery_stay_until_the_new_life_has_a_global_snapshot() -> None:
