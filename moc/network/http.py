@@ -1,6 +1,7 @@
 """An agent's place in the network over HTTP: a server and a client, on one event loop, on a thread of its own.
 
-Nothing listens before `HttpNetwork` is made. Of connections on which nobody has proved who he is only so many are open.
+Nothing listens before `HttpNetwork` is made. Of connections on which nobody has proved who he is only so many are open:
+more wait in the kernel until one of these has proved it, is closed, or has taken too long.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ CONNECTIONS_PER_PEER = 4
 READ_BYTES = 1 << 18  # of a body at once
 IDLE_TIMEOUT_S = 30.0  # members talk every second, or open a connection for each request
 STRANGER_LIMIT = 128  # open connections on which nothing has been proved yet
+STRANGER_AGE_S = 2.0  # one that has proved nothing for so long gives way to others
+BACKLOG = 1024  # connections that wait in the kernel
+FULL_WAIT_S = 0.02  # until it is looked again whether there is room for one more
+ACCEPT_WAIT_S = 1.0  # after one could not be accepted
 
 
 class Joinable(Protocol):
@@ -50,7 +55,7 @@ class HttpNetwork:
         `spawn` starts a thread with a name. Blocks: until it listens. Raises: OSError if it cannot.
         """
         self._serve, self._address, self._wanted_port = serve, address, port
-        self._members_connections: set[web.RequestHandler] = set()
+        self._strangers: dict[web.RequestHandler, float] = {}  # when they came, oldest first
         self._loop = asyncio.new_event_loop()
         self._started: Future[int] = Future()
         self._closing = asyncio.Event()
@@ -105,21 +110,26 @@ class HttpNetwork:
         await runner.setup()
         server = runner.server
         assert server is not None, "it is set up"
-        listener: asyncio.Server | None = None
+        listener: socket.socket | None = None
+        accepting: asyncio.Task[None] | None = None
         self._session = ClientSession(
             connector=TCPConnector(limit_per_host=CONNECTIONS_PER_PEER), trust_env=False, auto_decompress=False
         )
         try:
-            listener = await self._listen(server)
-            self._started.set_result(int(listener.sockets[0].getsockname()[1]))
+            listener = await self._listen()
+            accepting = self._loop.create_task(self._accept(listener, server))
+            self._started.set_result(int(listener.getsockname()[1]))
             await self._closing.wait()
         finally:
+            if accepting is not None:
+                accepting.cancel()
+                await asyncio.wait([accepting])
             if listener is not None:
                 listener.close()
             await self._session.close()
             await runner.cleanup()
 
-    async def _listen(self, server: web.Server) -> asyncio.Server:
+    async def _listen(self) -> socket.socket:
         """Listen on the wanted port, so that others find a successor where its predecessor was, else on any.
 
         Of a name's addresses on the first one: on each of several any port would be another one.
@@ -134,7 +144,9 @@ class HttpNetwork:
             try:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind((place[0], port, *place[2:]))
-                return await self._loop.create_server(lambda: self._let_in(server), sock=listener)
+                listener.listen(BACKLOG)
+                listener.setblocking(False)
+                return listener
             except OSError:
                 listener.close()
                 if port == 0:
@@ -142,18 +154,46 @@ class HttpNetwork:
                 log.warning("port is taken, using another one: address=%s port=%d", self._address, port)
         raise AssertionError("the last port was any")
 
-    def _let_in(self, server: web.Server) -> web.RequestHandler:
-        """Serve a new connection; of too many that have proved nothing the oldest is closed, a member's never is."""
-        opened = server.connections
-        self._members_connections &= set(opened)
-        strangers = [each for each in opened if each not in self._members_connections]
-        for stranger in strangers[: max(0, len(strangers) + 1 - STRANGER_LIMIT)]:
-            stranger.force_close()
-        return server()
+    async def _accept(self, listener: socket.socket, server: web.Server) -> None:
+        while True:
+            await self._make_room(server)
+            try:
+                connection, _ = await self._loop.sock_accept(listener)
+            except OSError as error:  # no descriptor is left, or who came is gone
+                log.warning("connection cannot be accepted: reason=%s", error)
+                await asyncio.sleep(ACCEPT_WAIT_S)
+                continue
+            await self._let_in(connection, server())
+
+    async def _let_in(self, connection: socket.socket, handler: web.RequestHandler) -> None:
+        self._strangers[handler] = self._loop.time()
+        await self._loop.connect_accepted_socket(lambda: handler, sock=connection)
+
+    async def _make_room(self, server: web.Server) -> None:
+        """Wait until one more may be let in: members that come at once prove themselves one after the other."""
+        while True:
+            opened = set(server.connections)
+            for gone in [each for each in self._strangers if each not in opened]:
+                del self._strangers[gone]
+            if len(self._strangers) < STRANGER_LIMIT:
+                return
+            oldest, came_s = next(iter(self._strangers.items()))
+            if self._loop.time() - came_s > STRANGER_AGE_S:
+                oldest.force_close()
+                del self._strangers[oldest]
+                return
+            await asyncio.sleep(FULL_WAIT_S)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        visit = _Visit(request, self._members_connections)
-        await self._serve(visit)
+        visit = _Visit(request, self._strangers)
+        try:
+            await self._serve(visit)
+        except (ConnectionError, asyncio.TimeoutError) as error:
+            reason = str(error) or type(error).__name__
+            log.info("who asked is gone, or too slow: sender=%s path=%s reason=%s", visit.sender, request.path, reason)
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=408)  # read by nobody
         assert visit.response is not None, "everything is answered"
         return visit.response
 
@@ -161,15 +201,15 @@ class HttpNetwork:
 class _Visit:
     """`moc.network.port.Visit`."""
 
-    def __init__(self, request: web.Request, members_connections: set[web.RequestHandler]) -> None:
-        self._request, self._members_connections = request, members_connections
+    def __init__(self, request: web.Request, strangers: dict[web.RequestHandler, float]) -> None:
+        self._request, self._strangers = request, strangers
         self.method, self.target, self.headers = request.method, request.raw_path, request.headers
         self.length, self.sender = request.content_length, request.remote or ""
         self.response: web.StreamResponse | None = None
         self._is_body_taken = False
 
     def vouch(self) -> None:
-        self._members_connections.add(self._request.protocol)
+        self._strangers.pop(self._request.protocol, None)
 
     async def read(self) -> bytes:
         return await self._request.read()
@@ -196,7 +236,8 @@ class _Visit:
 
     def answer(self, status: int, body: bytes = b"", *, headers: Mapping[str, str] | None = None) -> None:
         self.response = web.Response(status=status, body=body, headers=headers)
-        if self._is_body_taken:  # the loop does not know where the next request begins
+        # A stranger keeps no place; after a body that was taken the loop does not know where the next request begins.
+        if self._is_body_taken or self._request.protocol in self._strangers:
             self.response.force_close()
 
     async def answer_pieces(self, pieces: Iterable[bytes], *, length: int, stall_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import socket
 import threading
@@ -168,13 +169,47 @@ def test_strangers_can_neither_open_any_number_of_connections_nor_keep_members_o
         headers = request_headers(member(1), "GET", "/stream?part=7", STREAM)
         members_own = stack.enter_context(call(first))
         assert say(members_own, "GET", "/stream?part=7", headers) == b"HTTP/1.1 200 OK"
-        strangers = []
-        for _ in range(STRANGER_LIMIT + 8):
-            strangers.append(stack.enter_context(call(first)))
-            assert say(strangers[-1], "GET", "/stream?part=7", {}) == b"HTTP/1.1 403 Forbidden"
-        assert all(stranger.recv(4096) == b"" for stranger in strangers[:8]), "closed"
+        for _ in range(8):
+            stranger = stack.enter_context(call(first))
+            assert say(stranger, "GET", "/stream?part=7", {}) == b"HTTP/1.1 403 Forbidden"
+            assert stranger.recv(4096) == b"", "closed"
+        silent = [stack.enter_context(call(first)) for _ in range(STRANGER_LIMIT + 8)]
         assert ask(second, first.url, "/echo", {})["node"] == 1
         assert say(members_own, "GET", "/stream?part=7", headers) == b"HTTP/1.1 200 OK"
+        assert all(stranger.recv(4096) == b"" for stranger in silent[:8]), "closed"
+
+
+def test_members_that_come_all_at_once_are_all_answered() -> None:
+    """Each request of a recovery opens a connection, and a job has hundreds of ranks."""
+    headers = request_headers(member(1), "GET", "/stream?part=7", STREAM)
+    with transport(member(0)) as first, ExitStack() as stack:
+        members = [stack.enter_context(call(first)) for _ in range(2 * STRANGER_LIMIT)]
+        for each in members:
+            assert say(each, "GET", "/stream?part=7", headers) == b"HTTP/1.1 200 OK"
+
+
+def test_a_reader_that_goes_away_costs_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    ended = threading.Event()
+
+    async def serve(_: int, visit: Visit) -> None:
+        try:
+            await visit.answer_pieces((b"x" * (1 << 20) for _ in range(64)), length=64 << 20, stall_s=TIMEOUT_S)
+        finally:
+            ended.set()
+
+    routes = Routes()
+    routes.stream("GET", "/long", serve)
+    with (
+        closing(Transport(routes, address="127.0.0.1", port=0, host=SystemHost())) as opened,
+        caplog.at_level("INFO"),
+    ):
+        opened.enter(member(0))
+        with call(opened) as connection:
+            assert say(connection, "GET", "/long", request_headers(member(1), "GET", "/long", STREAM)).endswith(b"OK")
+        assert ended.wait(TIMEOUT_S)
+    (record,) = (each for each in caplog.records if each.levelno > logging.DEBUG)
+    assert record.getMessage().startswith("who asked is gone")
+    assert record.exc_info is None
 
 
 def test_a_successor_is_found_at_the_same_place_and_takes_another_where_that_is_taken() -> None:
