@@ -159,11 +159,10 @@ class HttpNetwork:
             await self._make_room(server)
             try:
                 connection, _ = await self._loop.sock_accept(listener)
+                await self._let_in(connection, server())
             except OSError as error:  # no descriptor is left, or who came is gone
                 log.warning("connection cannot be accepted: reason=%s", error)
                 await asyncio.sleep(ACCEPT_WAIT_S)
-                continue
-            await self._let_in(connection, server())
 
     async def _let_in(self, connection: socket.socket, handler: web.RequestHandler) -> None:
         self._strangers[handler] = self._loop.time()
@@ -190,7 +189,9 @@ class HttpNetwork:
             await self._serve(visit)
         except (ConnectionError, asyncio.TimeoutError) as error:
             reason = str(error) or type(error).__name__
-            log.info("who asked is gone, or too slow: sender=%s path=%s reason=%s", visit.sender, request.path, reason)
+            log.info(
+                "who asked is gone, or too slow: sender=%s target=%s reason=%s", visit.sender, visit.target, reason
+            )
             if request.transport is not None:
                 request.transport.abort()
             return web.Response(status=408)  # read by nobody
