@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
@@ -52,7 +52,8 @@ class HttpNetwork:
     ) -> None:
         """Listen on an address of this machine; on another port if that one is taken (0: any).
 
-        `spawn` starts a thread with a name. Blocks: until it listens. Raises: OSError if it cannot.
+        `spawn` starts a thread with a name. Blocks: until it listens, at most START_TIMEOUT_S. Raises: OSError if it
+        cannot.
         """
         self._serve, self._address, self._wanted_port = serve, address, port
         self._strangers: dict[web.RequestHandler, float] = {}  # when they came, oldest first
@@ -60,8 +61,11 @@ class HttpNetwork:
         self._started: Future[int] = Future()
         self._closing = asyncio.Event()
         self._thread = spawn(self._run, "moc-peers")
+        wait([self._started], START_TIMEOUT_S)
+        if self._started.cancel():  # the thread ends by itself once its name is looked up, which may take minutes
+            raise OSError(f"not looked up in time: timeout_s={START_TIMEOUT_S:g}")
         try:
-            self.port = self._started.result(START_TIMEOUT_S)
+            self.port = self._started.result()
         except OSError:
             self._thread.join()
             raise
@@ -89,15 +93,19 @@ class HttpNetwork:
 
     def _run(self) -> None:
         try:
-            self._loop.run_until_complete(self._main())
+            # Not on the loop's pool: an agent that ends waits for the threads of that.
+            family, place = _look_up(self._address)
+            if not self._started.cancelled():
+                self._loop.run_until_complete(self._main(family, place))
         except OSError as error:  # told to whoever waits for the start; after it nothing raises this
-            if self._started.done():
+            if self._started.done() and not self._started.cancelled():
                 raise
-            self._started.set_exception(error)
+            with suppress(InvalidStateError):  # nobody waits any more
+                self._started.set_exception(error)
         finally:
             self._loop.close()
 
-    async def _main(self) -> None:
+    async def _main(self, family: int, place: tuple[Any, ...]) -> None:
         application = web.Application(client_max_size=CONTROL_LIMIT_BYTES)
         application.router.add_route("*", "/{path:.*}", self._handle)
         runner = web.AppRunner(
@@ -116,9 +124,12 @@ class HttpNetwork:
             connector=TCPConnector(limit_per_host=CONNECTIONS_PER_PEER), trust_env=False, auto_decompress=False
         )
         try:
-            listener = await self._listen()
+            listener = await self._listen(family, place)
             accepting = self._loop.create_task(self._accept(listener, server))
-            self._started.set_result(int(listener.getsockname()[1]))
+            try:
+                self._started.set_result(int(listener.getsockname()[1]))
+            except InvalidStateError:  # nobody waits any more
+                return
             await self._closing.wait()
         finally:
             if accepting is not None:
@@ -129,16 +140,8 @@ class HttpNetwork:
             await self._session.close()
             await runner.cleanup()
 
-    async def _listen(self) -> socket.socket:
-        """Listen on the wanted port, so that others find a successor where its predecessor was, else on any.
-
-        Of a name's addresses on the first one: on each of several any port would be another one.
-        """
-        try:
-            found = await self._loop.getaddrinfo(self._address, None, type=socket.SOCK_STREAM)
-        except UnicodeError as error:
-            raise OSError(f"not a name: {error}") from error
-        family, _, _, _, place = found[0]
+    async def _listen(self, family: int, place: tuple[Any, ...]) -> socket.socket:
+        """Listen on the wanted port, so that others find a successor where its predecessor was, else on any."""
         for port in (self._wanted_port, 0):
             listener = socket.socket(family, socket.SOCK_STREAM)
             try:
@@ -249,6 +252,18 @@ class _Visit:
             await asyncio.wait_for(response.write(piece), stall_s)
         await response.write_eof()
         self.response = response
+
+
+def _look_up(address: str) -> tuple[int, tuple[Any, ...]]:
+    """Return family and place of a name's first address: on each of several any port would be another one.
+
+    Blocks: as long as the servers of names are silent. Raises: OSError.
+    """
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]
+    except UnicodeError as error:
+        raise OSError(f"not a name: {error}") from error
+    return family, place
 
 
 async def _receive(source: socket.socket, take: Callable[[memoryview], None], size_bytes: int, stall_s: float) -> None:

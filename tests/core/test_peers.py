@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,6 +32,7 @@ from moc.agent.peers.report import Verdict, report_from_json
 from moc.agent.peers.transport import Routes, Transport
 from moc.errors import CoordinationError, MocError, StoreUnavailableError, UsageError
 from moc.host import SystemHost
+from moc.network import http
 from moc.network.http import CONTROL_LIMIT_BYTES, STRANGER_LIMIT
 from moc.network.port import Visit, query_of
 from moc.plan.offers import Offer, OfferedExpert
@@ -339,3 +342,48 @@ def test_streams_are_served_to_members_only() -> None:
 def test_an_address_that_is_not_this_machines_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot be reached"):
         Transport(Routes(), address="192.0.2.1", port=0, host=SystemHost())
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_name_that_is_looked_up_for_too_long_is_refused_and_nothing_listens_later(
+    monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    answered, look_up = threading.Event(), socket.getaddrinfo
+    threads: list[threading.Thread] = []
+
+    def wait_for_servers(*question: Any, **options: Any) -> Any:
+        assert answered.wait(TIMEOUT_S)
+        if not is_known:
+            raise socket.gaierror(socket.EAI_AGAIN, "no server answers")
+        return look_up(*question, **options)
+
+    def spawn(act: Callable[[], None], name: str) -> threading.Thread:
+        threads.append(threading.Thread(target=act, name=name, daemon=True))
+        threads[-1].start()
+        return threads[-1]
+
+    async def serve(visit: Visit) -> None:
+        visit.answer(200)
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    monkeypatch.setattr(http, "START_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(socket, "getaddrinfo", wait_for_servers)
+    outcome: Future[http.HttpNetwork] = Future()
+
+    def open_network() -> None:
+        try:
+            outcome.set_result(http.HttpNetwork(serve, address="127.0.0.1", port=port, spawn=spawn))
+        except OSError as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=open_network, daemon=True).start()  # one that hangs must not hang the test
+    try:
+        with pytest.raises(OSError, match="not looked up in time"):
+            outcome.result(TIMEOUT_S / 4)
+    finally:
+        answered.set()
+    threads[0].join(TIMEOUT_S)
+    assert not threads[0].is_alive()
+    with socket.socket() as caller:
+        assert caller.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
