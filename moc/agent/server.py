@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.2  # a lost bell costs at most this
 LAST_NEWS_S = 10.0  # an agent that leaves waits so long for what other nodes hold
 SPAN_LIMIT = 512  # of the last spans, kept for `moc doctor`
+ATTACH_VERBS = ("inventory", "fence", "check", "begin", "meet", "adopt", "arena", "source", "restock")
 
 Descriptors = list[int]
 
@@ -118,6 +119,8 @@ class Agent:
         self._saves.collect(self._custody)
         self._adviser.look(self._custody, self._saves)
         self._collect_replicas()
+        if self._restock.is_busy:
+            self._active_s = self._host.now_s()
         is_idle = not self._trainers.living() and self._host.now_s() - self._active_s > self._idle_s
         if (is_idle or self._is_asked_to_leave) and not self._is_leaving:
             log.info("leaving: idle=%s asked=%s", is_idle, self._is_asked_to_leave)
@@ -151,10 +154,7 @@ class Agent:
                 self._saves.persist_newest(custody)
 
     def _note_activity(self, _: Trainer) -> None:
-        """The idle clock runs from the last time that a trainer came or went:
-
-        asking for the status keeps nothing alive.
-        """
+        """The idle clock begins again when a trainer comes or goes, or an attach asks; a status is neither."""
         self._active_s = self._host.now_s()
 
     def _leave(self) -> None:
@@ -184,6 +184,8 @@ class Agent:
             return
         verb = message.get("verb")
         serve = self._verbs.get(verb) if isinstance(verb, str) else None
+        if verb in ATTACH_VERBS:
+            self._active_s = self._host.now_s()
         try:
             if serve is None:
                 raise UsageError(f"unknown verb: verb={verb!r} allowed={sorted(self._verbs)}")
@@ -297,7 +299,6 @@ class Agent:
         self._adviser.begin_life()
         self._saves.enter(self._company.council)
         self._trainers.begin_life(message["incarnation"])
-        self._active_s = self._host.now_s()
         self._reply(connection, {} if url is None else {"url": url})
 
     def _meet(self, connection: socket.socket, message: wire.Message, _: Descriptors) -> None:
