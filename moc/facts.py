@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -129,7 +130,22 @@ def _gather_addresses(topology: Topology, world: World, request: Request) -> tup
         raise TopologyError(
             f"no address is known at which the agent of a node is reached: node={addresses.index(None)}"
         )
+    at_home = [_is_loopback(str(address)) for address in addresses]
+    if len(set(at_home)) > 1:  # where all are, the nodes are of one machine
+        node, other = at_home.index(True), at_home.index(False)
+        raise TopologyError(
+            f"the agent of a node would be reached from its own machine only: node={node} address={addresses[node]}, "
+            f"node {other} has {addresses[other]} allowed=attach(node_address=...) that the other nodes reach"
+        )
     return tuple(map(str, addresses))
+
+
+def _is_loopback(address: str) -> bool:
+    """Return whether it is one; a name is what somebody has chosen, and is not looked up."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def _take_turns(catalogs: tuple[RankCatalog, ...], topology: Topology, config: Config) -> tuple[Turns, Rotation]:

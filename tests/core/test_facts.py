@@ -15,7 +15,7 @@ import pytest
 from moc.agent.runtime import own_address
 from moc.beginning import Beginning
 from moc.config import Config
-from moc.errors import UsageError
+from moc.errors import TopologyError, UsageError
 from moc.facts import Facts, gather_facts
 from moc.format.manifest import Incarnation
 from moc.host import SystemHost
@@ -129,6 +129,30 @@ def test_the_agents_of_several_nodes_are_told_the_same_versions_and_each_its_own
     assert first["software"] == second["software"] == {"torch": "2.0"}
     assert first["fellows"]["secret"] == second["fellows"]["secret"]
     assert [told["fellows"]["address"] for told in (first, second)] == ["127.0.0.1", "127.0.0.2"]
+
+
+@pytest.mark.parametrize(
+    ("address", "is_refused"), [("127.0.1.1", True), ("::1", True), ("localhost", True), ("10.0.0.8", False)]
+)
+def test_a_node_that_others_would_look_for_on_themselves_is_refused_on_all_ranks(
+    tmp_path: Path, address: str, is_refused: bool
+) -> None:
+    def ask(rank: int) -> str:
+        with closing(SocketWorld(rank, 2, tmp_path / "world")) as world:
+            request = _request(tmp_path, node=f"node-{rank}", address=("10.0.0.7", address)[rank])
+            try:
+                return " ".join(_gather(rank, 2, world, request).addresses)
+            except TopologyError as error:
+                return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(ask, range(2))
+    assert first == second
+    if is_refused:
+        assert f"node=1 address={address}, node 0 has 10.0.0.7" in first
+        assert "node_address" in first
+    else:
+        assert first == "10.0.0.7 10.0.0.8"
 
 
 @pytest.mark.parametrize("name", ["two..dots", "x" * 64])
