@@ -109,20 +109,20 @@ def test_the_agents_of_several_nodes_are_told_the_same_versions_and_each_its_own
     """Versions go into manifests, which any of them may put."""
 
     def describe(rank: int) -> Mapping[str, Any]:
-        world = SocketWorld(rank, 2, tmp_path / "world")
-        request = _request(tmp_path, node=f"node-{rank}", address=f"127.0.0.{1 + rank}")
-        beginning = Beginning(
-            tmp_path,
-            request,
-            _gather(rank, 2, world, request),
-            world,
-            (),
-            layers=(),
-            base=None,
-            software={"torch": f"2.{rank}"},
-            host=SystemHost(),
-        )
-        return beginning._describe(LIFE)
+        with closing(SocketWorld(rank, 2, tmp_path / "world")) as world:
+            request = _request(tmp_path, node=f"node-{rank}", address=f"127.0.0.{1 + rank}")
+            beginning = Beginning(
+                tmp_path,
+                request,
+                _gather(rank, 2, world, request),
+                world,
+                (),
+                layers=(),
+                base=None,
+                software={"torch": f"2.{rank}"},
+                host=SystemHost(),
+            )
+            return beginning._describe(LIFE)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(describe, range(2))
@@ -165,10 +165,9 @@ def test_a_launcher_whose_name_means_nothing_is_no_way_to_an_address(
 
 def test_ranks_that_would_not_choose_alike_are_refused_with_the_setting_and_both_values(tmp_path: Path) -> None:
     def gather(rank: int) -> str:
-        world = SocketWorld(rank, 3, tmp_path / "world")
         config = Config(mode="partial", k_persist=1 + rank // 2)
         request = replace(_request(tmp_path, node=f"node-{rank}", address="127.0.0.1"), config=config)
-        with pytest.raises(UsageError) as refusal:
+        with closing(SocketWorld(rank, 3, tmp_path / "world")) as world, pytest.raises(UsageError) as refusal:
             _gather(rank, 3, world, request)
         return str(refusal.value)
 
