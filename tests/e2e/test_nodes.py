@@ -73,7 +73,7 @@ def test_with_a_node_lost_in_a_partial_mode_the_experts_of_the_other_are_as_new_
         boundary="step", killed="all", source="storage",
     )  # fmt: skip
     common = {"case": asdict(case), "persist_every": PERSIST_EVERY, "is_attached": True, "nodes": 2, "is_watched": True}
-    common |= {"has_frozen": False, "config": {"mode": "partial", "k_persist": 1, "plt_limit": 1.0}}
+    common |= {"config": {"mode": "partial", "k_persist": 1, "plt_limit": 1.0}}
     with Job(zygote, tmp_path) as job:
         first = job.start("first", 2, {**common, "steps": ENDLESS, "seed": 1})
         committed = first.event("step", committed=3 * PERSIST_EVERY)["committed"]
@@ -129,7 +129,7 @@ def test_a_partial_job_on_two_nodes_is_exact_from_memory_and_goes_on_after_a_los
         model="native", zero="2", dtype="bf16", ranks=ranks, accumulation=1, optimizer="adamw", skips=False,
         boundary="step", killed="all", source="memory",
     )  # fmt: skip
-    common = {"case": asdict(case), "persist_every": 2, "is_attached": True, "nodes": 2, "has_frozen": False}
+    common = {"case": asdict(case), "persist_every": 2, "is_attached": True, "nodes": 2}
     common["config"] = {"mode": "partial", "k_persist": 1, "keep_last": 6, "plt_limit": 1.0}
     with Job(zygote, tmp_path) as job:
         first = job.start("first", ranks, {**common, "steps": ENDLESS, "seed": 1})
@@ -138,7 +138,7 @@ def test_a_partial_job_on_two_nodes_is_exact_from_memory_and_goes_on_after_a_los
 
         second = job.start("second", ranks, {**common, "steps": ENDLESS, "seed": 2})
         attached = second.event("attached")
-        assert attached["source"] == "memory", second.story()
+        assert attached["source"] == "peer memory", second.story()  # of frozen tensors each rank has a part
         assert not attached["rejected"]
         assert attached["plt"] == 0.0, "memory has all experts of its newest step"
         resumed = attached["step"]
